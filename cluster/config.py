@@ -1,0 +1,49 @@
+"""What `ktransfer extract`, `cluster` and `assign` can be told."""
+
+from dataclasses import dataclass
+
+from ktransfer.config import option
+from ktransfer.training.options import SEED_LIMIT, MachineOptions
+
+
+@dataclass(frozen=True)
+class ExtractConfig(MachineOptions):
+    """Features of every picture (reference jigsawpp.md §3: conv4 of VGG-16, max-pooled to 4x4x512)."""
+
+    data: str | None = option(None, "pictures; those of the pretext stage when not given")
+    name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
+    teacher: str | None = option(
+        None,
+        "a model.safetensors; that of the run when not given",
+    )
+    layer: str | None = option(
+        None, "which layer to read, or list; conv4_3 of a VGG, conv4 of an AlexNet when not given"
+    )
+    pool: int = option(4, "max-pool the maps to this grid", low=1, high=64)
+    size: int = option(0, "side of the pictures in pixels; 0: as in the teacher's training", low=0, high=2048)
+    l2: bool = option(False, "scale each row to length 1")
+    dtype: str = option("float16", "how the features are stored", choices=("float16", "float32"))
+    batch: int = option(64, "pictures a forward pass", low=1)
+    overwrite: bool = option(False, "make the stage again", execution=True)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """k-means on all rows (reference jigsawpp.md §3: k = 2000; kmeans.md)."""
+
+    features: str | None = option(None, "a feature file; that of the run when not given")
+    k: int = option(2000, "number of clusters", low=1)
+    iterations: int = option(20, "at most so many; fewer if no label moves", low=1)
+    pca: int = option(0, "project onto so many principal components before; 0: none", low=0)
+    normalise: bool = option(True, "scale each row (after the PCA) to length 1")
+    seed: int = option(0, "the start is a function of it", low=0, high=SEED_LIMIT)
+    overwrite: bool = option(False, "make the stage again", execution=True)
+
+
+@dataclass(frozen=True)
+class AssignConfig:
+    """Pseudo-labels: the nearest centroid of each picture, of the same or another data set (jigsawpp.md §4)."""
+
+    features: str | None = option(None, "a feature file; the one that was clustered when not given")
+    data: str | None = option(None, "label these pictures instead (their features are extracted as the others were)")
+    overwrite: bool = option(False, "make the stage again", execution=True)

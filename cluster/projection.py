@@ -1,0 +1,70 @@
+"""Principal components of the valid rows in one streaming pass."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.errors import UsageError
+from ktransfer.features import Features
+from ktransfer.progress import bar
+
+from .engine import BLOCK_NUMBERS
+
+
+class Projection(NamedTuple):
+    """A PCA without whitening.
+
+    Attributes:
+        mean: (d,) float32.
+        components: (d, p) float32, orthonormal columns by falling variance; the largest number of each is positive.
+        explained: (p,) float64, the share of the total variance that each component holds.
+    """
+
+    mean: NDArray[np.float32]
+    components: NDArray[np.float32]
+    explained: NDArray[np.float64]
+
+
+def fit_projection(features: Features, dim: int) -> Projection:
+    """The first `dim` principal components of the valid rows.
+
+    Memory: three d x d float64 matrices. Products of a block are float32, their sum over blocks float64.
+
+    Raises:
+        UsageError: unless 1 <= dim <= d and dim < number of valid rows.
+    """
+    places = np.flatnonzero(features.valid)
+    count, columns = len(places), features.rows.shape[1]
+    if not 1 <= dim <= columns or dim >= count:
+        raise UsageError(
+            f"--pca {dim} must be at least 1, at most the {columns} numbers of a row and below the {count} valid rows"
+        )
+    size = max(columns, BLOCK_NUMBERS // columns)  # adding a product to `scatter` must cost less than making it
+    # Shifted by a mean close to the true one, sums of squares lose no digits to a common offset. Rows from all over the
+    # file, because its beginning may hold one class only.
+    spread = places[:: -(-count // size)]
+    shift = np.asarray(features.rows[spread]).mean(axis=0, dtype=np.float64).astype(np.float32)
+    total = np.zeros(columns)
+    scatter = np.zeros((columns, columns))
+    with bar(count, "PCA", "rows") as shown:
+        for start in range(0, count, size):
+            block = features.rows[places[start : start + size]].astype(np.float32) - shift
+            total += block.sum(axis=0, dtype=np.float64)
+            scatter += block.T @ block
+            shown.update(len(block))
+    rest = total / count
+    scatter /= count
+    scatter -= np.outer(rest, rest)
+    values, vectors = np.linalg.eigh(scatter)
+    components = vectors[:, ::-1][:, :dim]
+    # eigh leaves the sign open.
+    components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
+    share = np.maximum(values[::-1][:dim], 0) / max(float(np.trace(scatter)), np.finfo(np.float64).tiny)
+    return Projection((shift + rest).astype(np.float32), np.ascontiguousarray(components, np.float32), share)
+
+
+def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(b, d) float32 rows as (b, p) float32 coordinates around the mean."""
+    projected: NDArray[np.float32] = (rows - projection.mean) @ projection.components
+    return projected

@@ -1,0 +1,133 @@
+"""The eval stage: networks and labelled pictures in, a table of what came across out."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ktransfer import files, networks
+from ktransfer.config import build
+from ktransfer.dataset import Dataset, open_parts
+from ktransfer.errors import UsageError
+from ktransfer.pictures import typical_short_side
+from ktransfer.progress import say
+from ktransfer.run import begin, need_disk, output_hash, read_record
+from ktransfer.training import loop
+
+from .config import EvalConfig
+from .linear import PROTOCOL, Arm, choose_layers, judge, rates, resized
+from .table import to_csv, to_markdown
+
+FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
+
+
+def evaluate(run: str | Path, **options: Any) -> Path:
+    """Judge the run's final network, the same with random weights, and those of other runs, by linear probes.
+
+    Args:
+        run: the run folder; `run/eval/linear.json`, `.csv` and `.md` are written.
+        options: the fields of `EvalConfig`.
+
+    Returns:
+        The path of `linear.json`.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    run = Path(run)
+    config, parts = check(run, options)
+    arms = _arms(run, config)
+    device = loop.choose_device(config)
+    inputs = {part: data.fingerprint for part, data in zip(("train", "test"), parts, strict=True)}
+    inputs |= {arm.name: output_hash(arm.weights.parent.parent, arm.weights) for arm in arms if arm.weights}
+    names = ["linear.json", "linear.csv", "linear.md"]
+    with begin(run, "eval", "linear", config, inputs, [*names, "work"], config.overwrite, str(device)) as step:
+        report = step.folder / "linear.json"
+        if step.done:
+            print(to_markdown(files.read_json(report)))
+            return report
+        result = {
+            "schema": 1,
+            "protocol": PROTOCOL,
+            "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
+            "chance": 1 / len(parts[0].classes),
+            "settings": step.record["config"],
+            "arms": {},
+        }
+        for arm in arms:
+            work = step.folder / "work" / arm.name
+            kept = work.with_suffix(".json")
+            if not kept.is_file():  # judged before an interruption
+                files.write_json(kept, judge(arm, parts, config, work, device))
+            result["arms"][arm.name] = files.read_json(kept)
+        files.write_json(report, result)
+        files.write_text(step.folder / "linear.csv", to_csv(result))
+        files.write_text(step.folder / "linear.md", to_markdown(result))
+        files.remove(step.folder / "work")
+        step.finish([step.folder / name for name in names])
+        print(to_markdown(result))
+        say(f"eval: done; {report}")
+        return report
+
+
+def check(
+    run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()
+) -> tuple[EvalConfig, tuple[Dataset, Dataset]]:
+    """Everything that can be found wrong before the work; the settings with pictures, size and stride resolved.
+
+    Raises:
+        UsageError: one line for what is wrong.
+    """
+    config = build(EvalConfig, options, "eval")
+    rates(config)
+    loop.choose_device(config)
+    made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
+    spec = config.labelled or (made and made["config"]["data"])
+    if not spec:
+        raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
+    parts = open_parts(spec)
+    config = replace(config, labelled=spec)
+    if pending & {"pretext", "retrain"}:
+        return config, parts
+    network = networks.describe(_final(run))
+    size, stride = network.size, network.stride
+    if network.task.startswith("jigsaw"):
+        size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
+    config = replace(config, size=config.size or size, stride=config.stride or stride)
+    network = resized(network, config.size, config.stride)
+    layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
+    needed = 2 * layers[-1].stop * (2 * len(parts[0]) + len(parts[1]))
+    if needed > config.cache * 1e9:
+        raise UsageError(
+            f"--cache {config.cache}: the maps need {needed / 1e9:.1f} GB; allow more, or name fewer --layers"
+        )
+    need_disk(run, needed, "eval")
+    for arm in _arms(run, config):
+        if arm.weights:
+            choose_layers(networks.build(arm.network, 0, "check"), arm.network, config.layers)
+    return config, parts
+
+
+def _final(run: Path) -> Path:
+    """The last network that a run made."""
+    for stage, name in FINAL:
+        record = read_record(run, stage, name)
+        if record and record["state"] == "done":
+            return run / stage / "model.safetensors"
+    raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
+
+
+def _arms(run: Path, config: EvalConfig) -> list[Arm]:
+    """Random weights, the run's own network, and those of the runs beside it."""
+    runs = [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]
+    found: list[Arm] = []
+    for place in runs:
+        weights = _final(place)
+        network = resized(networks.describe(weights), config.size, config.stride)
+        name = place.resolve().name
+        if name in (arm.name for arm in found):
+            raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")
+        found.append(Arm(name, network, weights))
+    if config.random:
+        fresh = replace(found[0].network, task="random", classes=0)
+        found.insert(0, Arm("random", fresh, None))
+    return found

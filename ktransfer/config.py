@@ -1,0 +1,132 @@
+"""Settings: frozen dataclasses beside the code that they configure, filled from flags, a TOML file and defaults.
+
+This module and the dataclasses import nothing heavy, so that the command line can show its help at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ktransfer.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 (the word that users of click know)
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    execution: bool = False,
+) -> Any:
+    """A field of a stage's settings.
+
+    `execution` marks what cannot change results beyond float rounding (workers, device): a resume may change it.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution},
+    )
+
+
+def kind(field: "dataclasses.Field[Any]") -> type:
+    """The plain type of a field: str, int, float or bool (`str | None` gives str)."""
+    annotation = field.type
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    assert isinstance(annotation, type)
+    return annotation
+
+
+def build(cls: type[Config], given: Mapping[str, Any], where: str) -> Config:
+    """Make the settings `cls` of `given` values.
+
+    Raises:
+        UsageError: all errors at once, one a line: unknown keys (with the nearest valid one), wrong types, values out
+            of range.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    errors: list[str] = []
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            errors.append(f"{where}: no setting '{key}'; {nearest(name, fields)}")
+            continue
+        value, error = _checked(fields[name], value)
+        if error:
+            errors.append(f"{where}: {name.replace('_', '-')} = {given[key]!r}: {error}")
+        values[name] = value
+    if errors:
+        raise UsageError("\n".join(errors))
+    return cls(**values)
+
+
+def nearest(word: str, valid: "Mapping[str, Any] | typing.Iterable[str]") -> str:
+    """Which valid words there are, the nearest one first if one is near."""
+    names = [str(name).replace("_", "-") for name in valid]
+    close = difflib.get_close_matches(word.replace("_", "-"), names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(names))}"
+
+
+def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | None]:
+    wanted = kind(field)
+    if value is None:
+        return None, None if field.default is None else f"needs a value of type {wanted.__name__}"
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if wanted is str and isinstance(value, Path):
+        value = str(value)
+    if type(value) is not wanted:
+        return value, f"needs a value of type {wanted.__name__}"
+    if wanted is float and not math.isfinite(value):
+        return value, "must be a finite number"
+    choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
+    if choices and value not in choices:
+        return value, f"must be one of {', '.join(choices)}"
+    if low is not None and value < low:
+        return value, f"must be at least {low}"
+    if high is not None and value > high:
+        return value, f"must be at most {high}"
+    return value, None
+
+
+def result_settings(config: Any) -> dict[str, Any]:
+    """The settings that can change results, as stage.json keeps and compares them."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.metadata["execution"]
+    }
+
+
+def read_toml(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, one per stage: {"pretext": {"epochs": 90}}.
+
+    Raises:
+        UsageError: the file is missing, is not TOML, or has a table that is no stage.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
+    wrong = [
+        f"--config {path}: no stage '{name}'; {nearest(name, stages)}"
+        if name not in stages
+        else f"--config {path}: '{name}' must be a table, such as [{name}]"
+        for name, table in tables.items()
+        if name not in stages or not isinstance(table, dict)
+    ]
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return tables

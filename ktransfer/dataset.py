@@ -1,0 +1,245 @@
+"""What `--data` names: a folder, a list of paths or `scenes:`, as rows that never move."""
+
+import csv
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer import images
+from ktransfer.errors import UsageError
+from ktransfer.folders import ENDINGS, file_size, walk
+from ktransfer.progress import say
+
+LISTS = (".txt", ".csv", ".tsv")
+PATH_COLUMNS = ("path", "file", "filename", "key")
+LABEL_COLUMNS = ("label", "class", "target")
+VAL_NAMES = ("val", "valid", "validation", "test")
+UNKNOWN = -1
+_ODD = re.compile("[\\\\\x00-\x1f\x7f\udc80-\udcff]")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Pictures in a fixed order; row i is the same picture in every stage, also when it is broken.
+
+    `spec` is what the user gave, `name` a file name without ending. `keys` are paths relative to the folder (with "/"),
+    the paths of a list as written, or "CLASS/000012" for scenes. In all of them a backslash is written `\\\\`, and a
+    control character or a byte that is not UTF-8 `\\xNN`: so every key is valid Unicode on one line, and can be turned
+    back. `targets` is (n,) int32, an index into `classes`, -1 where unknown. `fingerprint` is the hex SHA-256 over keys
+    and file sizes. `read(row, short_side)` returns (height, width, 3) uint8 (see `images.decode`), `short_side(row)`
+    looks at the header alone; both raise `BrokenPicture`.
+    """
+
+    spec: str
+    name: str
+    keys: tuple[str, ...]
+    targets: NDArray[np.int32]
+    classes: tuple[str, ...]
+    fingerprint: str
+    read: Callable[[int, int | None], NDArray[np.uint8]]
+    short_side: Callable[[int], int] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows, broken pictures included."""
+        return len(self.keys)
+
+
+def open_dataset(spec: str) -> Dataset:
+    """Open a folder, a list (.txt, .csv, .tsv) or `scenes:...`; UsageError when it names no pictures.
+
+    A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
+    picture lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
+    `val` (or `valid`, `validation`, `test`) means its `train`, and a line says so.
+    """
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train")
+    path = _existing(spec)
+    if path.is_dir():
+        if (path / "train").is_dir() and (val := _val_folder(path)):
+            say(f"{spec} holds train and {val.name}: taking {path / 'train'}")
+            path = path / "train"
+        return _folder(spec, path)
+    if path.suffix.lower() not in LISTS:
+        raise UsageError(f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor scenes:; give one of these")
+    return _list(spec, path)
+
+
+def open_parts(spec: str) -> tuple[Dataset, Dataset]:
+    """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val` class folders.
+
+    Both parts have the same `classes`, and a target for every picture; UsageError where a folder is missing, the
+    classes differ or a picture lies outside of the class folders.
+    """
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train"), _scenes(spec, "val")
+    root = _existing(spec)
+    train, val = root / "train", _val_folder(root)
+    if not train.is_dir() or val is None:
+        missing = f"{' or '.join(VAL_NAMES)}" if train.is_dir() else "train"
+        raise UsageError(f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/")
+    parts = _folder(spec, train), _folder(spec, val)
+    for path, part in zip((train, val), parts, strict=True):
+        if not part.classes:
+            outside = next((key for key in part.keys if "/" not in key), None)
+            why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
+            raise UsageError(f"{path}: {why}; every picture needs a folder that names its class, at least two of them")
+    differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+    if differing:
+        raise UsageError(
+            f"{train} and {val} have different classes ({len(differing)}: {', '.join(differing[:5])}); "
+            "give both the same class folders, each with at least one picture"
+        )
+    return parts
+
+
+def _existing(spec: str) -> Path:
+    if not spec:
+        raise UsageError("the name of the data is empty; give a folder, a list or scenes:")
+    # Not Path.resolve: it would rename a linked folder. Not Path.exists: it raises where a folder is forbidden.
+    path = Path(os.path.abspath(os.path.expanduser(spec)))  # noqa: PTH100, PTH111
+    if os.path.exists(path):  # noqa: PTH110
+        return path
+    known = next(parent for parent in path.parents if os.path.isdir(parent))  # noqa: PTH112
+    lost = path.relative_to(known).parts[0]
+    try:
+        similar = difflib.get_close_matches(lost, os.listdir(known), n=3)  # noqa: PTH208
+    except OSError:
+        similar = []
+    hint = f"; did you mean {' or '.join(str(known / name) for name in similar)}?" if similar else ""
+    raise UsageError(f"{spec} does not exist: there is no {lost} in {known}{hint or '; check the path'}")
+
+
+def _val_folder(root: Path) -> Path | None:
+    return next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+
+
+def _folder(spec: str, root: Path) -> Dataset:
+    found = walk(root)
+    if found.ignored or found.repeated:
+        say(
+            f"{root}: {len(found.names):,} pictures; {found.ignored:,} files with other endings are ignored, "
+            f"{found.repeated:,} links to folders that are already in are not followed"
+        )
+    if not found.names:
+        raise UsageError(f"{spec}: no pictures in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
+    keys = _escaped(found.names)
+    labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    if "" in labels or len(set(labels)) < 2:
+        labels = [""] * len(keys)
+    return _of_files(spec, root, root.name, found.names, found.sizes, labels)
+
+
+def _list(spec: str, path: Path) -> Dataset:
+    names, labels = _read_list(path)
+    if not names:
+        raise UsageError(f"{spec} lists no pictures; write one path a line, relative to the folder of the list")
+    sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
+    return _of_files(spec, path.parent, path.stem, names, sizes, labels)
+
+
+def _read_list(path: Path) -> tuple[list[str], list[str]]:
+    """Paths and labels ("" where there is none) as they are written."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UsageError(f"{path}, line {line}: a NUL character; a list is plain text with one path a line")
+    if path.suffix.lower() == ".txt":
+        # Not splitlines(): a path may hold any of the other characters that Unicode counts as line ends.
+        names = [line.removesuffix("\r") for line in text.split("\n")]
+        names = [name for name in names if name.strip()]
+        return names, [""] * len(names)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        table = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter) if any(row)]
+    except csv.Error as error:
+        raise UsageError(f"{path} is not a table ({error}); write a header with a column path") from error
+    header = [cell.strip().lower() for cell in table[0]] if table else []
+    column = next((header.index(name) for name in PATH_COLUMNS if name in header), None)
+    if column is None:
+        if any(len(row) > 1 for row in table):
+            raise UsageError(f"{path} has no column {', '.join(PATH_COLUMNS)}; its first line must name the columns")
+        return [row[0] for row in table], [""] * len(table)
+    label = next((header.index(name) for name in LABEL_COLUMNS if name in header), None)
+    names, labels = [], []
+    for number, row in enumerate(table[1:], start=2):
+        if len(row) <= column or not row[column]:
+            raise UsageError(f"{path}, row {number} has no {header[column]}; fill it in or leave the row out")
+        names.append(row[column])
+        labels.append(row[label].strip() if label is not None and len(row) > label else "")
+    return names, labels
+
+
+def _of_files(
+    spec: str, root: Path, name: str, names: Sequence[str], sizes: Sequence[int], labels: Sequence[str]
+) -> Dataset:
+    keys = _escaped(names)
+    classes = _classes(_escaped(labels))
+    number = {label: index for index, label in enumerate(classes)}
+    digest = hashlib.sha256()
+    for key, size in zip(keys, sizes, strict=True):
+        digest.update(f"{key}\0{size}\n".encode())
+    return Dataset(
+        spec=spec,
+        name=_file_name(name),
+        keys=tuple(keys),
+        targets=np.array([number.get(label, UNKNOWN) for label in _escaped(labels)], np.int32),
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        read=lambda row, short_side: images.decode(root / names[row], short_side),
+        short_side=lambda row: images.short_side(root / names[row]),
+    )
+
+
+def _classes(labels: Sequence[str]) -> tuple[str, ...]:
+    """The distinct labels in order: of value where all are whole numbers, else of code points."""
+    found = set(labels) - {""}
+    numeric = all(re.fullmatch("[0-9]{1,18}", label) for label in found)
+    return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))
+
+
+def _escaped(names: Sequence[str]) -> list[str]:
+    return [_ODD.sub(_escape, name) for name in names]
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match.group()
+    # os.scandir hands over an undecodable byte as U+DC00 + byte.
+    return "\\\\" if character == "\\" else f"\\x{ord(character) & 0xFF:02x}"
+
+
+def _file_name(name: str) -> str:
+    """At most 60 characters, so that "NAME.h5.part" stays under 255 bytes in any alphabet."""
+    return re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
+
+
+def _scenes(spec: str, part: str) -> Dataset:
+    from ktransfer import scenes
+
+    chosen = scenes.parse(spec)
+    classes = scenes.CLASSES
+    count = chosen.images if part == "train" else max(len(classes), chosen.images // 4)
+    identity = f"scenes {scenes.VERSION} {part} images={count} size={chosen.size} seed={chosen.seed}"
+
+    def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
+        return scenes.render(chosen.seed, part, row, chosen.size)[0]
+
+    return Dataset(
+        spec=spec,
+        name="scenes" if part == "train" else f"scenes-{part}",
+        keys=tuple(f"{classes[row % len(classes)]}/{row:06d}" for row in range(count)),
+        targets=(np.arange(count) % len(classes)).astype(np.int32),
+        classes=classes,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        read=read,
+        short_side=lambda row: chosen.size,
+    )

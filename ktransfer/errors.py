@@ -1,0 +1,21 @@
+"""The two ways a command ends badly. Every message is one line: what was given, which rule it breaks, the way out."""
+
+
+class KTransferError(Exception):
+    """Base of all errors that are meant for people; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(KTransferError):
+    """What was asked for cannot be done (exit code 2): nothing was written."""
+
+    exit_code = 2
+
+
+class StageError(KTransferError):
+    """A stage failed while it ran (exit code 1): what earlier stages wrote stays whole."""
+
+
+class BrokenPicture(KTransferError):
+    """One picture cannot be read; the message is the reason that is recorded for it."""

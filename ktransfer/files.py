@@ -1,0 +1,69 @@
+"""Files that are whole or not there: temporary name, fsync, rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PART = ".part"
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it into place; nothing half-written is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + PART)
+    write(part)
+    commit(part, path)
+
+
+def commit(part: Path, path: Path) -> None:
+    """Make a finished temporary file durable under its final name."""
+    with part.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_whole` for bytes."""
+    write_whole(path, lambda part: _dump(part, data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` for text, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_whole` for JSON: indented, keys in the order given, non-ASCII as it is."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of ours."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _dump(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

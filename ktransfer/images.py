@@ -1,0 +1,177 @@
+"""One picture from a file, whatever the file holds: RGB pixels, or `BrokenPicture` with the reason."""
+
+import errno
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Imported for their effect: a format is known to Pillow once its plugin is, and threads shall not race to load it.
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from ktransfer.errors import BrokenPicture
+
+# The rest of Pillow's formats is left out on purpose: some of them start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# 30,000 x 13,000 pixels pass; while it is decoded, the largest picture takes about 4 GB.
+MAX_PIXELS = 400_000_000
+_BOMB = f"over the limit of {MAX_PIXELS:,} pixels (a decompression bomb?)"
+# Above this, one at a time: a pool of threads that all meet a giant must not multiply its memory.
+_GIANT_PIXELS = 2**26
+_GIANTS = threading.Lock()
+# Pillow's own limit is lower and knows no lists of rows; ours is checked before anything is decoded.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The machine ran short, the picture is not to blame: recording it as broken would change results by chance.
+_MACHINE_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.uint8]:
+    """The first frame of a picture, upright, as RGB.
+
+    Alpha is laid on white, CMYK is converted without a profile, 16-bit grey is divided by 257. Other deep greys keep
+    their scale where it is evident (0..65535, and for floats 0..1 and 0..255) and are stretched to 0..255 otherwise.
+
+    Args:
+        source: a file, or its bytes.
+        short_side: the short side that is wanted in the end. A JPEG is decoded at 1/2, 1/4 or 1/8 by a smaller inverse
+            DCT as long as at least twice `short_side` remains: the resize that follows then keeps its antialiasing, and
+            the pixels differ little from those of a full decode. Other formats ignore it.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        BrokenPicture: the file is missing, empty, no picture, damaged, truncated, or over `MAX_PIXELS`.
+    """
+    with _opened(source) as image:
+        if short_side is not None and image.format in ("JPEG", "MPO"):
+            width, height = image.size
+            scale = next((s for s in (8, 4, 2) if min(width, height) >= s * 2 * short_side), 1)
+            image.draft(image.mode, (width // scale, height // scale))
+        with _GIANTS if image.width * image.height > _GIANT_PIXELS else nullcontext():
+            image.load()
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _rgb(image)
+            return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def short_side(source: Path | bytes) -> int:
+    """The short side in pixels, from the header alone; raises `BrokenPicture` where the header already is broken."""
+    with _opened(source) as image:
+        return min(image.size)
+
+
+def square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The centre square of a picture, resized with an antialiased bilinear filter.
+
+    The crop comes first, so that a 1 x 30,000 picture costs no more than its single centre pixel.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+        size: side of the square, > 0.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    centre = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    if side == size:
+        return centre
+    return np.asarray(Image.fromarray(centre).resize((size, size), Image.Resampling.BILINEAR))
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """An opened picture within the size limit; whatever goes wrong until it is closed becomes a `BrokenPicture`."""
+    try:
+        with _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenPicture(f"{image.width} x {image.height} pixels: {_BOMB}")
+            yield image
+    except (BrokenPicture, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BrokenPicture(_BOMB) from error
+    except UnidentifiedImageError as error:
+        raise BrokenPicture(f"not a picture in a known format ({', '.join(FORMATS)})") from error
+    except OSError as error:
+        if error.errno in _MACHINE_SHORT:
+            raise
+        raise BrokenPicture(error.strerror or f"damaged: {error}") from error
+    except Exception as error:  # hostile bytes make decoders raise anything: struct.error, SyntaxError, KeyError ...
+        raise BrokenPicture(f"damaged: {type(error).__name__}: {error}") from error
+
+
+def _stream(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
+    if isinstance(source, bytes):
+        if not source:
+            raise BrokenPicture("empty file")
+        return io.BytesIO(source)
+    # Opening a named pipe would wait for ever.
+    if source.exists() and not source.is_file():
+        raise BrokenPicture("not a regular file")
+    stream = source.open("rb")
+    if not stream.peek(1):
+        stream.close()
+        raise BrokenPicture("empty file")
+    return stream
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF beside sound pixels is no reason to lose the picture
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        grey = _eight_bits(values)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(layer, mask=layer.getchannel("A"))
+    return canvas
+
+
+def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Deep greys of any type and range as uint8, rounded to the nearest level."""
+    tops = {"u": (65535.0,), "i": (65535.0,), "f": (1.0, 255.0, 65535.0)}[values.dtype.kind]
+    numbers = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(numbers.min()), float(numbers.max())
+    full = next((top for top in tops if low >= 0 and high <= top), None)
+    if full is None:
+        numbers, full = numbers - low, (high - low) or 1.0
+    levels: NDArray[np.uint8] = np.rint(numbers * (255.0 / full)).astype(np.uint8)
+    return levels

@@ -1,0 +1,293 @@
+"""Networks by name, their layers by the papers' names, and weights that say what they are.
+
+Architectures and sizes: reference jigsawpp.md §2. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
+local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
+torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.models.vgg import cfgs, make_layers
+
+from ktransfer import files, rng
+from ktransfer.config import nearest
+from ktransfer.errors import UsageError
+
+TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HEAD = "head."
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is: all that is needed to build it again and to feed it.
+
+    `size` is the side of its input in pixels; `normalise` is "imagenet" (fixed mean and deviation) or "picture" (each
+    picture by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk alone; `task` is what it learned.
+    """
+
+    arch: str
+    width: float = 1.0
+    stride: int = 4
+    size: int = 224
+    classes: int = 0
+    normalise: str = "imagenet"
+    task: str = "random"
+
+
+class AlexNet(nn.Module):
+    """AlexNet of jigsawpp.md §2.1: convolutions `conv1`..`conv5`, and `fc6`..`fc8` when there are classes.
+
+    (batch, 3, size, size) float32 -> (batch, classes), or the output of pool5 when `classes` is 0. `stride` is that of
+    conv1: 2 on the puzzle's tiles, 4 on whole pictures.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        batch_norm = network.arch.endswith("_bn")
+        c1, c2, c3, c5 = (scaled(channels, network.width) for channels in (96, 256, 384, 256))
+        rows = (
+            ("1", nn.Conv2d(3, c1, 11, network.stride), True),
+            ("2", nn.Conv2d(c1, c2, 5, padding=2, groups=2), True),
+            ("3", nn.Conv2d(c2, c3, 3, padding=1), False),
+            ("4", nn.Conv2d(c3, c3, 3, padding=1, groups=2), False),
+            ("5", nn.Conv2d(c3, c5, 3, padding=1, groups=2), False),
+        )
+        self.trunk: list[str] = []
+        for number, convolution, pooled in rows:
+            self._add(f"conv{number}", convolution)
+            if batch_norm:
+                self._add(f"bn{number}", nn.BatchNorm2d(convolution.out_channels))
+            self._add(f"relu{number}", nn.ReLU(inplace=True))
+            if pooled:
+                self._add(f"pool{number}", nn.MaxPool2d(3, 2, ceil_mode=True))
+                if not batch_norm:
+                    self._add(f"norm{number}", nn.LocalResponseNorm(5))
+        self._add("pool5", nn.MaxPool2d(3, 2, ceil_mode=True))
+        if network.classes:
+            # Smaller pictures than 227 leave less than 6x6 after pool5; the head takes what is there.
+            with torch.no_grad():
+                side = self.eval().maps(torch.zeros(1, 3, network.size, network.size)).shape[-1]
+            fc6, fc7 = (scaled(4096, network.width) for _ in range(2))
+            self.pool6 = nn.AdaptiveAvgPool2d(min(side, 6))
+            self.fc6 = nn.Linear(c5 * min(side, 6) ** 2, fc6)
+            self.fc7 = nn.Linear(fc6, fc7)
+            self.fc8 = nn.Linear(fc7, network.classes)
+            norms = [nn.BatchNorm1d(fc6), nn.BatchNorm1d(fc7)] if batch_norm else [nn.Identity(), nn.Identity()]
+            self.bn6, self.bn7 = norms
+        self.classes = network.classes
+        self.train()
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        self.add_module(name, module)
+        self.trunk.append(name)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(batch, 3, h, w) -> (batch, channels, h', w') after pool5."""
+        for name in self.trunk:
+            if name.startswith("pool") and x.shape[-1] == 1:  # the smallest tiles have nothing left to pool
+                continue
+            x = self.get_submodule(name)(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, or the maps of the trunk when there are no classes."""
+        x = self.maps(x)
+        if not self.classes:
+            return x
+        x = self.pool6(x).flatten(1)
+        x = nn.functional.dropout(self.bn6(self.fc6(x)).relu(), 0.5, self.training)
+        x = nn.functional.dropout(self.bn7(self.fc7(x)).relu(), 0.5, self.training)
+        logits: Tensor = self.fc8(x)
+        return logits
+
+
+class VGGTrunk(nn.Module):
+    """The convolutions of VGG-16 up to conv4_3, with torchvision's names (`features.0` is conv1_1).
+
+    Block 5 is left out: the pretext head and the clustering both read conv4 (jigsawpp.md §2.2, §3).
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        plan = [scaled(c, network.width) if isinstance(c, int) else c for c in cfgs["D"]]
+        upto = [place for place, c in enumerate(plan) if c == "M"][3]
+        self.features = make_layers(plan[:upto], batch_norm=network.arch.endswith("_bn"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, h, w) -> (batch, 512 * width, h / 8, w / 8): conv4_3 after its ReLU."""
+        maps: Tensor = self.features(x)
+        return maps
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels times width, a multiple of 8, at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
+    """Whether `build` will know the name.
+
+    Raises:
+        UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
+    """
+    names = TRUNKS if trunk else (*TRUNKS, *zoo.list_models(module=zoo))
+    bare = arch.removeprefix("torchvision:")
+    if (bare if not trunk else arch) not in names:
+        raise UsageError(f"--arch {arch}: no such network; {nearest(arch, names)}")
+    if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
+        raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")
+
+
+def build(network: Network, seed: int, purpose: str) -> nn.Module:
+    """A network with fresh weights, a pure function of (network, seed, purpose).
+
+    Our own networks start with fan-in (He) weights; torchvision's with their own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.torch_seed(seed, purpose, 0))
+        if network.arch in TRUNKS[:2]:
+            return he_init(AlexNet(network))
+        if network.arch in TRUNKS and not network.classes:
+            return he_init(VGGTrunk(network))
+        name = network.arch.removeprefix("torchvision:")
+        single = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        made = zoo.get_model(name, weights=None, num_classes=network.classes or 1000, **single)
+        assert isinstance(made, nn.Module)
+        return made
+
+
+def he_init(model: nn.Module) -> nn.Module:
+    """Fan-in initialisation in place; the last linear layer, named fc8, starts near zero so that the loss is ln(classes).
+
+    Gaussians of fixed deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs
+    (jigsawpp.md §2.2).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+            if name.endswith("fc8"):
+                nn.init.normal_(module.weight, std=0.001)
+    return model
+
+
+def layers(network: Network, model: nn.Module) -> dict[str, str]:
+    """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
+    if isinstance(model, AlexNet):
+        return {f"conv{number}": f"relu{number}" for number in range(1, 6)}
+    if isinstance(model, VGGTrunk | zoo.VGG):
+        found, block, place = {}, 1, 1
+        for number, module in model.features.named_children():
+            if isinstance(module, nn.ReLU):
+                found[f"conv{block}_{place}"] = f"features.{number}"
+                place += 1
+            elif isinstance(module, nn.MaxPool2d):
+                block, place = block + 1, 1
+        return found
+    inner = getattr(model, "features", None)
+    prefix, parent = ("features.", inner) if isinstance(inner, nn.Sequential) else ("", model)
+    maps: dict[str, str] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _i, out, path=f"{prefix}{name}": (
+                maps.update({path: path}) if isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1 else None
+            )
+        )
+        for name, module in parent.named_children()
+    ]
+    _run(model, torch.zeros(1, 3, network.size, network.size))
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor) -> dict[str, Tensor]:
+    """One forward pass, the outputs of several layers.
+
+    Args:
+        paths: layer name -> module path, as `layers` gives them.
+        x: (batch, 3, h, w), normalised.
+
+    Returns:
+        layer name -> (batch, channels, h', w').
+    """
+    found: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out}))
+        for name, path in paths.items()
+    ]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def normalise(pixels: Tensor, how: str) -> Tensor:
+    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by ImageNet's statistics or by each picture's own."""
+    x = pixels.to(torch.float32)
+    if how == "imagenet":
+        mean, deviation = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255 for values in IMAGENET)
+        return (x - mean) / deviation
+    mean = x.mean(dim=(1, 2, 3), keepdim=True)
+    variance = x.var(dim=(1, 2, 3), keepdim=True, correction=0)
+    return (x - mean) * (variance + 1e-5).rsqrt()
+
+
+def save(path: Path, state: Mapping[str, Tensor], network: Network) -> None:
+    """Write weights (without wrapper prefixes) with the description of the network as metadata."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    # One entry: safetensors writes several in an order that differs from run to run.
+    described = {"network": json.dumps(asdict(network))}
+    files.write_whole(path, lambda part: save_file(dict(state), part, metadata=described))
+
+
+def describe(path: Path) -> Network:
+    """What a weight file of ours holds.
+
+    Raises:
+        UsageError: missing, not safetensors, or not written by ktransfer.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
+    try:
+        return Network(**json.loads(found["network"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: does not say what network it is; give a model.safetensors of ktransfer") from error
+
+
+def load(path: Path, network: Network) -> nn.Module:
+    """The network of a weight file, rebuilt as `network` says (its stride may differ); a puzzle's head is left out.
+
+    Raises:
+        UsageError: weights are missing, unexpected or of another shape.
+    """
+    with safe_open(path, framework="pt") as handle:
+        state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(HEAD)}  # noqa: SIM118
+    model = build(network, 0, "load")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: its weights do not fit {network.arch}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _run(model: nn.Module, x: Tensor) -> None:
+    training = model.training
+    with torch.no_grad():
+        model.eval()(x)
+    model.train(training)

@@ -1,0 +1,191 @@
+"""Batches of square uint8 pictures: decoded in threads, ahead of the consumer, kept in memory where they fit."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ktransfer.dataset import Dataset
+from ktransfer.errors import BrokenPicture, StageError
+from ktransfer.images import square
+
+_AHEAD = 2
+_MAX_WORKERS = 16
+# Several jobs for each thread, so that one large picture does not keep the others idle.
+_JOBS_PER_WORKER = 4
+_UNSEEN, _VALID, _BROKEN = 0, 1, 2
+_Job = tuple[Tensor, Tensor, Tensor, list[Future[None]]]
+
+
+class Pictures:
+    """The pictures of a dataset as squares.
+
+    A batch depends on its rows alone: not on the number of threads, the order of batches, or what is kept in memory.
+
+    Args:
+        dataset: where the pictures come from.
+        size: side of the squares in pixels, > 0 (`images.square`).
+        workers: threads that decode; by default one for each core, at most 16.
+        cache_bytes: decoded squares are kept when all of them fit in so many bytes; by default a quarter of the memory
+            that is available, shared by the processes of a torchrun on this machine. 0 keeps none.
+    """
+
+    def __init__(self, dataset: Dataset, size: int, workers: int | None = None, cache_bytes: int | None = None) -> None:
+        self.dataset = dataset
+        self.size = size
+        self.workers = max(1, workers or min(_MAX_WORKERS, _cores()))
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pictures")
+        self._reasons: dict[int, str] = {}
+        self._state = np.zeros(len(dataset), np.uint8)
+        budget = _default_cache_bytes() if cache_bytes is None else cache_bytes
+        fits = len(dataset) * 3 * size * size <= budget
+        self._kept = torch.empty((len(dataset), 3, size, size), dtype=torch.uint8) if fits else None
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Row and reason of the broken pictures among those that were asked for so far, in row order."""
+        return dict(sorted(self._reasons.copy().items()))
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures of `rows`, (batch,) int64 on the CPU.
+
+        Returns:
+            (batch, 3, size, size) uint8 and (batch,) bool, on the CPU; a broken picture is all zeros and False.
+        """
+        _, pixels, valid, jobs = self._start(rows)
+        _finish(jobs)
+        return pixels, valid
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """Batches in the order of `index_batches`, the next two being prepared while the consumer works.
+
+        Yields:
+            rows as they were given, pixels and valid as from `batch`, and the seconds that the consumer waited. What a
+            thread raises is raised here; closing the iterator stops the preparation.
+        """
+        source = iter(index_batches)
+        pending: deque[_Job] = deque(self._start(rows) for rows in islice(source, _AHEAD))
+        try:
+            while pending:
+                pending.extend(self._start(rows) for rows in islice(source, 1))
+                rows, pixels, valid, jobs = pending[0]
+                began = time.perf_counter()
+                _finish(jobs)
+                waited = time.perf_counter() - began
+                pending.popleft()
+                yield rows, pixels, valid, waited
+        finally:
+            left = [job for _, _, _, jobs in pending for job in jobs if not job.cancel()]
+            wait(left)
+
+    def _start(self, rows: Tensor) -> _Job:
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self.dataset):
+            raise IndexError(f"rows must lie in 0..{len(self.dataset) - 1}")
+        pixels = torch.empty((len(rows), 3, self.size, self.size), dtype=torch.uint8)
+        valid = torch.empty(len(rows), dtype=torch.bool)
+        if self._kept is not None and (self._state[rows.numpy()] != _UNSEEN).all():
+            step = len(rows)
+        else:
+            step = -(-len(rows) // (self.workers * _JOBS_PER_WORKER))
+        parts = [slice(at, at + step) for at in range(0, len(rows), max(1, step))]
+        return rows, pixels, valid, [self._pool.submit(self._fill, rows[at], pixels[at], valid[at]) for at in parts]
+
+    def _fill(self, rows: Tensor, pixels: Tensor, valid: Tensor) -> None:
+        for slot, row in enumerate(rows.tolist()):
+            if self._kept is None:
+                self._decode(row, pixels[slot])
+            elif self._state[row] == _UNSEEN:
+                self._decode(row, self._kept[row])
+        if self._kept is not None:
+            torch.index_select(self._kept, 0, rows, out=pixels)
+        valid.copy_(torch.from_numpy(self._state[rows.numpy()] == _VALID))
+
+    def _decode(self, row: int, out: Tensor) -> None:
+        # The state comes last, so that no other thread takes a picture that is only half there.
+        if self._state[row] == _BROKEN:
+            out.zero_()
+            return
+        try:
+            pixels = square(self.dataset.read(row, self.size), self.size)
+        except BrokenPicture as error:
+            out.zero_()
+            self._reasons[row] = str(error)
+            self._state[row] = _BROKEN
+            return
+        out.copy_(torch.tensor(pixels).permute(2, 0, 1))
+        self._state[row] = _VALID
+
+
+def typical_short_side(dataset: Dataset, sample: int = 64) -> int:
+    """10th percentile (an observed value, in pixels) of the short sides of up to `sample` evenly spread pictures.
+
+    Looks at headers alone where it can. Broken pictures are left out; StageError where all of them are broken.
+    """
+    count = min(sample, len(dataset))
+    sides: list[int] = []
+    reason = "there are none"
+    for row in (index * len(dataset) // count for index in range(count)):
+        try:
+            if dataset.short_side is not None:
+                sides.append(dataset.short_side(row))
+            else:
+                sides.append(min(dataset.read(row, None).shape[:2]))
+        except BrokenPicture as error:
+            reason = f"{dataset.keys[row]}: {error}"
+    if not sides:
+        raise StageError(f"{dataset.spec}: none of {count} pictures can be read ({reason}); check the data")
+    return int(np.percentile(sides, 10, method="lower"))
+
+
+def check_broken(broken: Mapping[int, str], total: int, max_broken: float, dataset: Dataset) -> None:
+    """Raise StageError where more than the share `max_broken` (0 to 1) of `total` pictures is broken.
+
+    Args:
+        broken: row to reason, as `Pictures.broken`.
+        total: pictures that were looked at.
+        max_broken: the largest share that is accepted.
+        dataset: gives the keys for the message.
+    """
+    if len(broken) <= max_broken * total:
+        return
+    examples = "; ".join(f"{dataset.keys[row]}: {broken[row]}" for row in sorted(broken)[:3])
+    share = len(broken) / max(total, 1)
+    raise StageError(
+        f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
+        f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
+    )
+
+
+def _finish(jobs: Iterable[Future[None]]) -> None:
+    for job in jobs:
+        job.result()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_cache_bytes() -> int:
+    return _available_bytes() // 4 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping; inside a container no more than it is allowed."""
+    try:
+        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(table["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        allowed = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # not in a group of its own, or "max"
+        return free
+    return max(0, min(free, allowed))

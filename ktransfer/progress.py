@@ -1,0 +1,27 @@
+"""Progress bars and lines on stderr; stdout is for results."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(total: int, label: str, unit: str = "pictures", done: int = 0) -> "tqdm[Any]":
+    """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
+    return tqdm(total=total, initial=done, desc=label, unit=f" {unit}", delay=0.5, dynamic_ncols=True, smoothing=0.1)
+
+
+def track(items: Iterable[T], total: int, label: str, unit: str = "pictures") -> Iterator[T]:
+    """Iterate with a bar."""
+    with bar(total, label, unit) as shown:
+        for item in items:
+            yield item
+            shown.update()
+
+
+def say(line: str) -> None:
+    """One line for people, above any bar."""
+    tqdm.write(line, file=sys.stderr)

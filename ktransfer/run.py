@@ -1,0 +1,252 @@
+"""The run folder: what each step was made of, whether it is done, and a lock (docs/architecture.md, DESIGN §4).
+
+`STAGE/stage.json` maps each step of a stage to its record; a stage has one step, but for `features` (one per data set)
+and `clusters` (`cluster` and `assign`).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ktransfer import __version__, files
+from ktransfer.config import result_settings
+from ktransfer.errors import KTransferError, UsageError
+from ktransfer.progress import say
+
+RECORD = "stage.json"
+_locks: dict[Path, int] = {}
+
+
+@dataclass
+class Step:
+    """One step of a run, from `begin` to `finish`."""
+
+    run: Path
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    done: bool
+    started: float = field(default_factory=time.monotonic)
+
+    def finish(self, outputs: Iterable[Path], **facts: Any) -> None:
+        """Mark the step done: hashes of its outputs, seconds, and whatever `facts` are worth keeping."""
+        self.record |= {"state": "done", "error": None}
+        self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self.started, 1)
+        self.record["outputs"] = {
+            path.relative_to(self.folder).as_posix(): {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+            for path in outputs
+        }
+        self.record |= facts
+        _save(self.folder, self.name, self.record)
+        self.done = True
+
+    def interrupted(self, error: BaseException | None) -> None:
+        """Keep the time spent, and why it failed if it did."""
+        self.record["seconds"] = round(self.record["seconds"] + time.monotonic() - self.started, 1)
+        if error is not None:
+            self.record |= {"state": "failed", "error": str(error) or type(error).__name__}
+        _save(self.folder, self.name, self.record)
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder while this one works in it (re-entrant).
+
+    Raises:
+        UsageError: the folder cannot be made or written, or another process holds it.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UsageError(f"--run {run}: cannot be written ({error.strerror}); choose another folder") from error
+    key = run.resolve()
+    try:
+        if not _locks.get(key):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    f"--run {run}: another ktransfer works in it; wait for it or choose another"
+                ) from error
+        _locks[key] = _locks.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            _locks[key] -= 1
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def begin(
+    run: Path,
+    stage: str,
+    name: str,
+    config: Any,
+    inputs: dict[str, str],
+    outputs: Iterable[str],
+    overwrite: bool,
+    device: str,
+) -> Iterator[Step]:
+    """Open a step: new, to be resumed, or done already (`step.done`: a line says that it is skipped).
+
+    Args:
+        inputs: name -> SHA-256 of everything that the step reads.
+        outputs: files and folders below the stage's folder that `overwrite` removes first.
+
+    Raises:
+        UsageError: the step exists with other settings or inputs, and `overwrite` was not given.
+    """
+    with locked(run):
+        folder = run / stage
+        settings = result_settings(config)
+        old = read_record(run, stage, name)
+        if old and overwrite:
+            for output in outputs:
+                files.remove(folder / output)
+            old = None
+        if old:
+            _refuse_changes(run, folder, name, old, settings, inputs)
+        if old and old["state"] == "done":
+            say(f"{name}: done before, skipped ({folder})")
+            yield Step(run, folder, name, old, done=True)
+            return
+        if old:
+            say(f"{name}: goes on where it stopped ({folder})")
+        record = {
+            "state": "running",
+            "config": settings,
+            "inputs": inputs,
+            "outputs": {},
+            "versions": versions(),
+            "device": device,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": old["seconds"] if old else 0.0,
+            "error": None,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(folder, name, record)
+        except OSError as error:
+            raise UsageError(f"--run {run}: cannot be written ({error.strerror}); choose another folder") from error
+        step = Step(run, folder, name, record, done=False)
+        try:
+            yield step
+        except KeyboardInterrupt:
+            step.interrupted(None)
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
+                step.interrupted(error)
+            raise
+        if not step.done:
+            raise KTransferError(f"{name} ended without finishing; this is a fault of ktransfer, please report it")
+
+
+def read_record(run: Path, stage: str, name: str) -> dict[str, Any] | None:
+    """The record of a step, or None where there is none.
+
+    Raises:
+        UsageError: stage.json is damaged.
+    """
+    record = _read(run / stage).get(name)
+    return record if isinstance(record, dict) else None
+
+
+def done_record(run: Path, stage: str, name: str, make: str) -> dict[str, Any]:
+    """The record of a step that must be done.
+
+    Raises:
+        UsageError: it is not; the message names the command `make` that does it.
+    """
+    record = read_record(run, stage, name)
+    if not record or record["state"] != "done":
+        state = "is missing" if not record else "is not finished"
+        raise UsageError(f"--run {run}: {name} {state}; make it first: ktransfer --run {run} {make}")
+    return record
+
+
+def output_hash(run: Path, path: Path) -> str:
+    """The SHA-256 of a file, taken from the record of the step that wrote it where its size is unchanged."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    if path.parent.parent == run:
+        for record in _read(path.parent).values():
+            output = record["outputs"].get(path.name)
+            if record["state"] == "done" and output and output["bytes"] == size:
+                return str(output["sha256"])
+    return files.sha256(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can move a number."""
+    found = {"ktransfer": __version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "scikit-learn", "h5py", "pillow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def need_disk(folder: Path, needed: int, what: str) -> None:
+    """Check free space before the work.
+
+    Raises:
+        UsageError: fewer than `needed` bytes are free where `folder` is (or will be).
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UsageError(f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free; make room")
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / RECORD
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(steps, dict) or not all(
+            isinstance(step, dict) and "state" in step for step in steps.values()
+        ):
+            raise ValueError("not a table of steps")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a stage record ({error}); remove the folder {folder} to start afresh") from error
+    return steps
+
+
+def _save(folder: Path, name: str, record: dict[str, Any]) -> None:
+    files.write_json(folder / RECORD, _read(folder) | {name: record})
+
+
+def _refuse_changes(
+    run: Path, folder: Path, name: str, old: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]
+) -> None:
+    changes = [
+        f"{key.replace('_', '-')} was {old['config'].get(key)!r}, is {settings.get(key)!r}"
+        for key in sorted(settings.keys() | old["config"].keys())
+        if old["config"].get(key) != settings.get(key)
+    ]
+    changes += [f"{key} changed" for key in sorted(inputs) if old["inputs"].get(key) != inputs[key]]
+    changes += [
+        f"{folder / output} is missing or changed"
+        for output, facts in old["outputs"].items()
+        if not (folder / output).is_file() or (folder / output).stat().st_size != facts["bytes"]
+    ]
+    if changes:
+        raise UsageError(
+            f"{name} in {run} was made otherwise: {'; '.join(changes)}. Give {name} --overwrite to make it again, "
+            "or choose another --run"
+        )

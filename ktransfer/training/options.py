@@ -1,0 +1,37 @@
+"""What every training can be told, and what every stage can be told about the machine."""
+
+from dataclasses import dataclass
+
+from ktransfer.config import option
+
+SEED_LIMIT = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and how a stage runs; nothing here changes results beyond float rounding, but for the seed."""
+
+    seed: int = option(0, "all randomness is a function of it", low=0, high=SEED_LIMIT)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", execution=True)
+    precision: str = option(
+        "auto",
+        "arithmetic of convolutions; auto: bfloat16 where the device has it in hardware",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    workers: int = option(0, "threads that read pictures; 0: one a core", low=0, high=256, execution=True)
+    max_broken: float = option(0.01, "largest share of broken pictures that is borne", low=0, high=1, execution=True)
+
+
+@dataclass(frozen=True)
+class TrainOptions(MachineOptions):
+    """The settings of the training loop. Stages inherit them and choose their own defaults."""
+
+    epochs: int = option(90, "passes over the pictures", low=1)
+    batch: int = option(256, "pictures a step", low=2)
+    lr: float = option(0.01, "learning rate after the warm-up", low=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
+    schedule: str = option(
+        "cosine", "cosine to 0, or step: x 0.1 at 1/3, 2/3 and 8/9 of the way", choices=("cosine", "step")
+    )
+    warmup: float = option(0.05, "share of the steps over which the rate grows from 0", low=0, high=0.5)

@@ -1,0 +1,12 @@
+"""Room 1: pictures -> a teacher that solves a pretext task."""
+
+from typing import TYPE_CHECKING
+
+from ktransfer.lazy import exports
+
+if TYPE_CHECKING:
+    from .config import PretextConfig as PretextConfig
+    from .stage import pretext as pretext
+
+__all__ = ["PretextConfig", "pretext"]
+__getattr__ = exports(__name__, {"pretext": "stage", "PretextConfig": "config"})

@@ -1,0 +1,174 @@
+"""The retrain stage: pseudo-labels in, a target network that learned them from scratch out."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models as zoo
+
+from ktransfer import networks, rng
+from ktransfer.augment import random_resized_crop
+from ktransfer.config import build
+from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.errors import UsageError
+from ktransfer.labels import read_labels
+from ktransfer.networks import Network
+from ktransfer.pictures import Pictures, check_broken, typical_short_side
+from ktransfer.progress import say
+from ktransfer.run import begin, done_record, output_hash, read_record
+from ktransfer.training import loop
+from ktransfer.training.loop import Batch
+
+from .config import RetrainConfig
+
+MARGIN = 8 / 7  # pictures are kept at 256 pixels for an input of 224
+CLASSES = "classes"
+
+
+def retrain(run: str | Path, **options: Any) -> Path:
+    """Train a target network from scratch to tell pseudo-labels (paper §3.4; reference jigsawpp.md §5).
+
+    Args:
+        run: the run folder; the stage writes below `run/retrain`.
+        options: the fields of `RetrainConfig`.
+
+    Returns:
+        The path of `model.safetensors`, which loads into torchvision where the architecture is torchvision's.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    run = Path(run)
+    config, data = check(run, options)
+    labels, labels_hash = _labels(run, config, data)
+    classes = int(labels.max()) + 1
+    rows = torch.nonzero(labels >= 0)[:, 0]
+    device = loop.choose_device(config)
+
+    outputs = ("model.safetensors", "metrics.jsonl", "checkpoint")
+    inputs = {"data": data.fingerprint, "labels": labels_hash}
+    with begin(run, "retrain", "retrain", config, inputs, outputs, config.overwrite, str(device)) as step:
+        weights = step.folder / "model.safetensors"
+        if step.done:
+            return weights
+        task = CLASSES if config.labels == CLASSES else "pseudo-labels"
+        network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
+        model = networks.build(network, config.seed, "retrain")
+        pictures = Pictures(data, round(config.size * MARGIN), config.workers)
+        loop.fit(
+            model,
+            partial(_loss, labels=labels.to(device), network=network, config=config),
+            pictures,
+            partial(_batches, rows, labels, config),
+            config,
+            step.folder,
+            device,
+            "retrain",
+        )
+        check_broken(pictures.broken, len(data), config.max_broken, data)
+        networks.save(weights, model.state_dict(), network)
+        step.finish([weights], broken=len(pictures.broken), result={"classes": classes, "pictures": len(rows)})
+        loop.remove_checkpoint(step.folder)
+        say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} pictures; {weights}")
+        return weights
+
+
+def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> tuple[RetrainConfig, Dataset]:
+    """Everything that can be found wrong before the work; the settings with data and size resolved.
+
+    Raises:
+        UsageError: one line for what is wrong.
+    """
+    config = build(RetrainConfig, options, "retrain")
+    if config.arch == "list":
+        raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
+    networks.check_arch(config.arch, config.width)
+    data = open_dataset(_data_spec(run, config))
+    loop.choose_device(config)
+    size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
+    config = replace(config, size=size)
+    if config.labels == CLASSES and not data.classes:
+        raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
+    if config.labels or not pending & {"cluster", "assign"}:
+        _labels(run, config, data)
+    _check_input(config)
+    return config, data
+
+
+def _data_spec(run: Path, config: RetrainConfig) -> str:
+    if config.data:
+        return config.data
+    for stage, name in (("clusters", "assign"), ("pretext", "pretext")):
+        record = read_record(run, stage, name)
+        if record and record["config"].get("data"):
+            return str(record["config"]["data"])
+    raise UsageError("retrain: no pictures given, and the run has none; name them with --data")
+
+
+def _check_input(config: RetrainConfig) -> None:
+    """Whether the network takes pictures of this size, found by asking it."""
+    network = Network(config.arch, config.width, config.stride, config.size, 2)
+    try:
+        model = networks.build(network, 0, "check")
+        with torch.no_grad():
+            model(torch.zeros(2, 3, config.size, config.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"--size {config.size}: {config.arch} does not take pictures so small ({reason}); give a larger --size"
+        ) from error
+
+
+def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str]:
+    """(n,) int64 label of each row of the data, -1 where it has none; and what they are, as a hash."""
+    if config.labels == CLASSES:
+        return torch.from_numpy(data.targets.astype(np.int64)), data.fingerprint
+    path = Path(config.labels) if config.labels else run / "clusters" / "labels.csv"
+    if not config.labels:
+        done_record(run, "clusters", "assign", "assign")
+    found = read_labels(path)
+    digest = output_hash(run, path)
+    if found.keys is None:
+        if len(found.labels) != len(data):
+            raise UsageError(f"{path}: {len(found.labels)} labels for {len(data)} pictures of {data.spec}")
+        labels = torch.from_numpy(found.labels.astype(np.int64))
+    else:
+        place = {key: row for row, key in enumerate(data.keys)}
+        missing = [key for key in found.keys if key not in place]
+        if missing:
+            raise UsageError(
+                f"{path}: {len(missing)} of {len(found.keys)} keys are not pictures of {data.spec}, such as "
+                f"{missing[0]}; give the --data that was labelled"
+            )
+        labels = torch.full((len(data),), -1)
+        labels[torch.tensor([place[key] for key in found.keys])] = torch.from_numpy(found.labels.astype(np.int64))
+    if len(labels.unique()[labels.unique() >= 0]) < 2:
+        raise UsageError(f"{path}: fewer than two different labels; there is nothing to learn")
+    return labels, digest
+
+
+def _batches(rows: Tensor, labels: Tensor, config: RetrainConfig, epoch: int) -> Tensor:
+    """The batches of an epoch; with `uniform`, each drawn by cluster first, then by picture within it."""
+    if config.uniform:
+        by_label = rows[labels[rows].argsort(stable=True)]
+        _, sizes = labels[by_label].unique_consecutive(return_counts=True)
+        starts = sizes.cumsum(0) - sizes
+        draws = rng.uniform(config.seed, "retrain/uniform", epoch, torch.arange(len(rows)), 2).double()
+        cluster = (draws[:, 0] * len(sizes)).long()
+        rows = by_label[starts[cluster] + (draws[:, 1] * sizes[cluster]).long()]
+    return loop.epoch_batches(rows, config.batch, config.seed, epoch)
+
+
+def _loss(
+    model: nn.Module, batch: Batch, labels: Tensor, network: Network, config: RetrainConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
+    crops = random_resized_crop(pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop)
+    logits = model(networks.normalise(crops, network.normalise))
+    correct = (logits.argmax(1) == labels[rows]).sum()
+    return F.cross_entropy(logits, labels[rows]), {"accuracy": correct, "count": batch.valid.sum()}

@@ -1,0 +1,271 @@
+"""k-means against scikit-learn and float64 brute force; resumed at every iteration; on degenerate rows."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ktransfer.cluster import engine
+from ktransfer.cluster import kmeans as module
+from ktransfer.cluster.engine import Rows
+from ktransfer.cluster.kmeans import assign_rows, check_features, kmeans, load_state, save_state, start_rows
+from sklearn.cluster import KMeans
+
+from ktransfer.errors import StageError, UsageError
+from ktransfer.features import Features
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 700)
+
+
+def rows_of(data):
+    return Rows(len(data), data.shape[1], lambda start, stop: data[start:stop].astype(np.float32))
+
+
+def blobs(n=400, d=7, centres=12, seed=0, offset=0.0):
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(centres, d)) * 3
+    return (means[rng.integers(0, centres, n)] + rng.normal(size=(n, d)) + offset).astype(np.float32)
+
+
+def brute(data, centroids):
+    """Lowest index of the nearest centroid and the squared distance, in float64."""
+    gaps = data[:, None].astype(np.float64) - centroids[None].astype(np.float64)
+    squares = (gaps**2).sum(axis=2)
+    return squares.argmin(axis=1), squares.min(axis=1)
+
+
+def same(first, second):
+    for field in fields(first):
+        if field.name != "seconds":
+            left, right = getattr(first, field.name), getattr(second, field.name)
+            assert left.tobytes() == right.tobytes() if isinstance(left, np.ndarray) else left == right, field.name
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("k", [2, 9, 40])
+def test_same_as_scikit_learn(k, offset):
+    data = blobs(offset=offset)
+    found = kmeans(rows_of(data), k, iterations=100, seed=3)
+    peer = KMeans(k, init=start_rows(rows_of(data), k, 3), n_init=1, algorithm="lloyd", max_iter=100, tol=0).fit(data)
+    np.testing.assert_array_equal(found.labels, peer.labels_)
+    np.testing.assert_allclose(found.centroids, peer.cluster_centers_, rtol=1e-5, atol=1e-5)
+    assert found.final_objective == pytest.approx(peer.inertia_, rel=1e-5)
+    assert found.moved[-1] == 0
+    assert len(found.moved) < 100
+
+
+def test_curves_and_counts_mean_what_is_written():
+    data = blobs()
+    states = []
+    found = kmeans(rows_of(data), 15, iterations=4, seed=1, on_iteration=states.append)
+    centroids = start_rows(rows_of(data), 15, 1)
+    previous = np.full(len(data), -1)
+    for i, state in enumerate(states):
+        labels, squares = brute(data, centroids)
+        np.testing.assert_array_equal(state.labels, labels)
+        assert found.objective[i] == pytest.approx(squares.sum(), rel=1e-6)
+        assert found.moved[i] == (labels != previous).sum()
+        assert found.empties[i] == 15 - len(np.unique(labels))
+        means = np.stack([data[labels == c].mean(axis=0, dtype=np.float64) for c in range(15)])
+        np.testing.assert_allclose(state.centroids, means, rtol=1e-6, atol=1e-6)
+        centroids, previous = state.centroids, labels
+    labels, squares = brute(data, found.centroids)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_array_equal(found.counts, np.bincount(labels, minlength=15))
+    assert found.final_objective == pytest.approx(squares.sum(), rel=1e-6)
+    assert found.final_objective <= found.objective[-1]
+    assert found.objective == sorted(found.objective, reverse=True)
+    assert (found.points_used, found.points_total, len(found.seconds), found.seed) == (400, 400, 4, 1)
+    assert "faiss" in found.engine
+    assert found.version
+    assert kmeans(rows_of(data), 2, 1, points_total=900).points_total == 900
+
+
+def test_resume_after_every_iteration_gives_the_same_bytes(tmp_path):
+    data = blobs()
+    paths = []
+
+    def save(state):
+        paths.append(tmp_path / f"{len(paths)}.npz")
+        save_state(paths[-1], state)
+
+    expected = kmeans(rows_of(data), 25, iterations=8, seed=5, on_iteration=save)
+    assert len(paths) == 8
+    for path in paths:
+        same(expected, kmeans(rows_of(data), 25, iterations=8, seed=5, state=load_state(path)))
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_seed_matters_and_block_size_does_not(monkeypatch):
+    data = blobs()
+    first = kmeans(rows_of(data), 10, 3, seed=0)
+    assert not np.array_equal(first.centroids, kmeans(rows_of(data), 10, 3, seed=1).centroids)
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
+    again = kmeans(rows_of(data), 10, 3, seed=0)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    np.testing.assert_allclose(first.centroids, again.centroids, rtol=1e-6, atol=1e-6)
+
+
+def test_state_of_another_job_or_file_is_refused(tmp_path):
+    data = blobs()
+    states = []
+    kmeans(rows_of(data), 5, 1, on_iteration=states.append)
+    for other, k in ((data, 6), (data[:-1], 5), (data[:, :-1], 5)):
+        with pytest.raises(UsageError, match="saved k-means"):
+            kmeans(rows_of(other), k, 1, state=states[0])
+    path = tmp_path / "state.npz"
+    save_state(path, states[0])
+    data_bytes = path.read_bytes()
+    for damage in (b"", b"text", data_bytes[: len(data_bytes) // 2], b"PK\x03\x04" + bytes(50)):
+        path.write_bytes(damage)
+        with pytest.raises(StageError, match="not a saved k-means"):
+            load_state(path)
+    np.savez(path.open("wb"), centroids=np.array([{}], dtype=object))
+    with pytest.raises(StageError, match="not a saved k-means"):
+        load_state(path)
+
+
+@pytest.mark.parametrize("k", [1, 60])
+def test_one_cluster_and_one_per_row(k):
+    data = blobs(n=60)
+    found = kmeans(rows_of(data), k, 5)
+    assert found.counts.tolist() == ([60] if k == 1 else [1] * 60)
+    if k == 1:
+        np.testing.assert_allclose(found.centroids[0], data.mean(axis=0), rtol=1e-5)
+    else:
+        assert found.final_objective == 0
+
+
+def test_start_rows_are_distinct_rows_of_the_data():
+    data = np.repeat(blobs(n=20), 30, axis=0)
+    data[0, 0], data[1, 0] = 0.0, -0.0
+    data[1, 1:] = data[0, 1:]
+    count = len(np.unique(data, axis=0))
+    start = start_rows(rows_of(data), count, 0)
+    np.testing.assert_array_equal(np.unique(start, axis=0), np.unique(data, axis=0))
+    with pytest.raises(UsageError, match=f"only {count} distinct"):
+        start_rows(rows_of(data), count + 1, 0)
+    for k, iterations in ((0, 1), (1, 0)):
+        with pytest.raises(UsageError, match="at least 1"):
+            kmeans(rows_of(data), k, iterations)
+
+
+def test_starts_are_spread_evenly():
+    data = np.arange(100, dtype=np.float32)[:, None]
+    hits = np.bincount(np.concatenate([start_rows(rows_of(data), 10, seed)[:, 0] for seed in range(200)]).astype(int))
+    # 2000 draws over 100 rows: mean 20, standard deviation about 4.2.
+    assert hits.min() > 3
+    assert hits.max() < 40
+
+
+def test_duplicates_and_constant_columns():
+    data = np.repeat(blobs(n=30, d=6), 10, axis=0)
+    data[:, 2] = 7.5
+    found = kmeans(rows_of(data), 12, 30)
+    assert (found.counts > 0).all()
+    np.testing.assert_array_equal(found.labels, brute(data, found.centroids)[0])
+    np.testing.assert_array_equal(found.centroids[:, 2], 7.5)
+
+
+def empty_start(monkeypatch, start):
+    monkeypatch.setattr(module, "start_rows", lambda rows, k, seed: start.astype(np.float32))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_empty_clusters_are_split_off_the_heaviest(monkeypatch, offset):
+    rng = np.random.default_rng(0)
+    # 300 rows on a thin diagonal line (even/odd steps of faiss run along its normal), 20 rows far away.
+    along = rng.normal(size=(300, 1)) * [4, 4] + rng.normal(size=(300, 2)) * 0.01
+    data = (np.concatenate([along, rng.normal(size=(20, 2)) + 60]) + offset).astype(np.float32)
+    empty_start(monkeypatch, np.array([[0, 0], [60, 60], [9e3, 0], [0, 9e3], [9e3, 9e3]]) + offset)
+    states = []
+    found = kmeans(rows_of(data), 5, 20, on_iteration=states.append)
+    assert (found.empties[0], found.splits[0]) == (3, 3)
+    assert found.empties[1:] == [0] * (len(found.empties) - 1)
+    # All three halves come from the cluster of 300, so the line has four pieces and the far rows stay together.
+    assert sorted(found.counts.tolist())[0] == 20
+    assert found.counts.sum() == 320
+    assert found.final_objective < 0.2 * found.objective[0]
+
+
+def test_what_cannot_be_split_stays_empty(monkeypatch):
+    data = np.repeat(np.array([[0, 0], [5, 5]], np.float32), 8, axis=0)
+    empty_start(monkeypatch, np.array([[0, 0], [5, 5], [90, 90]]))
+    found = kmeans(rows_of(data), 3, 5)
+    assert found.counts.tolist() == [8, 8, 0]
+    assert (found.empties, found.splits) == ([1, 1], [0, 0])
+    assert np.isfinite(found.centroids).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_assign_is_exact_far_from_the_origin(offset):
+    rng = np.random.default_rng(1)
+    data = (rng.normal(size=(500, 24)) * 3 + offset).astype(np.float32)
+    centroids = data[rng.permutation(500)[:40]] + np.float32(0.25)
+    labels, distances = assign_rows(rows_of(data), centroids)
+    expected, squares = brute(data, centroids)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_allclose(distances, squares, rtol=1e-5)
+    assert (labels.dtype, distances.dtype) == (np.int32, np.float32)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 30), dim=st.integers(1, 5), scale=st.sampled_from([1.0, 0.5, 1e4]))
+def test_ties_go_to_the_lowest_index(seed, k, dim, scale):
+    rng = np.random.default_rng(seed)
+    # Points of a coarse grid: most rows are equally near to several centroids, many centroids are equal.
+    data = (rng.integers(-2, 3, (60, dim)) * scale).astype(np.float32)
+    centroids = (rng.integers(-2, 3, (k, dim)) * scale).astype(np.float32)
+    labels, distances = assign_rows(rows_of(data), centroids)
+    expected, squares = brute(data, centroids)
+    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_allclose(distances, squares, rtol=1e-6)
+
+
+def test_assign_refuses_other_lengths():
+    with pytest.raises(UsageError, match=r"7 numbers.*of 6"):
+        assign_rows(rows_of(blobs()), np.zeros((3, 6), np.float32))
+
+
+def features_of(data, valid=None):
+    count = len(data)
+    valid = np.ones(count, bool) if valid is None else valid
+    found = Features(Path("train.h5"), data, valid, np.full(count, -1, np.int32), {})
+    found.__dict__["keys"] = [f"p{i}.jpg" for i in range(count)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_check_counts_distinct_rows_and_constant_columns(dtype, monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 40)
+    data = np.repeat(blobs(n=15), 4, axis=0).astype(dtype)
+    data[:, 3], data[:, 5] = 1.5, 0.0
+    data[7, 5] = -0.0
+    valid = np.ones(60, bool)
+    valid[50] = False
+    data[50] = 9
+    found = check_features(features_of(data, valid), 15)
+    assert found == (59, 15, 7, 2)
+    with pytest.raises(UsageError, match="k = 16, but only 15 of the 59"):
+        check_features(features_of(data, valid), 16)
+
+
+def test_check_names_rows_that_are_not_finite():
+    data = blobs(n=40)
+    data[3, 2], data[9, 0], data[20, 1] = np.nan, np.inf, np.nan
+    valid = np.ones(40, bool)
+    valid[20] = False
+    with pytest.raises(UsageError, match=r"2 rows hold NaN or infinity, first 'p3.jpg', 'p9.jpg'"):
+        check_features(features_of(data, valid), 2)
+    with pytest.raises(UsageError, match="not one picture is valid"):
+        check_features(features_of(data, np.zeros(40, bool)), 2)
+
+
+def test_float16_rows_are_clustered_as_their_float32_values():
+    data = blobs().astype(np.float16)
+    same(kmeans(rows_of(data), 8, 5), kmeans(rows_of(data.astype(np.float32)), 8, 5))

@@ -1,0 +1,71 @@
+"""The sheet of puzzles shows the tiles where they belong."""
+
+import numpy as np
+import torch
+from ktransfer.pretext import preview
+from ktransfer.pretext.puzzles import PuzzleConfig, make_puzzles
+from PIL import Image
+
+FRAME = np.array(preview._FRAME)
+
+
+def some(count, size=192, occlusions=2):
+    """Puzzles of a brightness ramp, with noise as the other picture."""
+    ramp = torch.linspace(0, 255, size)[None, None, None, :].expand(count, 3, size, size).byte()
+    noise = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    order = torch.stack([torch.arange(9).roll(turn) for turn in range(1, 9)])
+    config = PuzzleConfig(tile=size // 3, occlusions=occlusions)
+    return make_puzzles(ramp, noise, torch.arange(count), torch.ones(count).bool(), order, config, 0, 0)
+
+
+def framed(sheet):
+    """Pixels in the colour of the frame."""
+    return int((np.asarray(sheet) == FRAME).all(axis=2).sum())
+
+
+def test_the_size_grows_with_the_number_of_puzzles():
+    one, two, three = (preview.puzzle_sheet(some(count)).size for count in (1, 2, 3))
+    assert two == (2 * one[0], one[1])
+    assert three == (two[0], 2 * one[1])
+
+
+def test_occluded_slots_are_framed_and_no_others():
+    many = some(40)
+    rows = {int(number): row for row, number in enumerate(many.occluded.sum(dim=1))}
+    area = [
+        framed(preview.puzzle_sheet(type(many)(*(field[rows[number]][None] for field in many)))) for number in range(3)
+    ]
+    assert area[0] == 0 and area[1] > 0
+    assert area[1] < area[2] <= 2 * area[1]
+    assert framed(preview.puzzle_sheet(some(8, occlusions=0))) == 0
+
+
+def test_seen_and_solved_grids_hold_the_tiles_at_their_places():
+    puzzles = some(1, occlusions=0)
+    sheet = np.asarray(preview.puzzle_sheet(puzzles))
+    side, gap = 64, 3
+    step = side + gap
+    top = preview._MARGIN + preview._TEXT
+    solution = preview._MARGIN + 3 * step - gap + 6 * gap
+    for slot in range(9):
+        tile = puzzles.tiles[0, slot]
+        expected = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().byte().permute(1, 2, 0).numpy()
+        for left, cell in ((preview._MARGIN, slot), (solution, int(puzzles.source[0, slot]))):
+            y, x = top + cell // 3 * step, left + cell % 3 * step
+            assert np.array_equal(sheet[y : y + side, x : x + side], expected)
+
+
+def test_small_and_constant_tiles_can_be_drawn():
+    flat = torch.full((3, 3, 9, 9), 7, dtype=torch.uint8)
+    order = torch.arange(9).flip(0)[None]
+    puzzles = make_puzzles(flat, flat, torch.arange(3), torch.ones(3).bool(), order, PuzzleConfig(), 0, 0)
+    assert preview.puzzle_sheet(puzzles).size[0] > 2 * 3 * 48
+
+
+def test_the_file_is_a_png_and_whole(tmp_path):
+    puzzles = some(2)
+    preview.save_sheet(tmp_path / "new" / "puzzles.png", puzzles)
+    with Image.open(tmp_path / "new" / "puzzles.png") as picture:
+        assert picture.format == "PNG"
+        assert np.array_equal(np.asarray(picture), np.asarray(preview.puzzle_sheet(puzzles)))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["puzzles.png"]
