@@ -10,12 +10,9 @@ from ktransfer.training.options import SEED_LIMIT, MachineOptions
 class ExtractConfig(MachineOptions):
     """Features of every picture (reference jigsawpp.md §3: conv4 of VGG-16, max-pooled to 4x4x512)."""
 
-    data: str | None = option(None, "pictures; those of the pretext stage when not given")
+    data: str | None = option(None, "pictures; those of the pretext stage when not given", execution=True)
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
-    teacher: str | None = option(
-        None,
-        "a model.safetensors; that of the run when not given",
-    )
+    teacher: str | None = option(None, "a model.safetensors; that of the run when not given", execution=True)
     layer: str | None = option(
         None, "which layer to read, or list; conv4_3 of a VGG, conv4 of an AlexNet when not given"
     )
@@ -31,7 +28,7 @@ class ExtractConfig(MachineOptions):
 class ClusterConfig:
     """k-means on all rows (reference jigsawpp.md §3: k = 2000; kmeans.md)."""
 
-    features: str | None = option(None, "a feature file; that of the run when not given")
+    features: str | None = option(None, "a feature file; that of the run when not given", execution=True)
     k: int = option(2000, "number of clusters", low=1)
     iterations: int = option(20, "at most so many; fewer if no label moves", low=1)
     pca: int = option(0, "project onto so many principal components before; 0: none", low=0)
@@ -44,6 +41,8 @@ class ClusterConfig:
 class AssignConfig:
     """Pseudo-labels: the nearest centroid of each picture, of the same or another data set (jigsawpp.md §4)."""
 
-    features: str | None = option(None, "a feature file; the one that was clustered when not given")
-    data: str | None = option(None, "label these pictures instead (their features are extracted as the others were)")
+    features: str | None = option(None, "a feature file; the one that was clustered when not given", execution=True)
+    data: str | None = option(
+        None, "label these pictures instead (their features are extracted as the others were)", execution=True
+    )
     overwrite: bool = option(False, "make the stage again", execution=True)

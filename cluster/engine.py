@@ -1,6 +1,7 @@
 """One look at all rows: the nearest centroid of each, and the sums that the next centroids are made of."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ BLOCK_NUMBERS = 2**22  # one block is 16 MiB of float32: large for GEMM, small f
 _TIE = 1e-12
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Rows that are read block by block, as often as needed.
 
     Attributes:
@@ -67,11 +69,10 @@ def faiss_engine() -> Engine:
     def scan(rows: Rows, centroids: NDArray[np.float32], tick: Callable[[int], object]) -> Pass:
         # faiss computes |x|^2 - 2xc + |c|^2 in float32: far from the origin only centred rows keep their digits.
         origin = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centred = centroids - origin
-        index = faiss.IndexFlatL2(rows.dim)
+        index: Any = faiss.IndexFlatL2(rows.dim)
         if gpus:
             index = faiss.index_cpu_to_all_gpus(index)
-        index.add(centred)
+        index.add(centroids - origin)
         found = Pass(
             np.empty(rows.count, np.int32),
             np.empty(rows.count, np.float32),
@@ -80,7 +81,7 @@ def faiss_engine() -> Engine:
         )
         for start, stop in blocks(rows.count, rows.dim):
             block = rows.read(start, stop)
-            labels = _nearest(index, block - origin, centred)
+            labels = _nearest(index, block, centroids, origin)
             gap = block - centroids[labels]
             found.labels[start:stop] = labels
             found.distances[start:stop] = np.einsum("ij,ij->i", gap, gap, dtype=np.float64)
@@ -99,19 +100,24 @@ def blocks(count: int, dim: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, count)
 
 
-def _nearest(index: Any, block: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int64]:
-    """(b,) the nearest centroid of each centred row, exact up to `_TIE`, relative."""
+def _nearest(
+    index: Any, block: NDArray[np.float32], centroids: NDArray[np.float32], origin: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """(b,) the nearest centroid of each row, exact up to `_TIE`, relative; `index` holds the centred centroids."""
     if len(centroids) == 1:
         return np.zeros(len(block), np.int64)
-    distances, neighbours = index.search(np.ascontiguousarray(block), 2)
+    centred = block - origin
+    distances, neighbours = index.search(centred, 2)
     labels: NDArray[np.int64] = neighbours[:, 0].copy()
-    # Rounding of a float32 dot product of d terms: well below this share of |x|^2 + max |c|^2.
+    # Centred again in float64, where subtracting float32 numbers leaves exact ties exact.
+    wide = centroids.astype(np.float64) - origin
+    lengths = np.einsum("ij,ij->i", wide, wide)
+    # Rounding of a float32 dot product of d terms stays well below this share of |x|^2 + max |c|^2.
     doubt = 4 * np.finfo(np.float32).eps * np.sqrt(block.shape[1])
-    scale = np.einsum("ij,ij->i", block, block) + np.einsum("ij,ij->i", centroids, centroids).max()
+    scale = np.einsum("ij,ij->i", centred, centred) + lengths.max()
     close = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > doubt * scale))
     if len(close):
-        wide = centroids.astype(np.float64)
-        scores = (wide * wide).sum(axis=1) - 2 * block[close].astype(np.float64) @ wide.T
+        scores = lengths - 2 * (block[close].astype(np.float64) - origin) @ wide.T
         limit = scores.min(axis=1) + _TIE * scale[close]
         labels[close] = (scores <= limit[:, None]).argmax(axis=1)
     return labels

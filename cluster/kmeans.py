@@ -225,7 +225,8 @@ def save_state(path: Path, state: State) -> None:
 
     def write(part: Path) -> None:
         with part.open("wb") as handle:
-            np.savez(handle, **{name: np.asarray(value) for name, value in vars(state).items()})
+            arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(state).items()}
+            np.savez(handle, **arrays)
 
     write_whole(path, write)
 

@@ -57,7 +57,7 @@ def fit_projection(features: Features, dim: int) -> Projection:
     scatter /= count
     scatter -= np.outer(rest, rest)
     values, vectors = np.linalg.eigh(scatter)
-    components = vectors[:, ::-1][:, :dim]
+    components: NDArray[np.float64] = vectors[:, ::-1][:, :dim]
     # eigh leaves the sign open.
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
     share = np.maximum(values[::-1][:dim], 0) / max(float(np.trace(scatter)), np.finfo(np.float64).tiny)
@@ -66,5 +66,5 @@ def fit_projection(features: Features, dim: int) -> Projection:
 
 def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(b, d) float32 rows as (b, p) float32 coordinates around the mean."""
-    projected: NDArray[np.float32] = (rows - projection.mean) @ projection.components
-    return projected
+    projected = (rows - projection.mean) @ projection.components
+    return projected.astype(np.float32, copy=False)

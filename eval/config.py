@@ -10,17 +10,23 @@ from ktransfer.training.options import TrainOptions
 class EvalConfig(TrainOptions):
     """Settings of the linear probe (reference jigsawpp.md §6.2); the loop's `lr` is replaced by the grid `lrs`."""
 
-    labelled: str | None = option(None, "a root with train/ and val/ class folders, or scenes:; the run's if not given")
+    labelled: str | None = option(
+        None, "a root with train/ and val/ class folders, or scenes:; the run's if not given", execution=True
+    )
     protocol: str = option("linear", "how it is judged", choices=("linear",))
     layers: str | None = option(None, "layers, separated by commas; conv1..conv5 of an AlexNet when not given")
-    beside: str | None = option(None, "other runs, separated by commas, whose networks are judged in the same table")
+    beside: str | None = option(
+        None, "other runs, separated by commas, whose networks are judged in the same table", execution=True
+    )
     random: bool = option(True, "judge the same network with random weights beside it")
     size: int = option(0, "side of the pictures in pixels; 0: as in the network's training", low=0)
     stride: int = option(
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
     lrs: str = option("0.0001,0.0003,0.001,0.003", "learning rates to choose from, separated by commas")
-    cache: float = option(20.0, "keep the layers' maps on disk up to so many GB; more is computed each epoch", low=0)
+    cache: float = option(
+        20.0, "keep the layers' maps on disk up to so many GB; more is computed each epoch", low=0, execution=True
+    )
     epochs: int = option(30, "passes over the training part", low=1)
     batch: int = option(128, "pictures a step", low=2)
     weight_decay: float = option(1e-4, "weight decay of the probes", low=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ktransfer import files, networks
-from ktransfer.config import build
+from ktransfer.config import build, result_settings
 from ktransfer.dataset import Dataset, open_parts
 from ktransfer.errors import UsageError
 from ktransfer.pictures import typical_short_side
@@ -50,7 +50,7 @@ def evaluate(run: str | Path, **options: Any) -> Path:
             "protocol": PROTOCOL,
             "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
             "chance": 1 / len(parts[0].classes),
-            "settings": step.record["config"],
+            "settings": result_settings(config),
             "arms": {},
         }
         for arm in arms:

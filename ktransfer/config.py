@@ -29,7 +29,8 @@ def option(
 ) -> Any:
     """A field of a stage's settings.
 
-    `execution` marks what cannot change results beyond float rounding (workers, device): a resume may change it.
+    `execution` marks what a resume may change: what cannot change results beyond float rounding (workers, device), and
+    paths, whose contents are compared instead.
     """
     return dataclasses.field(
         default=default,
@@ -100,7 +101,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that can change results, as stage.json keeps and compares them."""
+    """The settings that can change results."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

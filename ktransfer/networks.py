@@ -166,7 +166,7 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
 
 
 def he_init(model: nn.Module) -> nn.Module:
-    """Fan-in initialisation in place; the last linear layer, named fc8, starts near zero so that the loss is ln(classes).
+    """Fan-in initialisation in place; fc8 starts near zero, so that the first loss is ln(classes).
 
     Gaussians of fixed deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs
     (jigsawpp.md §2.2).

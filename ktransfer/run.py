@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,13 @@ def begin(
     """
     with locked(run):
         folder = run / stage
-        settings = result_settings(config)
         old = read_record(run, stage, name)
         if old and overwrite:
             for output in outputs:
                 files.remove(folder / output)
             old = None
         if old:
-            _refuse_changes(run, folder, name, old, settings, inputs)
+            _refuse_changes(run, folder, name, old, result_settings(config), inputs)
         if old and old["state"] == "done":
             say(f"{name}: done before, skipped ({folder})")
             yield Step(run, folder, name, old, done=True)
@@ -125,7 +124,7 @@ def begin(
             say(f"{name}: goes on where it stopped ({folder})")
         record = {
             "state": "running",
-            "config": settings,
+            "config": asdict(config),
             "inputs": inputs,
             "outputs": {},
             "versions": versions(),
@@ -236,7 +235,7 @@ def _refuse_changes(
 ) -> None:
     changes = [
         f"{key.replace('_', '-')} was {old['config'].get(key)!r}, is {settings.get(key)!r}"
-        for key in sorted(settings.keys() | old["config"].keys())
+        for key in sorted(settings)
         if old["config"].get(key) != settings.get(key)
     ]
     changes += [f"{key} changed" for key in sorted(inputs) if old["inputs"].get(key) != inputs[key]]

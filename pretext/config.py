@@ -10,7 +10,7 @@ from ktransfer.training.options import TrainOptions
 class PretextConfig(TrainOptions):
     """Settings of the pretext stage; where the paper is known the defaults are its own (reference jigsawpp.md §1)."""
 
-    data: str | None = option(None, "pictures: a folder, a list of paths (.txt, .csv), or scenes:")
+    data: str | None = option(None, "pictures: a folder, a list of paths (.txt, .csv), or scenes:", execution=True)
     task: str = option("jigsawpp", "the puzzle: with foreign tiles, or the original", choices=("jigsawpp", "jigsaw"))
     arch: str = option("vgg16", "vgg16, vgg16_bn, alexnet or alexnet_bn")
     width: float = option(1.0, "scales all channels", low=0.05, high=4)
@@ -18,7 +18,9 @@ class PretextConfig(TrainOptions):
     tile: int = option(0, "side of a tile in pixels; 0: 3/4 of a cell", low=0)
     permutations: int = option(701, "number of permutations, which are the classes", low=2)
     min_distance: int = option(3, "smallest Hamming distance between two permutations", low=1, high=9)
-    permutation_file: str | None = option(None, "take them from this file (the authors' .bin layout) instead")
+    permutation_file: str | None = option(
+        None, "take them from this file (the authors' .bin layout) instead", execution=True
+    )
     colour: str = option(
         "paper", "paper: grey 70 %; released: grey 50 %, projected 25 %", choices=("paper", "released")
     )

@@ -10,7 +10,7 @@ from ktransfer.training.options import TrainOptions
 class RetrainConfig(TrainOptions):
     """Settings of the retrain stage (reference jigsawpp.md §5: a standard AlexNet from scratch, settings not known)."""
 
-    data: str | None = option(None, "pictures; those that were labelled when not given")
+    data: str | None = option(None, "pictures; those that were labelled when not given", execution=True)
     labels: str | None = option(
         None,
         "a label file (.csv, .h5, .bin), or classes: the folder's own classes; the run's pseudo-labels if not given",

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+from ktransfer import features
 from ktransfer.errors import StageError, UsageError
 from ktransfer.features import create_or_resume, open_features
 
@@ -80,6 +81,23 @@ def test_killed_between_header_and_first_saving_starts_again(tmp_path):
     (tmp_path / "train.h5.part").write_bytes(b"half a header")
     (tmp_path / "train.h5.progress").write_text("{")
     assert whole(tmp_path / "train.h5").read_bytes() == expected
+
+
+def test_killed_while_the_header_is_made_again_forgets_the_old_rows(tmp_path, monkeypatch):
+    path = tmp_path / "train.h5"
+    writer = create_or_resume(path, KEYS, TARGETS, 5, "float16", ATTRIBUTES)
+    fill(writer, 4)
+    writer.close()
+    (tmp_path / "train.h5.part").unlink()
+
+    def killed(part, *_):
+        part.write_bytes(b"half a header")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features, "_create", killed)
+        create_or_resume(path, KEYS, TARGETS, 5, "float16", ATTRIBUTES)
+    assert create_or_resume(path, KEYS, TARGETS, 5, "float16", ATTRIBUTES).rows_done == 0
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def fit(
     Raises:
         StageError: the loss is not finite.
     """
-    model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    model.to(device, memory_format=torch.channels_last)
     optimiser = optimiser or sgd(model, options, device)
     base_rates = [group["lr"] for group in optimiser.param_groups]
     per_epoch = len(batches(0))

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
 from ktransfer.cluster import engine
 from ktransfer.cluster import kmeans as module
 from ktransfer.cluster.engine import Rows
 from ktransfer.cluster.kmeans import assign_rows, check_features, kmeans, load_state, save_state, start_rows
-from sklearn.cluster import KMeans
-
 from ktransfer.errors import StageError, UsageError
 from ktransfer.features import Features
 
@@ -191,6 +191,18 @@ def test_empty_clusters_are_split_off_the_heaviest(monkeypatch, offset):
     assert sorted(found.counts.tolist())[0] == 20
     assert found.counts.sum() == 320
     assert found.final_objective < 0.2 * found.objective[0]
+
+
+def test_a_cluster_that_was_split_weighs_less(monkeypatch):
+    sizes = {0: 50, 4: 50, 100: 30, 104: 30}
+    data = np.concatenate([np.full((count, 1), at, np.float32) for at, count in sizes.items()])
+    data += np.random.default_rng(0).normal(size=data.shape).astype(np.float32) * np.float32(0.1)
+    empty_start(monkeypatch, np.array([[2], [102], [9e3], [9e4]]))
+    states = []
+    found = kmeans(rows_of(data), 4, 10, on_iteration=states.append)
+    assert found.splits[0] == 2
+    assert (states[0].centroids < 50).sum() == 2
+    assert sorted(found.counts.tolist()) == [30, 30, 50, 50]
 
 
 def test_what_cannot_be_split_stays_empty(monkeypatch):

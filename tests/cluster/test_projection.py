@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ktransfer.cluster import projection as module
-from ktransfer.cluster.projection import fit_projection, project
 from sklearn.decomposition import PCA
 
+from ktransfer.cluster import projection as module
+from ktransfer.cluster.projection import fit_projection, project
 from ktransfer.errors import UsageError
 from ktransfer.features import Features
 

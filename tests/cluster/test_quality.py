@@ -3,9 +3,10 @@
 import faiss
 import numpy as np
 import pytest
-from ktransfer.cluster.quality import quality, summary
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
+
+from ktransfer.cluster.quality import quality, summary
 
 
 def array(*values):

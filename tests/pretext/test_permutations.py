@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ktransfer.pretext import permutations
 
 from ktransfer.errors import UsageError
+from ktransfer.pretext import permutations
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 import numpy as np
 import torch
+from PIL import Image
+
 from ktransfer.pretext import preview
 from ktransfer.pretext.puzzles import PuzzleConfig, make_puzzles
-from PIL import Image
 
 FRAME = np.array(preview._FRAME)
 

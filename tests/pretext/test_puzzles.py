@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ktransfer.pretext import puzzles
-from ktransfer.pretext.puzzles import GREY, JIGSAW, JIGSAWPP, PLAIN, PROJECTED, PuzzleConfig, make_puzzles
 
 from ktransfer import rng
 from ktransfer.errors import UsageError
+from ktransfer.pretext import puzzles
+from ktransfer.pretext.puzzles import GREY, JIGSAW, JIGSAWPP, PLAIN, PROJECTED, PuzzleConfig, make_puzzles
 
 MANY = 6000
 

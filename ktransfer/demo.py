@@ -1,0 +1,81 @@
+"""`ktransfer demo`: the whole chain on the embedded data set, and the table that it is all for.
+
+Beside the front door the one place that knows all rooms: it does what a user's commands would do, and shows them.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ktransfer.cluster import assign, cluster, extract
+from ktransfer.eval import evaluate
+from ktransfer.pretext import pretext
+from ktransfer.progress import say
+from ktransfer.retrain import retrain
+from ktransfer.run import read_record
+
+IMAGES = 2000
+SIZE = 96
+
+STAGES = {
+    "pretext": pretext,
+    "extract": extract,
+    "cluster": cluster,
+    "assign": assign,
+    "retrain": retrain,
+    "eval": evaluate,
+}
+PUZZLE = {"permutations": 100, "batch": 64, "lr": 0.05}
+TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.5}
+LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 25, "crop": 0.3}
+
+
+def run_demo(out: Path, images: int = 0) -> None:
+    """Run every stage for four networks in three runs below `out`, then print times, paths and the table.
+
+    Args:
+        out: folder of the runs `transfer`, `direct` and `supervised`; an interrupted demo goes on there.
+        images: pictures of the training part, 0 for IMAGES.
+
+    Raises:
+        UsageError, StageError: as the stages do.
+    """
+    data = f"scenes:images={images or IMAGES},size={SIZE}"
+    transfer, direct, supervised = (out / name for name in ("transfer", "direct", "supervised"))
+    line: list[tuple[Path, str, dict[str, Any]]] = [
+        (transfer, "pretext", {"data": data, "arch": "vgg16_bn", "width": 0.25, "epochs": 50} | PUZZLE),
+        (transfer, "extract", {}),
+        (transfer, "cluster", {"k": 50}),
+        (transfer, "assign", {}),
+        (transfer, "retrain", TARGET | LEARN),
+        (direct, "pretext", {"data": data, "epochs": 50} | TARGET | PUZZLE),
+        (supervised, "retrain", {"data": data, "labels": "classes"} | TARGET | LEARN),
+        (transfer, "eval", {"labelled": data, "beside": f"{direct},{supervised}", "epochs": 20}),
+    ]
+    for run, stage, options in line:
+        say(f"\n$ {in_words(run, stage, options)}")
+        STAGES[stage](run, **options)
+    click.echo("\n".join(_times(line)))
+
+
+def in_words(run: Path, stage: str, options: dict[str, Any]) -> str:
+    """The command that does the same."""
+    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items())
+    return f"ktransfer --run {shlex.quote(str(run))} {stage} {flags}".rstrip()
+
+
+def _times(line: list[tuple[Path, str, dict[str, Any]]]) -> list[str]:
+    folders = {"extract": "features", "cluster": "clusters", "assign": "clusters"}
+    rows = ["", f"{'stage':24} {'seconds':>8}  files"]
+    total = 0.0
+    for run, stage, _ in line:
+        folder = folders.get(stage, stage)
+        step = {"extract": "scenes", "eval": "linear"}.get(stage, stage)
+        record = read_record(run, folder, step)
+        assert record is not None
+        total += record["seconds"]
+        files = ", ".join(str(run / folder / name) for name in record["outputs"])
+        rows.append(f"{run.name + ' ' + stage:24} {record['seconds']:8.1f}  {files}")
+    return [*rows, f"{'together':24} {total:8.1f}"]
