@@ -5,10 +5,11 @@ from setuptools import find_packages, setup
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 
 setup(
-    package_dir={"ktransfer": "ktransfer"} | {f"ktransfer.{room}": room for room in ROOMS},
+    package_dir={"ktransfer": "ktransfer"} | {f"ktransfer.{folder}": folder for folder in (*ROOMS, "recipes")},
     packages=[
         "ktransfer",
         *(f"ktransfer.{name}" for name in find_packages("ktransfer")),
-        *(f"ktransfer.{room}" for room in ROOMS),
+        *(f"ktransfer.{folder}" for folder in (*ROOMS, "recipes")),
     ],
+    package_data={"ktransfer": ["py.typed"], "ktransfer.recipes": ["*.toml"]},
 )

@@ -73,9 +73,10 @@ def extract(run: str | Path, **options: Any) -> Path:
                 features = torch.where(valid[:, None], features.float().cpu(), 0.0)
                 writer.write(int(chosen[0]), features.numpy(), valid.numpy())
                 shown.update(len(chosen))
-        check_broken(pictures.broken, len(data), config.max_broken, data)
         writer.finish()
-        broken = _reasons(data, open_features(file).valid)
+        reasons = _reasons(data, open_features(file).valid)
+        check_broken(reasons, len(data), config.max_broken, data)
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in reasons.items()]
         step.finish([file], broken=broken, result={"rows": len(data), "dim": dim})
         say(f"extract: done; {len(data)} x {dim} from {config.layer} ({path}); {len(broken)} broken pictures; {file}")
         return file
@@ -132,12 +133,12 @@ def _read(model: nn.Module, network: Network, path: str, config: ExtractConfig, 
     return F.normalize(rows) if config.l2 else rows
 
 
-def _reasons(data: Dataset, valid: np.ndarray) -> list[str]:
-    """Which pictures are broken and why; read again, for some were met before an interruption."""
-    found: list[str] = []
-    for row in np.flatnonzero(~valid):
+def _reasons(data: Dataset, valid: np.ndarray) -> dict[int, str]:
+    """Which rows are broken and why; they are read again, for some were met before an interruption."""
+    found: dict[int, str] = {}
+    for row in np.flatnonzero(~valid).tolist():
         try:
-            data.read(int(row), None)
+            data.read(row, None)
         except BrokenPicture as error:
-            found.append(f"{data.keys[row]}: {error}")
+            found[row] = str(error)
     return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ktransfer import networks
+from ktransfer import networks, rng
 from ktransfer.augment import centre_crop
 from ktransfer.config import nearest
 from ktransfer.dataset import Dataset
@@ -77,7 +77,7 @@ def judge(
 
     def batches(epoch: int) -> Tensor:
         order = loop.epoch_batches(learning, config.batch, config.seed, epoch)
-        mirrored = loop.rng.words(config.seed, "eval/mirror", epoch, order.flatten(), 1).view(order.shape) & 1
+        mirrored = rng.words(config.seed, "eval/mirror", epoch, order.flatten(), 1).view(order.shape) & 1
         return order * 2 + mirrored
 
     adjust = optimiser(probes, config.momentum, config.weight_decay)

@@ -32,7 +32,6 @@ class Views:
 
     def __init__(self, views: list[Features]) -> None:
         self.views = views
-        self.broken: dict[int, str] = {}
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
@@ -51,6 +50,9 @@ class Probes(nn.Module):
     Standardising by the training part's mean and deviation is what batch norm without scale comes to when the trunk is
     frozen. (batch, d) -> one (batch, classes) for each learning rate and layer, layer by layer.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, layers: list[Layer], rates: list[float], classes: int, maps: Tensor) -> None:
         super().__init__()

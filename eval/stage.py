@@ -45,7 +45,7 @@ def evaluate(run: str | Path, **options: Any) -> Path:
         if step.done:
             print(to_markdown(files.read_json(report)))
             return report
-        result = {
+        result: dict[str, Any] = {
             "schema": 1,
             "protocol": PROTOCOL,
             "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},

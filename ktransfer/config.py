@@ -88,7 +88,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
         value = str(value)
     if type(value) is not wanted:
         return value, f"needs a value of type {wanted.__name__}"
-    if wanted is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return value, "must be a finite number"
     choices, low, high = (field.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:

@@ -81,8 +81,8 @@ class AlexNet(nn.Module):
             self.fc6 = nn.Linear(c5 * min(side, 6) ** 2, fc6)
             self.fc7 = nn.Linear(fc6, fc7)
             self.fc8 = nn.Linear(fc7, network.classes)
-            norms = [nn.BatchNorm1d(fc6), nn.BatchNorm1d(fc7)] if batch_norm else [nn.Identity(), nn.Identity()]
-            self.bn6, self.bn7 = norms
+            self.bn6: nn.Module = nn.BatchNorm1d(fc6) if batch_norm else nn.Identity()
+            self.bn7: nn.Module = nn.BatchNorm1d(fc7) if batch_norm else nn.Identity()
         self.classes = network.classes
         self.train()
 
@@ -139,9 +139,9 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
     Raises:
         UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
     """
-    names = TRUNKS if trunk else (*TRUNKS, *zoo.list_models(module=zoo))
-    bare = arch.removeprefix("torchvision:")
-    if (bare if not trunk else arch) not in names:
+    theirs = zoo.list_models(module=zoo)
+    names = TRUNKS if trunk else (*TRUNKS, *theirs)
+    if arch not in names and (trunk or arch.removeprefix("torchvision:") not in theirs):
         raise UsageError(f"--arch {arch}: no such network; {nearest(arch, names)}")
     if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
         raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")

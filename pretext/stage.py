@@ -182,8 +182,10 @@ def _accuracy(
         hits.append((logits.argmax(1) == puzzles.label).cpu())
         occlusions.append(puzzles.occluded.sum(1).cpu())
     hit, occluded = torch.cat(hits).double(), torch.cat(occlusions)
+    if not len(hit):  # all of them are broken
+        return {}
     result = {"held_out_accuracy": float(hit.mean()), "held_out_puzzles": float(len(hit))}
-    for number in range(int(occluded.max()) + 1):
+    for number in occluded.unique().tolist():
         result[f"held_out_accuracy_{number}_occluded"] = float(hit[occluded == number].mean())
     return result
 

@@ -23,6 +23,8 @@ from ktransfer.progress import bar, say
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 LOG_SECONDS = 10.0
+CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
+CHECKPOINT_SECONDS = 1.0  # between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
 
 
@@ -39,16 +41,14 @@ class Batch:
 class Source(Protocol):
     """What batches are read from: pictures, or anything that hands out rows in the same way."""
 
-    broken: dict[int, str]
-
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    def batches(self, rows: Iterable[Tensor], /) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """(b,) rows -> those rows, their content (b, ...), (b,) valid, and the seconds that the caller waited."""
 
 
 class Loss(Protocol):
     """(model, batch) -> the loss, and sums over the batch for the log; `count` is what the others are divided by."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: Batch, /) -> tuple[Tensor, dict[str, Tensor]]:
         """See the class."""
 
 
@@ -80,7 +80,7 @@ def bfloat16(options: MachineOptions, device: torch.device) -> bool:
     if options.precision != "auto":
         return options.precision == "bfloat16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
@@ -141,7 +141,7 @@ def fit(
     Raises:
         StageError: the loss is not finite.
     """
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     optimiser = optimiser or sgd(model, options, device)
     base_rates = [group["lr"] for group in optimiser.param_groups]
     per_epoch = len(batches(0))
@@ -152,34 +152,31 @@ def fit(
     last_save, save_cost = time.monotonic(), 0.0
 
     with bar(total * options.batch, label, done=step * options.batch) as shown:
-        try:
-            while step < total:
-                epoch = step // per_epoch
-                model.train()
-                for batch, wait in stream(pictures, batches(epoch)[step % per_epoch :], epoch, device):
-                    for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                        group["lr"] = base * rate(step, total, options)
-                    torch.manual_seed(rng.torch_seed(options.seed, f"{label}/step", step))
-                    with autocast(options, device):
-                        value, sums = loss(model, batch)
-                    optimiser.zero_grad(set_to_none=True)
-                    value.backward()
-                    optimiser.step()
-                    step += 1
-                    log.add(sums | {"loss": value.detach() * sums["count"]}, wait)
-                    shown.update(options.batch)
-                    if log.due() or step == total:
-                        shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device))
-                    if time.monotonic() - last_save > max(1.0, save_cost / CHECKPOINT_SHARE):
-                        started = time.monotonic()
-                        _save(checkpoint, model, optimiser, step)
-                        last_save = time.monotonic()
-                        save_cost = last_save - started
-                if evaluate is not None:
-                    log.note(step, epoch, evaluated(model, evaluate))
-        except KeyboardInterrupt:
-            _save(checkpoint, model, optimiser, step)
-            raise
+        # Ctrl-C writes no checkpoint: it may come in the middle of a step, whose half no resume could complete.
+        while step < total:
+            epoch = step // per_epoch
+            model.train()
+            for batch, wait in stream(pictures, batches(epoch)[step % per_epoch :], epoch, device):
+                for group, base in zip(optimiser.param_groups, base_rates, strict=True):
+                    group["lr"] = base * rate(step, total, options)
+                torch.manual_seed(rng.torch_seed(options.seed, f"{label}/step", step))
+                with autocast(options, device):
+                    value, sums = loss(model, batch)
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()
+                optimiser.step()
+                step += 1
+                log.add(sums | {"loss": value.detach() * sums["count"]}, wait)
+                shown.update(options.batch)
+                if log.due() or step == total:
+                    shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device))
+                if time.monotonic() - last_save > max(CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE):
+                    started = time.monotonic()
+                    _save(checkpoint, model, optimiser, step)
+                    last_save = time.monotonic()
+                    save_cost = last_save - started
+            if evaluate is not None:
+                log.note(step, epoch, evaluated(model, evaluate))
 
 
 def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
@@ -282,7 +279,7 @@ def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, dev
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step = int(state["step"])
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise UsageError(f"{path}: not a checkpoint of this training; start again with --overwrite") from error
     say(f"resumed at step {step}")
     return step
