@@ -8,7 +8,10 @@ from ktransfer.training.options import SEED_LIMIT, MachineOptions
 
 @dataclass(frozen=True)
 class ExtractConfig(MachineOptions):
-    """Features of every picture (reference jigsawpp.md §3: conv4 of VGG-16, max-pooled to 4x4x512)."""
+    """Write a layer's features of every picture.
+
+    The defaults are those reported of the paper: conv4 of VGG-16, max-pooled to 4x4x512.
+    """
 
     data: str | None = option(None, "pictures; those of the pretext stage when not given", execution=True)
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
@@ -26,9 +29,15 @@ class ExtractConfig(MachineOptions):
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """k-means on all rows (reference jigsawpp.md §3: k = 2000; kmeans.md)."""
+    """Group the features of all pictures by k-means; they are extracted first where they are missing.
+
+    The paper's k is 2000, for 1.3 million pictures.
+    """
 
     features: str | None = option(None, "a feature file; that of the run when not given", execution=True)
+    data: str | None = option(
+        None, "the pictures whose features are clustered; those of the run when not given", execution=True
+    )
     k: int = option(2000, "number of clusters", low=1)
     iterations: int = option(20, "at most so many; fewer if no label moves", low=1)
     pca: int = option(0, "project onto so many principal components before; 0: none", low=0)
@@ -39,7 +48,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class AssignConfig:
-    """Pseudo-labels: the nearest centroid of each picture, of the same or another data set (jigsawpp.md §4)."""
+    """Give each picture of the same or another data set its nearest centroid as pseudo-label.
+
+    Clusters of one data set may label another, as in the paper.
+    """
 
     features: str | None = option(None, "a feature file; the one that was clustered when not given", execution=True)
     data: str | None = option(

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from ktransfer import networks
 from ktransfer.config import build, nearest
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.errors import BrokenPicture, UsageError
-from ktransfer.features import create_or_resume, open_features
+from ktransfer.errors import UsageError
+from ktransfer.features import create_or_resume
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken
+from ktransfer.pictures import Pictures, check_broken, reasons
 from ktransfer.progress import bar, say
 from ktransfer.run import begin, done_record, need_disk, output_hash, read_record
 from ktransfer.training import loop
@@ -40,7 +39,7 @@ def extract(run: str | Path, **options: Any) -> Path:
     config, data = check(run, options)
     weights = teacher_path(run, config)
     teacher = output_hash(run, weights)
-    network = replace(networks.describe(weights), size=config.size)
+    network = networks.trunk(replace(networks.describe(weights), size=config.size))
     device = loop.choose_device(config)
     model = networks.load(weights, network).to(device).eval()
     path, read = _reader(model, network, config)
@@ -67,16 +66,16 @@ def extract(run: str | Path, **options: Any) -> Path:
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
         rows = torch.arange(writer.rows_done, len(data))
         with bar(len(data), f"extract {config.layer}", done=writer.rows_done) as shown:
-            for chosen, pixels, valid, _ in pictures.batches(iter(rows.split(config.batch))):
+            for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(config.batch) if len(part)):
                 with loop.autocast(config, device):
                     features = read(pixels.to(device))
                 features = torch.where(valid[:, None], features.float().cpu(), 0.0)
                 writer.write(int(chosen[0]), features.numpy(), valid.numpy())
                 shown.update(len(chosen))
+        found = reasons(data, writer.valid(), config.size)
+        check_broken(found, len(data), config.max_broken, data)
         writer.finish()
-        reasons = _reasons(data, open_features(file).valid)
-        check_broken(reasons, len(data), config.max_broken, data)
-        broken = [f"{data.keys[row]}: {reason}" for row, reason in reasons.items()]
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in found.items()]
         step.finish([file], broken=broken, result={"rows": len(data), "dim": dim})
         say(f"extract: done; {len(data)} x {dim} from {config.layer} ({path}); {len(broken)} broken pictures; {file}")
         return file
@@ -99,8 +98,11 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
         return replace(config, data=spec), data
     weights = teacher_path(run, config)
     network = networks.describe(weights)
-    network = replace(network, size=config.size or network.size)
-    names = networks.layers(network, networks.build(network, 0, "layers"))
+    network = networks.trunk(replace(network, size=config.size or network.size))
+    model = networks.build(network, 0, "layers").eval()
+    with networks.fitting(network), torch.no_grad():
+        names = networks.layers(network, model)
+        model(torch.zeros(1, 3, network.size, network.size))
     layer = config.layer or DEFAULT_LAYERS.get(network.arch) or list(names)[-1]
     if layer not in names:
         raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(names)}")
@@ -131,14 +133,3 @@ def _read(model: nn.Module, network: Network, path: str, config: ExtractConfig, 
     maps = networks.feature_maps(model, {"read": path}, networks.normalise(pixels, network.normalise))["read"]
     rows = F.adaptive_max_pool2d(maps.float(), min(config.pool, maps.shape[-1])).flatten(1)
     return F.normalize(rows) if config.l2 else rows
-
-
-def _reasons(data: Dataset, valid: np.ndarray) -> dict[int, str]:
-    """Which rows are broken and why; they are read again, for some were met before an interruption."""
-    found: dict[int, str] = {}
-    for row in np.flatnonzero(~valid).tolist():
-        try:
-            data.read(row, None)
-        except BrokenPicture as error:
-            found[row] = str(error)
-    return found

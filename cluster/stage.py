@@ -38,7 +38,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
     """
     run = Path(run)
     config = check_cluster(run, options)
-    path = _features_path(run, config.features) or extract(run)
+    path = _features_path(run, config) or extract(run, data=config.data)
     features = open_features(path)
     inputs = {"features": output_hash(run, path)}
     config = replace(config, features=str(path))
@@ -99,7 +99,10 @@ def assign(run: str | Path, **options: Any) -> Path:
     made = done_record(run, "clusters", "cluster", "cluster")
     centroids_path = run / "clusters" / "clusters.h5"
     centroids = read_centroids(centroids_path)
-    path = _labelled_features(run, config, Path(made["config"]["features"]))
+    clustered = Path(made["config"]["features"])
+    if not clustered.is_file():  # the run folder was moved
+        clustered = run / "features" / clustered.name
+    path = _labelled_features(run, config, clustered)
     features = open_features(path)
     _refuse_mismatch(features, path, centroids, centroids_path)
     spec = config.data or _data_of(run, path)
@@ -132,7 +135,7 @@ def check_cluster(run: Path, options: dict[str, Any], pending: frozenset[str] = 
         UsageError: one line for what is wrong.
     """
     config = build(ClusterConfig, options, "cluster")
-    path = None if pending & {"pretext", "extract"} and not config.features else _features_path(run, config.features)
+    path = None if pending & {"pretext", "extract"} and not config.features else _features_path(run, config)
     if path:
         features = open_features(path)
         count = int(features.valid.sum())
@@ -141,11 +144,11 @@ def check_cluster(run: Path, options: dict[str, Any], pending: frozenset[str] = 
             raise UsageError(
                 f"--pca {config.pca}: the features have {dim} numbers and {count} rows; give a smaller one"
             )
-    else:
-        spec = options.get("data") or _pretext_data(run)
-        if not spec and not pending:
-            check_extract(run, {})
+    elif pending:
+        spec = config.data or _pretext_data(run)
         count = len(open_dataset(spec)) if spec else config.k
+    else:
+        count = len(check_extract(run, {"data": config.data})[1])
     if config.k > count:
         raise UsageError(f"--k {config.k}: more clusters than the {count} pictures; give a smaller --k")
     return config
@@ -188,24 +191,42 @@ def rows_of(features: Features, projection: Projection | None, normalise: bool) 
     return Rows(len(places), dim, read)
 
 
-def _features_path(run: Path, given: str | None) -> Path | None:
-    """The feature file that is given, or the only one of the run; None where there is none yet."""
-    if given:
-        return Path(given)
-    found = sorted((run / "features").glob("*.h5"))
+def _features_path(run: Path, config: ClusterConfig) -> Path | None:
+    """The feature file that is given, or that of the pictures in the run; None where it is still to be made.
+
+    Raises:
+        UsageError: the run's features come from a teacher that was trained anew since.
+    """
+    if config.features:
+        return Path(config.features)
+    found = {path: open_features(path) for path in sorted((run / "features").glob("*.h5"))}
+    spec = config.data or _pretext_data(run)
+    if spec:
+        fingerprint = open_dataset(spec).fingerprint
+        found = {
+            path: features for path, features in found.items() if features.attributes["fingerprint"] == fingerprint
+        }
     if len(found) > 1:
-        main = _pretext_data(run)
-        named = [path for path in found if main and path.stem == open_dataset(main).name]
-        if not named:
-            names = ", ".join(str(path) for path in found)
-            raise UsageError(f"cluster: the run has several feature files; choose one with --features: {names}")
-        found = named
-    return found[0] if found else None
+        names = ", ".join(str(path) for path in found)
+        raise UsageError(f"cluster: the run has several feature files; choose one with --features: {names}")
+    for path, features in found.items():
+        made = read_record(run, "features", path.stem)
+        teacher = run / "pretext" / "model.safetensors"
+        own = made is not None and not made["config"]["teacher"] and teacher.is_file()
+        if own and features.attributes["teacher"] != output_hash(run, teacher):
+            raise UsageError(
+                f"{path}: comes from an older teacher; make it again: ktransfer --run {run} extract --overwrite"
+            )
+        return path
+    return None
 
 
 def _pretext_data(run: Path) -> str | None:
     record = read_record(run, "pretext", "pretext")
     return record["config"]["data"] if record else None
+
+
+SAME = ("teacher", "layer", "pool", "size", "l2", "dtype", "precision")  # what comparable features have in common
 
 
 def _labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
@@ -214,7 +235,7 @@ def _labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path
     if not config.data:
         return clustered
     record = read_record(run, "features", clustered.stem)
-    same = {} if record is None else {key: record["config"][key] for key in ("layer", "pool", "size", "l2", "dtype")}
+    same = {} if record is None else {key: record["config"][key] for key in SAME}
     return extract(run, data=config.data, **same)
 
 

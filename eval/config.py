@@ -8,7 +8,10 @@ from ktransfer.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class EvalConfig(TrainOptions):
-    """Settings of the linear probe (reference jigsawpp.md §6.2); the loop's `lr` is replaced by the grid `lrs`."""
+    """Judge the run's network by linear probes, beside the same with random weights.
+
+    Protocol linear/1, after Zhang et al. (docs/choices.md). The probes take their learning rates from --lrs, not --lr.
+    """
 
     labelled: str | None = option(
         None, "a root with train/ and val/ class folders, or scenes:; the run's if not given", execution=True
@@ -24,9 +27,7 @@ class EvalConfig(TrainOptions):
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
     lrs: str = option("0.0001,0.0003,0.001,0.003", "learning rates to choose from, separated by commas")
-    cache: float = option(
-        20.0, "keep the layers' maps on disk up to so many GB; more is computed each epoch", low=0, execution=True
-    )
+    cache: float = option(20.0, "GB of disk that the maps of the layers may take while it runs", low=0, execution=True)
     epochs: int = option(30, "passes over the training part", low=1)
     batch: int = option(128, "pictures a step", low=2)
     weight_decay: float = option(1e-4, "weight decay of the probes", low=0)

@@ -21,7 +21,7 @@ from ktransfer.dataset import Dataset
 from ktransfer.errors import UsageError
 from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken
+from ktransfer.pictures import Pictures, check_broken, reasons
 from ktransfer.progress import bar
 from ktransfer.training import loop
 
@@ -121,9 +121,10 @@ def choose_layers(model: nn.Module, network: Network, names: str | None) -> list
     """The layers to judge, and the grid that their maps are averaged to.
 
     Raises:
-        UsageError: an unknown layer.
+        UsageError: an unknown layer, or pictures too small for the network.
     """
-    known = networks.layers(network, model)
+    with networks.fitting(network):
+        known = networks.layers(network, model)
     if names:
         chosen = [name.strip() for name in names.split(",")]
     elif set(GRIDS) <= set(known):
@@ -134,7 +135,7 @@ def choose_layers(model: nn.Module, network: Network, names: str | None) -> list
     if wrong:
         raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with networks.fitting(network), torch.no_grad():
         picture = torch.zeros(1, 3, network.size, network.size, device=device)
         maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, picture)
     layers: list[Layer] = []
@@ -173,7 +174,7 @@ def _cached(
     pictures = Pictures(data, round(network.size * 8 / 7), config.workers, cache_bytes=0)
     rows = torch.arange(writer.rows_done, len(data))
     with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown, torch.no_grad():
-        for chosen, pixels, valid, _ in pictures.batches(iter(rows.split(FORWARD_BATCH))):
+        for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
             squares = centre_crop(pixels.to(device), network.size)
             squares = squares.flip(-1) if mirror else squares
             with loop.autocast(config, device):
@@ -182,11 +183,11 @@ def _cached(
             features = torch.where(valid[:, None], torch.cat(pooled, dim=1).cpu(), 0.0)
             writer.write(int(chosen[0]), features.numpy(), valid.numpy())
             shown.update(len(chosen))
-    check_broken(pictures.broken, len(data), config.max_broken, data)
+    check_broken(reasons(data, writer.valid(), pictures.size), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
 
 
 def resized(network: Network, size: int, stride: int) -> Network:
     """The network as it is judged: on pictures of `size`, an AlexNet with `stride`."""
-    return replace(network, size=size, stride=stride)
+    return networks.trunk(replace(network, size=size, stride=stride))

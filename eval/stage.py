@@ -10,13 +10,14 @@ from ktransfer.dataset import Dataset, open_parts
 from ktransfer.errors import UsageError
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
-from ktransfer.run import begin, need_disk, output_hash, read_record
+from ktransfer.run import begin, done_record, need_disk, output_hash, read_record
 from ktransfer.training import loop
 
 from .config import EvalConfig
 from .linear import PROTOCOL, Arm, choose_layers, judge, rates, resized
 from .table import to_csv, to_markdown
 
+RANDOM = "random"
 FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
 
 
@@ -55,7 +56,7 @@ def evaluate(run: str | Path, **options: Any) -> Path:
         }
         for arm in arms:
             work = step.folder / "work" / arm.name
-            kept = work.with_suffix(".json")
+            kept = work.with_name(f"{arm.name}.json")
             if not kept.is_file():  # judged before an interruption
                 files.write_json(kept, judge(arm, parts, config, work, device))
             result["arms"][arm.name] = files.read_json(kept)
@@ -110,8 +111,8 @@ def check(
 def _final(run: Path) -> Path:
     """The last network that a run made."""
     for stage, name in FINAL:
-        record = read_record(run, stage, name)
-        if record and record["state"] == "done":
+        if read_record(run, stage, name):
+            done_record(run, stage, name, stage)
             return run / stage / "model.safetensors"
     raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
 
@@ -128,6 +129,8 @@ def _arms(run: Path, config: EvalConfig) -> list[Arm]:
             raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")
         found.append(Arm(name, network, weights))
     if config.random:
-        fresh = replace(found[0].network, task="random", classes=0)
-        found.insert(0, Arm("random", fresh, None))
+        if RANDOM in (arm.name for arm in found):
+            raise UsageError(f"eval: a run named '{RANDOM}' beside random weights; rename its folder, or --no-random")
+        fresh = replace(found[0].network, task="random")
+        found.insert(0, Arm(RANDOM, fresh, None))
     return found

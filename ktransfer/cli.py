@@ -28,7 +28,7 @@ STAGES = {
     "retrain": ("ktransfer.retrain.config", "RetrainConfig", "ktransfer.retrain.stage", "retrain", "check"),
     "eval": ("ktransfer.eval.config", "EvalConfig", "ktransfer.eval.stage", "evaluate", "check"),
 }
-INHERIT_DATA = {"extract": "data", "retrain": "data", "eval": "labelled"}
+INHERIT_DATA = {"extract": "data", "cluster": "data", "retrain": "data", "eval": "labelled"}
 Call = tuple[str, dict[str, Any]]
 
 
@@ -73,7 +73,7 @@ def carry_out(
     tables = _tables(file, recipe)
     wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
     _inherit_data(wanted)
-    wanted = _with_assign(wanted)
+    wanted = _with_assign(wanted, run_folder)
     pending: set[str] = set()
     for stage, given in wanted:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
@@ -122,15 +122,26 @@ def _inherit_data(wanted: list[Call]) -> None:
             given.setdefault(INHERIT_DATA[stage], latest)
 
 
-def _with_assign(wanted: list[Call]) -> list[Call]:
-    """`retrain` on pseudo-labels runs `assign` first, where the line does not name it."""
+def _with_assign(wanted: list[Call], run: Path) -> list[Call]:
+    """`retrain` on pseudo-labels runs `assign` first, where neither the line nor the run has it."""
     found: list[Call] = []
     for stage, given in wanted:
-        if stage == "retrain" and not given.get("labels") and "assign" not in (name for name, _ in found):
+        before = [name for name, _ in found]
+        there = "assign" in before or ("cluster" not in before and _assigned(run))
+        if stage == "retrain" and not given.get("labels") and not there:
             again = any(name == "cluster" and options.get("overwrite") for name, options in found)
             found.append(("assign", {"overwrite": again}))
         found.append((stage, given))
     return found
+
+
+def _assigned(run: Path) -> bool:
+    """Whether the run's pseudo-labels, of whatever pictures, belong to its centroids."""
+    from ktransfer.run import output_hash, read_record
+
+    made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
+    current = made and made["state"] == "done" and centroids.is_file()
+    return bool(current) and made["inputs"]["centroids"] == output_hash(run, centroids)
 
 
 def _stage_command(stage: str) -> click.Command:
@@ -138,7 +149,9 @@ def _stage_command(stage: str) -> click.Command:
         return stage, {name: value for name, value in given.items() if value is not None}
 
     config = settings(stage)
-    options = [_flag(field) for field in dataclasses.fields(config)]
+    # The stage's own options come before those that all stages share.
+    fields = sorted(dataclasses.fields(config), key=lambda field: field.name not in vars(config)["__annotations__"])
+    options = [_flag(field) for field in fields]
     return click.Command(stage, callback=call, params=list(options), help=config.__doc__)
 
 

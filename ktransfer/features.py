@@ -97,6 +97,11 @@ class Writer:
             if time.monotonic() - self._saved_at >= self._save_seconds:
                 self._save()
 
+    def valid(self) -> NDArray[np.bool_]:
+        """(rows_done,) bool, false where the picture is broken; rows from before an interruption included."""
+        self._handle.seek(self._valid_at)
+        return np.frombuffer(self._handle.read(self.rows_done), np.bool_)
+
     def finish(self) -> None:
         """Give the finished file its name; all rows must be written."""
         if self.rows_done != len(self._keys):

@@ -6,13 +6,14 @@ torchvision's; every other classifier of torchvision goes by its own name (`torc
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.models.vgg import cfgs, make_layers
@@ -24,6 +25,7 @@ from ktransfer.errors import UsageError
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD = "head."
+CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,23 @@ class VGGTrunk(nn.Module):
 def scaled(channels: int, width: float) -> int:
     """Channels times width, a multiple of 8, at least 8."""
     return max(8, round(channels * width / 8) * 8)
+
+
+def trunk(network: Network) -> Network:
+    """The network without the part whose weights depend on the side of its input: AlexNet without its classifier."""
+    return replace(network, classes=0) if network.arch in TRUNKS[:2] else network
+
+
+@contextmanager
+def fitting(network: Network) -> Iterator[None]:
+    """Turn torch's complaint about an input that is too small into a line for people (UsageError)."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"--size {network.size}: {network.arch} does not take pictures so small ({reason}); give a larger --size"
+        ) from error
 
 
 def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
@@ -250,7 +269,7 @@ def save(path: Path, state: Mapping[str, Tensor], network: Network) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: safetensors writes several in an order that differs from run to run.
     described = {"network": json.dumps(asdict(network))}
-    files.write_whole(path, lambda part: save_file(dict(state), part, metadata=described))
+    files.write_bytes(path, serialise(dict(state), described))
 
 
 def describe(path: Path) -> Network:
@@ -271,13 +290,15 @@ def describe(path: Path) -> Network:
 
 
 def load(path: Path, network: Network) -> nn.Module:
-    """The network of a weight file, rebuilt as `network` says (its stride may differ); a puzzle's head is left out.
+    """The network of a weight file, rebuilt as `network` says (its stride may differ); a puzzle's head is left out, and
+    AlexNet's classifier where `network` has no classes (`trunk`).
 
     Raises:
         UsageError: weights are missing, unexpected or of another shape.
     """
+    unused = (HEAD, *CLASSIFIER) if network.arch in TRUNKS[:2] and not network.classes else (HEAD,)
     with safe_open(path, framework="pt") as handle:
-        state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(HEAD)}  # noqa: SIM118
+        state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
     model = build(network, 0, "load")
     try:
         model.load_state_dict(state)

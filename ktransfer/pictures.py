@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer.dataset import Dataset
@@ -142,6 +143,24 @@ def typical_short_side(dataset: Dataset, sample: int = 64) -> int:
     if not sides:
         raise StageError(f"{dataset.spec}: none of {count} pictures can be read ({reason}); check the data")
     return int(np.percentile(sides, 10, method="lower"))
+
+
+def reasons(dataset: Dataset, valid: NDArray[np.bool_], size: int) -> dict[int, str]:
+    """Row and reason of each picture that is not `valid`; they are read again, as some were met before an interruption.
+
+    Args:
+        valid: (n,) bool, for the first n rows.
+        size: side of the squares that were wanted.
+    """
+    found: dict[int, str] = {}
+    for row in np.flatnonzero(~valid).tolist():
+        try:
+            dataset.read(row, size)
+        except BrokenPicture as error:
+            found[row] = str(error)
+        else:
+            found[row] = "was broken when its turn came, and is not any more"
+    return found
 
 
 def check_broken(broken: Mapping[int, str], total: int, max_broken: float, dataset: Dataset) -> None:

@@ -238,14 +238,16 @@ def _refuse_changes(
         for key in sorted(settings)
         if old["config"].get(key) != settings.get(key)
     ]
-    changes += [f"{key} changed" for key in sorted(inputs) if old["inputs"].get(key) != inputs[key]]
+    known = old["inputs"]
+    changes += [f"{key} changed" for key in sorted(inputs | known) if known.get(key) != inputs.get(key)]
     changes += [
         f"{folder / output} is missing or changed"
         for output, facts in old["outputs"].items()
         if not (folder / output).is_file() or (folder / output).stat().st_size != facts["bytes"]
     ]
     if changes:
+        command = {"features": "extract", "eval": "eval"}.get(folder.name, name)
         raise UsageError(
-            f"{name} in {run} was made otherwise: {'; '.join(changes)}. Give {name} --overwrite to make it again, "
+            f"{name} in {run} was made otherwise: {'; '.join(changes)}. Give {command} --overwrite to make it again, "
             "or choose another --run"
         )

@@ -8,7 +8,10 @@ from ktransfer.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class PretextConfig(TrainOptions):
-    """Settings of the pretext stage; where the paper is known the defaults are its own (reference jigsawpp.md §1)."""
+    """Train a teacher on puzzles cut from unlabelled pictures.
+
+    Where the paper is known, the defaults are its own; docs/choices.md lists the rest.
+    """
 
     data: str | None = option(None, "pictures: a folder, a list of paths (.txt, .csv), or scenes:", execution=True)
     task: str = option("jigsawpp", "the puzzle: with foreign tiles, or the original", choices=("jigsawpp", "jigsaw"))

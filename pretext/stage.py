@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
         raise UsageError(
             f"--data {config.data}: {len(data)} pictures are too few; give at least {max(4, config.overfit)}"
         )
+    if 0 < config.limit < 4:
+        raise UsageError(f"--limit {config.limit}: too few pictures to learn from; give 0 (all) or at least 4")
     loop.choose_device(config)
     size = config.size or min(255, typical_short_side(data) // 3 * 3)
     _, tile, _ = _puzzle(config).geometry(size)
@@ -116,10 +118,11 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
 
 def _permutations(config: PretextConfig) -> Tensor:
     if config.permutation_file:
-        found = perms.from_file(Path(config.permutation_file))
-    else:
-        found = perms.generate(config.permutations, config.min_distance)
-    return torch.from_numpy(found).to(torch.int64)
+        return torch.from_numpy(perms.from_file(Path(config.permutation_file))).to(torch.int64)
+    return torch.from_numpy(_generated(config.permutations, config.min_distance)).to(torch.int64)
+
+
+_generated = lru_cache(perms.generate)  # a second each time, and the checks ask for it too
 
 
 def _puzzle(config: PretextConfig) -> PuzzleConfig:
@@ -176,14 +179,16 @@ def _accuracy(
     hits: list[Tensor] = []
     occlusions: list[Tensor] = []
     for chosen, pixels, valid, _ in pictures.batches(iter(batches)):
+        if not valid[:-1].any():
+            continue
         puzzles = make(Batch(chosen.to(device), pixels.to(device), valid.to(device), HELD_OUT_EPOCH))
         with loop.autocast(config, device):
             logits = model(puzzles.tiles)
         hits.append((logits.argmax(1) == puzzles.label).cpu())
         occlusions.append(puzzles.occluded.sum(1).cpu())
-    hit, occluded = torch.cat(hits).double(), torch.cat(occlusions)
-    if not len(hit):  # all of them are broken
+    if not hits:
         return {}
+    hit, occluded = torch.cat(hits).double(), torch.cat(occlusions)
     result = {"held_out_accuracy": float(hit.mean()), "held_out_puzzles": float(len(hit))}
     for number in occluded.unique().tolist():
         result[f"held_out_accuracy_{number}_occluded"] = float(hit[occluded == number].mean())

@@ -8,7 +8,10 @@ from ktransfer.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class RetrainConfig(TrainOptions):
-    """Settings of the retrain stage (reference jigsawpp.md §5: a standard AlexNet from scratch, settings not known)."""
+    """Train a target network from scratch to tell the pseudo-labels.
+
+    The paper's is a standard AlexNet, its settings are not known.
+    """
 
     data: str | None = option(None, "pictures; those that were labelled when not given", execution=True)
     labels: str | None = option(

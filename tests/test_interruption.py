@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,5 +125,107 @@ def final(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in FINAL}
 
 
-def test_reference(undisturbed):
-    assert set(undisturbed) == set(FINAL)
+def instants(stage: str, dice: random.Random) -> list[dict[str, Any]]:
+    """When to kill a stage: early, somewhere, before its last file is there, before it counts as done, and after."""
+    found: list[dict[str, Any]] = [{"event": dice.randint(1, 5)}, {"event": dice.randint(6, 12)}]
+    if stage in TRAINING:
+        found.append({"event": dice.randint(13, 50)})
+    if stage in ("pretext", "retrain", "eval"):
+        found.append({"before": "last.pt"})
+    found += [{"before": LAST[stage]}, {"done": True}, {"after": True}]
+    return [rule | {"step": STEPS.get(stage, stage)} for rule in found]
+
+
+def seconds_of(run: Path, stage: str) -> float:
+    folder = {"extract": "features", "cluster": "clusters", "assign": "clusters"}.get(stage, stage)
+    return float(json.loads((run / folder / "stage.json").read_text())[STEPS.get(stage, stage)]["seconds"])
+
+
+def test_killed_before_and_after_every_step(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
+    dice = random.Random(1)
+    for stage in STAGES:
+        for rule in instants(stage, dice):
+            status = launch("killed", chain(), kill=rule)
+            assert status == -signal.SIGKILL, (rule, (pictures / "log").read_text())
+    assert launch("killed", chain()) == 0
+    assert differing(pictures / "killed/mine", undisturbed) == []
+
+
+def test_killed_at_any_time(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
+    dice = random.Random(2)
+    landed = 0
+    for stage, words in STAGES.items():
+        line = ["--run", "mine", *words, *TRAINING.get(stage, ())]
+        longest = seconds_of(pictures / "whole/mine", stage)
+        for _ in range(3):
+            rule = {"step": STEPS.get(stage, stage), "seconds": dice.uniform(0, 0.6 * longest)}
+            status = launch("timed", line, kill=rule)
+            # How far it comes in that time is the machine's affair: it may also have ended before.
+            assert status in (0, -signal.SIGKILL), (pictures / "log").read_text()
+            landed += status != 0
+        assert launch("timed", line) == 0
+    assert landed >= 6
+    assert differing(pictures / "timed/mine", undisturbed) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "instant"),
+    [("pretext", {"before": "last.pt"}), ("extract", {"event": 30}), ("cluster", {"event": 12}), ("eval", {"event": 60})],
+)
+def test_ctrl_c_says_how_to_go_on(
+    pictures: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str, instant: dict[str, Any]
+) -> None:
+    folder = f"stopped-{stage}"
+    rule = instant | {"step": STEPS.get(stage, stage), "signal": signal.SIGINT}
+    assert launch(folder, chain(), kill=rule) == 130
+    said = (pictures / "log").read_text()
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("ktransfer: stopped;") and last.endswith(f"ktransfer {' '.join(chain())}")
+    assert launch(folder, chain()) == 0
+    assert differing(pictures / folder / "mine", undisturbed) == []
+
+
+def differing(run: Path, wanted: dict[str, bytes]) -> list[str]:
+    found = final(run)
+    return [name for name in FINAL if found[name] != wanted[name]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_disk(pictures: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str) -> None:
+    """A stage that cannot write says so in one line, leaves the stages before it whole, and goes on later."""
+    folder = pictures / f"full-{stage}"
+    shutil.copytree(pictures / "whole/mine", folder / "mine")
+    later = list(STAGES)[list(STAGES).index(stage) :]
+    for name in later:
+        forget(folder / "mine", name)
+    before = whole(folder / "mine")
+    assert launch(folder.name, chain(), largest=LARGEST) == 1
+    said = (pictures / "log").read_text()
+    lines = [line for line in said.splitlines() if line.startswith("ktransfer: ")]
+    print(said)
+    assert len(lines) == 1 and "Traceback" not in said, said
+    assert "File too large" in lines[0] and "report" not in lines[0], said
+    kept = whole(folder / "mine")
+    assert {name: kept.get(name) for name in before if not name.endswith("stage.json")} == {
+        name: data for name, data in before.items() if not name.endswith("stage.json")
+    }
+    assert launch(folder.name, chain()) == 0
+    assert differing(folder / "mine", undisturbed) == []
+
+
+LARGEST = 3000
+
+
+def forget(run: Path, stage: str) -> None:
+    """Make a run as it was before a stage."""
+    folder = {"extract": "features", "cluster": "clusters", "assign": "clusters"}.get(stage, stage)
+    record = run / folder / "stage.json"
+    steps = json.loads(record.read_text())
+    for name in steps.pop(STEPS.get(stage, stage))["outputs"]:
+        (run / folder / name).unlink()
+    record.write_text(json.dumps(steps))
+
+
+def whole(run: Path) -> dict[str, bytes]:
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}

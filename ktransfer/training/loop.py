@@ -4,10 +4,13 @@ Exact resume: batches are a pure function of the epoch, torch's own generator (d
 and a checkpoint holds weights, optimiser and the number of steps done.
 """
 
+import contextlib
 import json
 import math
 import resource
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -151,8 +154,7 @@ def fit(
     log = Log(folder / "metrics.jsonl", step)
     last_save, save_cost = time.monotonic(), 0.0
 
-    with bar(total * options.batch, label, done=step * options.batch) as shown:
-        # Ctrl-C writes no checkpoint: it may come in the middle of a step, whose half no resume could complete.
+    with bar(total * options.batch, label, done=step * options.batch) as shown, ctrl_c_between_steps() as stop:
         while step < total:
             epoch = step // per_epoch
             model.train()
@@ -170,13 +172,36 @@ def fit(
                 shown.update(options.batch)
                 if log.due() or step == total:
                     shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device))
-                if time.monotonic() - last_save > max(CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE):
+                if stop.is_set() or time.monotonic() - last_save > max(
+                    CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE
+                ):
                     started = time.monotonic()
                     _save(checkpoint, model, optimiser, step)
                     last_save = time.monotonic()
                     save_cost = last_save - started
+                if stop.is_set():
+                    raise KeyboardInterrupt
             if evaluate is not None:
                 log.note(step, epoch, evaluated(model, evaluate))
+
+
+@contextlib.contextmanager
+def ctrl_c_between_steps() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that no step is cut in two; the second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers there alone
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:

@@ -1,0 +1,41 @@
+"""A run with a small teacher, trained once and copied for each test that wants it."""
+
+import shutil
+
+import pytest
+
+SCENES = "scenes:images=40,size=48"
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory):
+    from ktransfer.pretext import pretext
+
+    run = tmp_path_factory.mktemp("taught") / "run"
+    pretext(run, data=SCENES, arch="vgg16_bn", width=0.05, epochs=1, batch=8, permutations=10)
+    return run
+
+
+@pytest.fixture
+def run(taught, tmp_path):
+    """A run folder of its own, whose pretext stage is done."""
+    shutil.copytree(taught, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """24 JPEGs in two classes, one of the files broken and one no picture: row 5 is `a/05.jpg`."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    root = tmp_path / "pics"
+    for place in range(24):
+        path = root / "ab"[place // 12] / f"{place:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((60, 50), Image.Resampling.BICUBIC).save(path)
+    (root / "a" / "05.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+    (root / "README.txt").write_text("not a picture")
+    return root
