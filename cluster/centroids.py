@@ -1,5 +1,6 @@
 """`clusters.h5`: the centroids, how they came about, and what features they belong to (DESIGN §4)."""
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,29 +40,28 @@ def write_centroids(
 ) -> None:
     """Write a clustering, whole or not at all; the same clustering gives the same bytes (no times are kept here)."""
 
-    def write(part: Path) -> None:
-        with h5py.File(part, "w") as file:
-            file["centroids"] = found.centroids
-            file["counts"] = found.counts
-            for name in ("objective", "empties", "splits", "moved"):
-                file[name] = np.asarray(getattr(found, name))
-            if projection is not None:
-                for name, value in zip(Projection._fields, projection, strict=True):
-                    file[f"pca/{name}"] = value
-            file.attrs.update(
-                {
-                    "schema": SCHEMA,
-                    "normalise": normalise,
-                    "final_objective": found.final_objective,
-                    "points": f"trained on {found.points_used} of {found.points_total}",
-                    "seed": found.seed,
-                    "engine": found.engine,
-                    "version": found.version,
-                }
-                | {name: str(features.attributes.get(name)) for name in SOURCE}
-            )
-
-    files.write_whole(path, write)
+    image = io.BytesIO()  # in memory: HDF5 may crash on a full disk
+    with h5py.File(image, "w") as file:
+        file["centroids"] = found.centroids
+        file["counts"] = found.counts
+        for name in ("objective", "empties", "splits", "moved"):
+            file[name] = np.asarray(getattr(found, name))
+        if projection is not None:
+            for name, value in zip(Projection._fields, projection, strict=True):
+                file[f"pca/{name}"] = value
+        file.attrs.update(
+            {
+                "schema": SCHEMA,
+                "normalise": normalise,
+                "final_objective": found.final_objective,
+                "points": f"trained on {found.points_used} of {found.points_total}",
+                "seed": found.seed,
+                "engine": found.engine,
+                "version": found.version,
+            }
+            | {name: str(features.attributes.get(name)) for name in SOURCE}
+        )
+    files.write_bytes(path, image.getvalue())
 
 
 def read_centroids(path: Path) -> Centroids:

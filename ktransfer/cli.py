@@ -5,8 +5,10 @@ rooms, and it imports them only when they are called.
 """
 
 import dataclasses
+import errno
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,6 +31,7 @@ STAGES = {
     "eval": ("ktransfer.eval.config", "EvalConfig", "ktransfer.eval.stage", "evaluate", "check"),
 }
 INHERIT_DATA = {"extract": "data", "cluster": "data", "retrain": "data", "eval": "labelled"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Call = tuple[str, dict[str, Any]]
 
 
@@ -243,10 +246,13 @@ def main(argv: list[str] | None = None) -> int:
         show()
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(f"stopped; nothing is lost. The same command goes on: ktransfer {' '.join(words)}", 130)
+        again = shlex.join(word for word in words if word != "--overwrite")
+        return _fail(f"stopped; nothing is lost. This goes on where it was: ktransfer {again}", 130)
     except OSError as error:
         show()
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}; finished stages are whole", 1)
+        remedy = "make room and give the same command again" if error.errno in FULL else "give the same command again"
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return _fail(f"{what}; finished stages are whole: {remedy}", 1)
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.errors import StageError, UsageError
-from ktransfer.files import PART, commit, write_json
+from ktransfer.files import PART, commit, reserve, write_json
 
 SCHEMA = 1
 DTYPES = ("float16", "float32")
 _PROGRESS = ".progress"
 _SAVE_SECONDS = 1.0
+HEADER_BYTES = 2**14  # more than HDF5 and the attributes need
 
 Attribute = str | int | float
 
@@ -284,6 +285,9 @@ def _create(
     import h5py
 
     n = len(encoded)
+    # HDF5 meets a full disk with a page of messages, at worst a crash: so the disk is asked first.
+    head = encoded.nbytes + n * 5 + HEADER_BYTES
+    reserve(part, head + n * dim * np.dtype(dtype).itemsize, head)
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)

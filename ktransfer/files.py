@@ -1,5 +1,6 @@
 """Files that are whole or not there: temporary name, fsync, rename."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,14 +10,29 @@ from pathlib import Path
 from typing import Any
 
 PART = ".part"
+PROBE = 2**20
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place; nothing half-written is ever read."""
+    """Let `write` fill a temporary file beside `path`, then rename it into place; nothing half-written is ever read.
+
+    Raises:
+        OSError: it cannot be written, also where a library behind `write` has other words for a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + PART)
-    write(part)
-    commit(part, path)
+    try:
+        try:
+            write(part)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                _append(part, bytes(PROBE))
+            raise
+        commit(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def commit(part: Path, path: Path) -> None:
@@ -65,5 +81,24 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def reserve(path: Path, size: int, head: int) -> None:
+    """Write a file of `size` bytes, all but the first `head` of them a hole: where even that fails, the disk is full.
+
+    Raises:
+        OSError: it is.
+    """
+    with path.open("wb") as handle:
+        handle.write(bytes(head))
+        handle.truncate(size)
+        os.fsync(handle.fileno())
+
+
 def _dump(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())

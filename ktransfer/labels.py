@@ -1,6 +1,7 @@
 """Pseudo-label files: `cluster` writes them, `retrain` reads them. Label -1 marks a broken picture."""
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def write_labels(
     paths = [folder / f"labels.{suffix}" for suffix in ("csv", "h5", "bin")]
     write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown))
     header: dict[str, str | int] = {"schema": SCHEMA, "k": k, "centroids": centroids, "fingerprint": fingerprint}
-    write_whole(paths[1], lambda part: _write_h5(part, keys, numbers, shown, header))
+    write_bytes(paths[1], _h5(keys, numbers, shown, header))
     write_bytes(paths[2], np.array([len(numbers)], dtype="<i4").tobytes() + numbers.tobytes())
     return paths
 
@@ -109,20 +110,21 @@ def _write_csv(part: Path, keys: Sequence[str], labels: NDArray[np.int32], dista
             rows.writerow((key, label, "" if label < 0 else str(distance)))
 
 
-def _write_h5(
-    part: Path,
+def _h5(
     keys: Sequence[str],
     labels: NDArray[np.int32],
     distances: NDArray[np.float32],
     header: dict[str, str | int],
-) -> None:
+) -> bytes:
     import h5py
 
-    with h5py.File(part, "w") as file:
+    image = io.BytesIO()  # in memory: HDF5 may crash on a full disk
+    with h5py.File(image, "w") as file:
         for name, value in header.items():
             file.attrs[name] = value
         for name, data in (("key", encode_keys(keys)), ("label", labels), ("distance", distances)):
             file.create_dataset(name, data=data)
+    return image.getvalue()
 
 
 def _read_csv(path: Path) -> Labels:

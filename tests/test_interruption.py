@@ -214,7 +214,7 @@ def test_full_disk(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]
     assert differing(folder / "mine", undisturbed) == []
 
 
-LARGEST = 3000
+LARGEST = 4000
 
 
 def forget(run: Path, stage: str) -> None:
