@@ -1,5 +1,6 @@
 """The extract stage: features of every picture, one pass, constant memory, resumable by rows."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,9 @@ def extract(run: str | Path, **options: Any) -> Path:
         return file
 
 
-def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> tuple[ExtractConfig, Dataset]:
+def check(
+    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
+) -> tuple[ExtractConfig, Dataset]:
     """Everything that can be found wrong before the work; the settings with data, layer and size resolved.
 
     Raises:
@@ -94,10 +97,11 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
         raise UsageError("extract: no pictures given, and the run has none; name them with --data")
     data = open_dataset(spec)
     loop.choose_device(config)
-    if not config.teacher and "pretext" in pending:
-        return replace(config, data=spec), data
-    weights = teacher_path(run, config)
-    network = networks.describe(weights)
+    if pending and "pretext" in pending and not config.teacher:
+        made_by = pending["pretext"]
+        network = Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
+    else:
+        network = networks.describe(teacher_path(run, config))
     network = networks.trunk(replace(network, size=config.size or network.size))
     model = networks.build(network, 0, "layers").eval()
     with networks.fitting(network), torch.no_grad():

@@ -130,7 +130,7 @@ def kmeans(
     with bar((iterations + 1) * rows.count, "k-means", "rows", done * rows.count) as shown:
         while len(state.objective) < iterations and not state.converged:
             state = _iterate(rows, state, engine, shown.update)
-            shown.set_postfix(iteration=len(state.objective), objective=f"{state.objective[-1]:.6g}")
+            shown.set_postfix(iteration=len(state.objective), objective=f"{state.objective[-1]:.6g}", refresh=False)
             if on_iteration:
                 on_iteration(state)
         last = engine.scan(rows, state.centroids, shown.update)

@@ -1,5 +1,6 @@
 """The cluster and assign stages: features in, centroids and pseudo-labels out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
     path = _features_path(run, config) or extract(run, data=config.data)
     features = open_features(path)
     inputs = {"features": output_hash(run, path)}
-    config = replace(config, features=str(path))
+    config = replace(config, features=str(path), data=config.data or _data_of(run, path))
     with begin(run, "clusters", "cluster", config, inputs, ["clusters.h5", "work"], config.overwrite, "cpu") as step:
         file = step.folder / "clusters.h5"
         if step.done:
@@ -64,7 +65,6 @@ def cluster(run: str | Path, **options: Any) -> Path:
             points_total=len(features.valid),
         )
         write_centroids(file, found, projection, config.normalise, features)
-        files.remove(work)
         sizes = np.sort(found.counts)
         step.finish(
             [file],
@@ -76,6 +76,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
                 "splits": found.splits,
             },
         )
+        files.remove(work)
         say(
             f"cluster: done; k = {config.k}, trained on {found.points_used} of {found.points_total} rows, "
             f"{len(found.objective)} iterations; sizes {sizes[0]} / {np.median(sizes):g} / {sizes[-1]} "
@@ -128,14 +129,15 @@ def assign(run: str | Path, **options: Any) -> Path:
         return step.folder / names[0]
 
 
-def check_cluster(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> ClusterConfig:
+def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> ClusterConfig:
     """Everything that can be found wrong before the work, k against the number of pictures first of all.
 
     Raises:
         UsageError: one line for what is wrong.
     """
     config = build(ClusterConfig, options, "cluster")
-    path = None if pending & {"pretext", "extract"} and not config.features else _features_path(run, config)
+    coming = {"pretext", "extract"} & set(pending or ())
+    path = None if coming and not config.features else _features_path(run, config)
     if path:
         features = open_features(path)
         count = int(features.valid.sum())
@@ -154,7 +156,7 @@ def check_cluster(run: Path, options: dict[str, Any], pending: frozenset[str] = 
     return config
 
 
-def check_assign(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> AssignConfig:
+def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> AssignConfig:
     """Everything that can be found wrong before the work.
 
     Raises:
@@ -167,7 +169,7 @@ def check_assign(run: Path, options: dict[str, Any], pending: frozenset[str] = f
         open_features(Path(config.features))
     if config.data:
         open_dataset(config.data)
-    if "cluster" not in pending:
+    if "cluster" not in (pending or ()):
         done_record(run, "clusters", "cluster", "cluster")
     return config
 
@@ -234,9 +236,17 @@ def _labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path
         return Path(config.features)
     if not config.data:
         return clustered
-    record = read_record(run, "features", clustered.stem)
-    same = {} if record is None else {key: record["config"][key] for key in SAME}
-    return extract(run, data=config.data, **same)
+    record = read_record(run, "features", clustered.stem) if clustered.parent == run / "features" else None
+    if record is None:
+        raise UsageError(
+            f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
+            "known; extract these pictures alike and give the file with --features"
+        )
+    data = open_dataset(config.data)
+    taken = read_record(run, "features", data.name)
+    # Many data sets are called "train".
+    name = None if not taken or taken["inputs"]["data"] == data.fingerprint else f"{data.name}-{data.fingerprint[:8]}"
+    return extract(run, data=config.data, name=name, **{key: record["config"][key] for key in SAME})
 
 
 def _data_of(run: Path, path: Path) -> str | None:

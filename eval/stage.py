@@ -1,5 +1,6 @@
 """The eval stage: networks and labelled pictures in, a table of what came across out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ktransfer import files, networks
 from ktransfer.config import build, result_settings
 from ktransfer.dataset import Dataset, open_parts
 from ktransfer.errors import UsageError
+from ktransfer.networks import Network
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, need_disk, output_hash, read_record
@@ -63,15 +65,15 @@ def evaluate(run: str | Path, **options: Any) -> Path:
         files.write_json(report, result)
         files.write_text(step.folder / "linear.csv", to_csv(result))
         files.write_text(step.folder / "linear.md", to_markdown(result))
-        files.remove(step.folder / "work")
         step.finish([step.folder / name for name in names])
+        files.remove(step.folder / "work")
         print(to_markdown(result))
         say(f"eval: done; {report}")
         return report
 
 
 def check(
-    run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()
+    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
 ) -> tuple[EvalConfig, tuple[Dataset, Dataset]]:
     """Everything that can be found wrong before the work; the settings with pictures, size and stride resolved.
 
@@ -87,9 +89,8 @@ def check(
         raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
     parts = open_parts(spec)
     config = replace(config, labelled=spec)
-    if pending & {"pretext", "retrain"}:
-        return config, parts
-    network = networks.describe(_final(run))
+    coming = _coming(run, pending or {})
+    network = coming or networks.describe(_final(run))
     size, stride = network.size, network.stride
     if network.task.startswith("jigsaw"):
         size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
@@ -102,7 +103,7 @@ def check(
             f"--cache {config.cache}: the maps need {needed / 1e9:.1f} GB; allow more, or name fewer --layers"
         )
     need_disk(run, needed, "eval")
-    for arm in _arms(run, config):
+    for arm in _arms(run, config, coming):
         if arm.weights:
             choose_layers(networks.build(arm.network, 0, "check"), arm.network, config.layers)
     return config, parts
@@ -117,13 +118,25 @@ def _final(run: Path) -> Path:
     raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
 
 
-def _arms(run: Path, config: EvalConfig) -> list[Arm]:
-    """Random weights, the run's own network, and those of the runs beside it."""
+def _coming(run: Path, pending: Mapping[str, Any]) -> Network | None:
+    """The final network that the stages before in the same line will make, if they do."""
+    if "retrain" in pending:
+        made_by = pending["retrain"]
+        return Network(made_by.arch, made_by.width, made_by.stride, made_by.size, 2, "imagenet", "pseudo-labels")
+    if "pretext" in pending and not read_record(run, "retrain", "retrain"):
+        made_by = pending["pretext"]
+        return Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
+    return None
+
+
+def _arms(run: Path, config: EvalConfig, coming: Network | None = None) -> list[Arm]:
+    """Random weights, the run's own network (`coming` where it is still to be made), and those of the runs beside."""
     runs = [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]
     found: list[Arm] = []
     for place in runs:
-        weights = _final(place)
-        network = resized(networks.describe(weights), config.size, config.stride)
+        mine = coming if place == run else None
+        weights = run / "to come" if mine else _final(place)
+        network = resized(mine or networks.describe(weights), config.size, config.stride)
         name = place.resolve().name
         if name in (arm.name for arm in found):
             raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")

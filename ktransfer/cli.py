@@ -75,13 +75,13 @@ def carry_out(
         raise UsageError("torchrun: several processes are not supported yet; start ktransfer itself, once")
     tables = _tables(file, recipe)
     wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
+    wanted = _complete(wanted, run_folder, tables)
     _inherit_data(wanted)
-    wanted = _with_assign(wanted, run_folder)
-    pending: set[str] = set()
+    pending: dict[str, Any] = {}  # stage -> its settings, for the checks of the stages after it
     for stage, given in wanted:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
-        check(run_folder, given, frozenset(pending))
-        pending.add(stage)
+        checked = check(run_folder, given, pending)
+        pending[stage] = checked[0] if isinstance(checked, tuple) else checked
     from ktransfer.run import locked
 
     with locked(run_folder):
@@ -125,15 +125,19 @@ def _inherit_data(wanted: list[Call]) -> None:
             given.setdefault(INHERIT_DATA[stage], latest)
 
 
-def _with_assign(wanted: list[Call], run: Path) -> list[Call]:
-    """`retrain` on pseudo-labels runs `assign` first, where neither the line nor the run has it."""
+def _complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) -> list[Call]:
+    """Add the stages that others run first: `assign` before `retrain`, and an `extract` that has its own settings."""
     found: list[Call] = []
     for stage, given in wanted:
         before = [name for name, _ in found]
-        there = "assign" in before or ("cluster" not in before and _assigned(run))
-        if stage == "retrain" and not given.get("labels") and not there:
+        if stage == "cluster" and "extract" in tables and "extract" not in before and not given.get("features"):
+            found.append(("extract", dict(tables["extract"])))
+        told = "assign" in tables or "cluster" in before
+        there = "assign" in before or (not told and _assigned(run))
+        asks = given.get("arch") == "list"
+        if stage == "retrain" and not given.get("labels") and not there and not asks:
             again = any(name == "cluster" and options.get("overwrite") for name, options in found)
-            found.append(("assign", {"overwrite": again}))
+            found.append(("assign", tables.get("assign", {}) | {"overwrite": again}))
         found.append((stage, given))
     return found
 
@@ -143,8 +147,9 @@ def _assigned(run: Path) -> bool:
     from ktransfer.run import output_hash, read_record
 
     made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
-    current = made and made["state"] == "done" and centroids.is_file()
-    return bool(current) and made["inputs"]["centroids"] == output_hash(run, centroids)
+    if not made or made["state"] != "done" or not centroids.is_file():
+        return False
+    return bool(made["inputs"]["centroids"] == output_hash(run, centroids))
 
 
 def _stage_command(stage: str) -> click.Command:

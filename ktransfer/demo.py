@@ -18,6 +18,7 @@ from ktransfer.run import read_record
 
 IMAGES = 2000
 SIZE = 96
+CLUSTERS = 50
 
 STAGES = {
     "pretext": pretext,
@@ -27,9 +28,11 @@ STAGES = {
     "retrain": retrain,
     "eval": evaluate,
 }
-PUZZLE = {"permutations": 100, "batch": 64, "lr": 0.05}
+PUZZLE = {"permutations": 100, "epochs": 40, "batch": 64, "lr": 0.05}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.5}
 LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 25, "crop": 0.3}
+
+PROBE = {"epochs": 20}
 
 
 def run_demo(out: Path, images: int = 0) -> None:
@@ -45,14 +48,14 @@ def run_demo(out: Path, images: int = 0) -> None:
     data = f"scenes:images={images or IMAGES},size={SIZE}"
     transfer, direct, supervised = (out / name for name in ("transfer", "direct", "supervised"))
     line: list[tuple[Path, str, dict[str, Any]]] = [
-        (transfer, "pretext", {"data": data, "arch": "vgg16_bn", "width": 0.25, "epochs": 50} | PUZZLE),
+        (transfer, "pretext", {"data": data, "arch": "vgg16_bn", "width": 0.25} | PUZZLE),
         (transfer, "extract", {}),
-        (transfer, "cluster", {"k": 50}),
+        (transfer, "cluster", {"k": CLUSTERS}),
         (transfer, "assign", {}),
         (transfer, "retrain", TARGET | LEARN),
-        (direct, "pretext", {"data": data, "epochs": 50} | TARGET | PUZZLE),
+        (direct, "pretext", {"data": data} | TARGET | PUZZLE),
         (supervised, "retrain", {"data": data, "labels": "classes"} | TARGET | LEARN),
-        (transfer, "eval", {"labelled": data, "beside": f"{direct},{supervised}", "epochs": 20}),
+        (transfer, "eval", {"labelled": data, "beside": f"{direct},{supervised}"} | PROBE),
     ]
     for run, stage, options in line:
         say(f"\n$ {in_words(run, stage, options)}")

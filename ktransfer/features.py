@@ -307,7 +307,10 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StageError(f"{path}: cannot write the features: {_one_line(error)}") from error
+        why = error.strerror or _one_line(error)
+        raise StageError(
+            f"{path}: cannot write the features ({why}); make room and give the same command again"
+        ) from error
 
 
 def _plain(value: Any) -> Attribute:

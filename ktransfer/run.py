@@ -23,6 +23,7 @@ from ktransfer.errors import KTransferError, UsageError
 from ktransfer.progress import say
 
 RECORD = "stage.json"
+NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
 _locks: dict[Path, int] = {}
 
 
@@ -216,7 +217,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(steps, dict) or not all(
-            isinstance(step, dict) and "state" in step for step in steps.values()
+            isinstance(step, dict) and step.keys() >= NEEDED for step in steps.values()
         ):
             raise ValueError("not a table of steps")
     except (FileNotFoundError, NotADirectoryError):

@@ -1,6 +1,7 @@
 """The pretext stage: pictures in, a teacher that solves puzzles out."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -88,7 +89,9 @@ def pretext(run: str | Path, **options: Any) -> Path:
         return weights
 
 
-def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> tuple[PretextConfig, Dataset]:
+def check(
+    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
+) -> tuple[PretextConfig, Dataset]:
     """Everything that can be found wrong before the work; the settings with `size` and `tile` resolved.
 
     Raises:

@@ -1,5 +1,6 @@
 """The retrain stage: pseudo-labels in, a target network that learned them from scratch out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,9 @@ def retrain(run: str | Path, **options: Any) -> Path:
         return weights
 
 
-def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozenset()) -> tuple[RetrainConfig, Dataset]:
+def check(
+    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
+) -> tuple[RetrainConfig, Dataset]:
     """Everything that can be found wrong before the work; the settings with data and size resolved.
 
     Raises:
@@ -91,10 +94,10 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
     data = open_dataset(_data_spec(run, config))
     loop.choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
-    config = replace(config, size=size)
+    config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
-    if config.labels or not pending & {"cluster", "assign"}:
+    if config.labels or not {"cluster", "assign"} & set(pending or ()):
         _labels(run, config, data)
     _check_input(config)
     return config, data
@@ -103,7 +106,7 @@ def check(run: Path, options: dict[str, Any], pending: frozenset[str] = frozense
 def _data_spec(run: Path, config: RetrainConfig) -> str:
     if config.data:
         return config.data
-    for stage, name in (("clusters", "assign"), ("pretext", "pretext")):
+    for stage, name in (("clusters", "assign"), ("clusters", "cluster"), ("pretext", "pretext")):
         record = read_record(run, stage, name)
         if record and record["config"].get("data"):
             return str(record["config"]["data"])
@@ -130,7 +133,12 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         return torch.from_numpy(data.targets.astype(np.int64)), data.fingerprint
     path = Path(config.labels) if config.labels else run / "clusters" / "labels.csv"
     if not config.labels:
-        done_record(run, "clusters", "assign", "assign")
+        made = done_record(run, "clusters", "assign", "assign")
+        centroids = run / "clusters" / "clusters.h5"
+        if centroids.is_file() and made["inputs"]["centroids"] != output_hash(run, centroids):
+            raise UsageError(
+                f"{path}: belongs to older clusters; make it again: ktransfer --run {run} assign --overwrite"
+            )
     found = read_labels(path)
     digest = output_hash(run, path)
     if found.keys is None:

@@ -7,6 +7,7 @@ signal}. `kill` says when the child gets `signal`, counted from the moment when 
     "event": n      at the n-th file operation (opening, renaming, removing, making a folder)
     "seconds": t    after t seconds
     "before": name  when a file of that name is about to be renamed into place
+    "behind": name  at the file operation after that
     "done": true    when the step is about to be recorded as done
     "after": true   when that has just happened
 
@@ -52,8 +53,11 @@ def watch(rule: dict[str, Any]) -> None:
         if not armed or event not in FILE_EVENTS:
             return
         left -= 1
-        if left == 0 or (event == "os.rename" and Path(os.fsdecode(arguments[1])).name == rule.get("before")):
+        placed = Path(os.fsdecode(arguments[1])).name if event == "os.rename" else ""
+        if left == 0 or (placed and placed == rule.get("before")):
             strike()
+        if placed and placed == rule.get("behind"):
+            left = 1
 
     def wait_and_strike() -> None:
         time.sleep(rule["seconds"])

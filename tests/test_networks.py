@@ -123,7 +123,8 @@ def test_vgg_is_torchvisions_up_to_conv4_3(arch):
         expected = prefix.eval()(x)
         layers = networks.layers(Network(arch), trunk.eval())
         found = networks.feature_maps(trunk, layers, x)
-    assert list(found) == "conv1_1 conv1_2 conv2_1 conv2_2 conv3_1 conv3_2 conv3_3 conv4_1 conv4_2 conv4_3".split()
+    places = ((1, 2), (2, 2), (3, 3), (4, 3))
+    assert list(found) == [f"conv{block}_{place}" for block, count in places for place in range(1, count + 1)]
     assert expected.shape == (1, 512, 5, 5)
     torch.testing.assert_close(found["conv4_3"], expected)
     assert [v.shape[1] for v in found.values()] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 3
@@ -145,7 +146,9 @@ def test_width_scales_all_channels_in_steps_of_eight():
     assert channels == [48, 128, 192, 192, 128]
     assert (half.fc6.out_features, half.fc7.out_features, half.fc8.out_features) == (2048, 2048, 7)
     thin = networks.build(Network("vgg16", 0.125), 0, "t")
-    assert [m.out_channels for m in thin.modules() if isinstance(m, nn.Conv2d)] == [8] * 2 + [16] * 2 + [32] * 3 + [64] * 3
+    assert [m.out_channels for m in thin.modules() if isinstance(m, nn.Conv2d)] == [8] * 2 + [16] * 2 + [32] * 3 + [
+        64
+    ] * 3
 
 
 def test_layers_of_torchvisions_networks_are_maps():

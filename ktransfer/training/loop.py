@@ -171,7 +171,8 @@ def fit(
                 log.add(sums | {"loss": value.detach() * sums["count"]}, wait)
                 shown.update(options.batch)
                 if log.due() or step == total:
-                    shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device))
+                    # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
+                    shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device), False)
                 if stop.is_set() or time.monotonic() - last_save > max(
                     CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE
                 ):

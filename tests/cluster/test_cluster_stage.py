@@ -185,23 +185,30 @@ def test_without_a_clustering(run):
     assert not (run / "clusters").exists()
 
 
-def test_another_data_set_is_extracted_alike_and_labelled(run):
-    extract(run, layer="conv3_1", pool=2, size=40, l2=True, dtype="float32")
-    file = cluster(run, k=5)
+def test_another_data_set_of_the_same_name(run):
+    cluster(run, k=5)
+    before = (run / "features" / "scenes.h5").read_bytes()
     assign(run, data=OTHER)
     data = open_dataset(OTHER)
-    made = [step for step in records(run, "features").values() if step["inputs"]["data"] == data.fingerprint]
-    assert len(made) == 1 or data.name == "scenes"
-    lines = table(run)
-    assert [line["key"] for line in lines] == list(data.keys)
-    assert file.is_file()
+    assert [line["key"] for line in table(run)] == list(data.keys)
+    assert (run / "features" / "scenes.h5").read_bytes() == before
+    name = f"scenes-{data.fingerprint[:8]}"
+    assert set(records(run, "features")) == {"scenes", name}
+    assert records(run)["assign"]["config"]["features"] == str(run / "features" / f"{name}.h5")
+    assign(run, data=OTHER)  # done before
 
 
-def test_other_pictures(run, folder):
+def test_features_from_elsewhere_do_not_say_how_others_are_made(run, planted):
+    cluster(run, features=str(planted[0]), k=5)
+    with pytest.raises(UsageError, match=r"not extracted in this run.*--features"):
+        assign(run, data=OTHER)
+    assert not (run / "features").exists()
+
+
+def test_another_data_set_is_extracted_alike_and_labelled(run, folder):
     extract(run, layer="conv3_1", pool=2, size=40, l2=True, dtype="float32")
     file = cluster(run, k=5)
-    for row in (5,):
-        next(folder.glob(f"*/{row:02d}.jpg")).unlink()
+    (folder / "a" / "05.jpg").unlink()
     assign(run, data=str(folder))
     first, second = records(run, "features")["scenes"]["config"], records(run, "features")["pics"]["config"]
     for name in ("layer", "pool", "size", "l2", "dtype", "teacher", "precision"):

@@ -1,0 +1,235 @@
+"""The eval stage: which networks it judges, its files, and its refusals."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+from ktransfer import networks
+from ktransfer.errors import UsageError
+from ktransfer.eval import EvalConfig, evaluate, stage
+from ktransfer.networks import Network
+from ktransfer.pretext import pretext
+from ktransfer.retrain import retrain
+
+SCENES = "scenes:images=40,size=48"
+FAST = {"epochs": 1, "batch": 8, "lrs": "0.001,0.003", "precision": "float32"}
+NAMES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs: `puzzle` holds a teacher alone, `target` a network that learned the classes."""
+    home = tmp_path_factory.mktemp("runs")
+    pretext(home / "puzzle", data=SCENES, arch="alexnet_bn", width=0.05, epochs=1, batch=8, permutations=5)
+    target = {"arch": "alexnet_bn", "width": 0.05, "stride": 2, "epochs": 1, "batch": 8}
+    retrain(home / "target", data=SCENES, labels="classes", **target)
+    return home
+
+
+@pytest.fixture
+def runs(made, tmp_path):
+    shutil.copytree(made, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def result(run):
+    return json.loads((run / "eval" / "linear.json").read_text())
+
+
+def test_a_network_and_its_random_twin(runs, capsys):
+    run = runs / "target"
+    path = evaluate(run, **FAST)
+    assert path == run / "eval" / "linear.json"
+    found = result(run)
+    assert found["protocol"] == "linear/1"
+    assert found["data"] == {"train": 40, "test": 12, "classes": 12}
+    assert found["chance"] == pytest.approx(1 / 12)
+    assert found["settings"]["epochs"] == 1
+    assert list(found["arms"]) == ["random", "target"]
+    assert [arm["task"] for arm in found["arms"].values()] == ["random", "classes"]
+    for arm in found["arms"].values():
+        assert list(arm["layers"]) == NAMES
+    random, mine = found["arms"].values()
+    for name in NAMES:  # alike but for the weights
+        assert random["layers"][name]["numbers"] == mine["layers"][name]["numbers"]
+        for layer in (random["layers"][name], mine["layers"][name]):
+            assert layer["top1"] * 12 == pytest.approx(round(layer["top1"] * 12))
+    assert random["layers"] != mine["layers"]
+    assert sorted(p.name for p in (run / "eval").iterdir()) == [
+        "linear.csv",
+        "linear.json",
+        "linear.md",
+        "stage.json",
+    ]
+
+    text = (run / "eval" / "linear.md").read_text()
+    assert text in capsys.readouterr().out
+    with (run / "eval" / "linear.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(row["arm"], row["layer"]) for row in rows] == [(arm, name) for arm in found["arms"] for name in NAMES]
+    for row in rows:
+        layer = found["arms"][row["arm"]]["layers"][row["layer"]]
+        assert float(row["top1"]) == pytest.approx(layer["top1"], abs=1e-6)
+        assert float(row["mean_class_high"]) == pytest.approx(layer["mean_class_interval"][1], abs=1e-6)
+        assert f"{100 * layer['top1']:.1f} ±" in text
+
+    before = {p.name: p.read_bytes() for p in (run / "eval").iterdir()}
+    assert evaluate(run, **FAST) == path
+    assert text in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in (run / "eval").iterdir()} == before
+    with pytest.raises(UsageError, match=r"epochs was 1, is 2.*eval --overwrite"):
+        evaluate(run, **(FAST | {"epochs": 2}))
+    evaluate(run, overwrite=True, **(FAST | {"random": False, "layers": "conv5,conv2"}))
+    found = result(run)
+    assert list(found["arms"]) == ["target"]
+    assert list(found["arms"]["target"]["layers"]) == ["conv5", "conv2"]
+
+
+def test_a_teacher_alone_is_judged_on_its_trunk(runs):
+    run = runs / "puzzle"
+    evaluate(run, random=False, **FAST)
+    arm = result(run)["arms"]["puzzle"]
+    assert (arm["task"], arm["arch"], arm["width"]) == ("jigsawpp", "alexnet_bn", 0.05)
+    assert list(arm["layers"]) == NAMES
+    # 7/8 of 48 pixels in steps of eight, with the stride of whole pictures.
+    config = json.loads((run / "eval" / "stage.json").read_text())["linear"]["config"]
+    assert (config["size"], config["stride"], config["labelled"]) == (40, 4, SCENES)
+
+
+def test_the_retrained_network_is_judged_before_the_teacher(runs):
+    shutil.copytree(runs / "puzzle" / "pretext", runs / "target" / "pretext")
+    evaluate(runs / "target", random=False, layers="conv1", **FAST)
+    assert result(runs / "target")["arms"]["target"]["task"] == "classes"
+
+
+def test_an_unfinished_retraining_is_not_passed_over(runs):
+    shutil.copytree(runs / "puzzle" / "pretext", runs / "target" / "pretext")
+    record = runs / "target" / "retrain" / "stage.json"
+    record.write_text(record.read_text().replace('"done"', '"running"'))
+    with pytest.raises(UsageError, match=r"retrain is not finished.*retrain"):
+        evaluate(runs / "target", **FAST)
+    assert not (runs / "target" / "eval").exists()
+
+
+def test_beside(runs):
+    evaluate(runs / "target", beside=f"{runs / 'puzzle'}", layers="conv1,conv3", **FAST)
+    found = result(runs / "target")["arms"]
+    assert list(found) == ["random", "target", "puzzle"]
+    assert [arm["task"] for arm in found.values()] == ["random", "classes", "jigsawpp"]
+    with pytest.raises(UsageError, match=r"puzzle changed.*eval --overwrite"):
+        evaluate(runs / "target", layers="conv1,conv3", **FAST)
+
+
+def judged(monkeypatch):
+    """Replace the judging by a note of who was judged, with which weights."""
+    seen = []
+
+    def fake(arm, parts, config, folder, device):
+        seen.append((arm.name, arm.weights, arm.network))
+        numbers = {
+            "numbers": 1,
+            "lr": 0.1,
+            "top1": len(seen) / 100,
+            "top1_interval": [0, 1],
+            "mean_class": 0.5,
+            "mean_class_interval": [0, 1],
+        }
+        return {"task": arm.network.task, "arch": arm.network.arch, "width": 1, "layers": {"conv1": numbers}}
+
+    monkeypatch.setattr(stage, "judge", fake)
+    return seen
+
+
+def test_names_with_dots_do_not_share_their_numbers(runs, monkeypatch):
+    for name in ("exp.1", "exp.2"):
+        (runs / "target").rename(runs / name) if name == "exp.2" else shutil.copytree(runs / "puzzle", runs / name)
+    seen = judged(monkeypatch)
+    evaluate(runs / "exp.2", beside=str(runs / "exp.1"), **FAST)
+    assert [name for name, _, _ in seen] == ["random", "exp.2", "exp.1"]
+    assert [arm["layers"]["conv1"]["top1"] for arm in result(runs / "exp.2")["arms"].values()] == [0.01, 0.02, 0.03]
+
+
+def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
+    seen = judged(monkeypatch)
+    fake = stage.judge
+
+    def killed(arm, *rest):
+        if arm.name == "puzzle" and len(seen) == 2:
+            raise KeyboardInterrupt
+        return fake(arm, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "judge", killed)
+        evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
+    assert not (runs / "target" / "eval" / "linear.json").exists()
+    evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
+    assert [name for name, _, _ in seen] == ["random", "target", "puzzle"]
+    assert [arm["layers"]["conv1"]["top1"] for arm in result(runs / "target")["arms"].values()] == [0.01, 0.02, 0.03]
+    assert not (runs / "target" / "eval" / "work").exists()
+
+
+def test_runs_of_the_same_name(runs, tmp_path):
+    shutil.copytree(runs / "puzzle", tmp_path / "elsewhere" / "target")
+    with pytest.raises(UsageError, match=r"a second run named 'target'"):
+        evaluate(runs / "target", beside=str(tmp_path / "elsewhere" / "target"), **FAST)
+    (runs / "target").rename(runs / "random")
+    with pytest.raises(UsageError, match=r"a run named 'random'.*--no-random"):
+        evaluate(runs / "random", **FAST)
+    assert not (runs / "random" / "eval").exists()
+    evaluate(runs / "random", random=False, layers="conv1", **FAST)
+    assert result(runs / "random")["arms"]["random"]["task"] == "classes"
+
+
+def test_the_room_that_the_maps_need_is_checked_before(runs):
+    with pytest.raises(UsageError, match=r"--cache 1e-06: the maps need 0\.\d GB.*--layers") as caught:
+        evaluate(runs / "target", cache=1e-6, **FAST)
+    assert "\n" not in str(caught.value)
+    assert not (runs / "target" / "eval").exists()
+
+
+def test_other_size_and_stride_than_in_training(runs):
+    evaluate(runs / "target", size=64, stride=4, layers="conv1", random=False, **FAST)
+    assert result(runs / "target")["arms"]["target"]["layers"]["conv1"]["grid"] == 10
+
+
+def test_random_weights_have_the_layers_of_the_network(runs):
+    """A retrained VGG keeps its fifth block beside random weights; AlexNets are judged without their classifier."""
+    run = runs / "target"
+    weights = run / "retrain" / "model.safetensors"
+    for arch, classes in (("vgg16", 5), ("resnet18", 5), ("alexnet", 0)):
+        networks.save(weights, {}, Network(arch, size=32, classes=5, task="pseudo-labels"))
+        random, mine = stage._arms(run, EvalConfig(size=64, stride=3))
+        assert mine.network == Network(arch, 1.0, 3, 64, classes, task="pseudo-labels")
+        assert random.network == Network(arch, 1.0, 3, 64, classes, task="random")
+        assert (random.weights, mine.weights) == (None, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layers": "conv1,conv9"}, r"--layers conv9: alexnet_bn has no such layer; did you mean 'conv\d'"),
+        ({"size": 8}, "--size 8: alexnet_bn does not take pictures so small"),
+        ({"lrs": "fast"}, "--lrs fast"),
+        ({"labelled": "nowhere"}, "nowhere does not exist"),
+        ({"protocol": "guess"}, "linear"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"beside": "nowhere"}, "--run nowhere: holds no finished network"),
+    ],
+)
+def test_misuse_is_one_line_and_writes_nothing(runs, options, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        evaluate(runs / "target", **(FAST | options))
+    assert "\n" not in str(caught.value)
+    assert not (runs / "target" / "eval").exists()
+
+
+def test_pictures_without_parts_and_runs_without_networks(runs, folder, tmp_path):
+    with pytest.raises(UsageError, match=r"--labelled takes a root with train"):
+        evaluate(runs / "target", labelled=str(folder), **FAST)
+    with pytest.raises(UsageError, match="no labelled pictures"):
+        evaluate(tmp_path / "new", **FAST)
+    with pytest.raises(UsageError, match="holds no finished network"):
+        evaluate(tmp_path / "new", labelled=SCENES, **FAST)
+    assert not (tmp_path / "new").exists()

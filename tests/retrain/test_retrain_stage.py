@@ -1,0 +1,287 @@
+"""The retrain stage: labels in, a network that learned them out, whichever file they come from."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision import models as zoo
+
+from ktransfer import networks
+from ktransfer.dataset import open_dataset
+from ktransfer.errors import StageError, UsageError
+from ktransfer.labels import write_labels
+from ktransfer.networks import Network
+from ktransfer.retrain import retrain, stage
+from ktransfer.retrain.config import RetrainConfig
+from ktransfer.training import loop
+
+SCENES = "scenes:images=40,size=48"
+SMALL = {
+    "data": SCENES,
+    "labels": "classes",
+    "arch": "alexnet_bn",
+    "width": 0.05,
+    "stride": 2,
+    "epochs": 2,
+    "batch": 16,
+    "precision": "float32",
+    "device": "cpu",
+}
+
+
+def record(run):
+    return json.loads((run / "retrain" / "stage.json").read_text())["retrain"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "retrain" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """40 noisy pictures, red or blue, in class folders."""
+    root = tmp_path_factory.mktemp("data") / "coloured"
+    random = np.random.default_rng(0)
+    for row in range(40):
+        name = ("red", "blue")[row % 2]
+        pixels = random.integers(0, 120, (40, 44, 3), np.uint8)
+        pixels[..., 0 if name == "red" else 2] += 100
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / name / f"{row:02}.png")
+    return str(root)
+
+
+def label_files(folder, data, labels):
+    keys = list(open_dataset(data).keys)
+    labels = np.asarray(labels, np.int32)
+    return write_labels(folder, keys, labels, np.zeros(len(labels), np.float32), int(labels.max()) + 1, "c", "f")
+
+
+def test_it_learns_red_from_blue_and_the_files_say_so(tmp_path, coloured):
+    options = {"data": coloured, "width": 0.1, "epochs": 12, "batch": 10, "lr": 0.02, "crop": 0.3}
+    weights = retrain(tmp_path, **SMALL | options)
+    last = metrics(tmp_path)[-1]
+    assert last["step"] == 48 and record(tmp_path)["state"] == "done"
+    network = networks.describe(weights)
+    size = int(40 / (8 / 7)) // 8 * 8
+    assert network == Network("alexnet_bn", 0.1, 2, size, 2, "imagenet", "classes")
+    model = networks.load(weights, network).eval()
+    data = open_dataset(coloured)
+    pixels = torch.stack([torch.tensor(data.read(row, None)).permute(2, 0, 1)[:, :size, :size] for row in range(40)])
+    found = model(networks.normalise(pixels, "imagenet")).argmax(1)
+    assert (found.numpy() == data.targets).mean() > 0.95
+    files = {path.name for path in weights.parent.iterdir()}
+    assert files == {"stage.json", "metrics.jsonl", "model.safetensors"}
+    assert record(tmp_path)["result"] == {"classes": 2, "pictures": 40}
+
+
+def test_training_accuracy_is_logged_and_rises(tmp_path, coloured, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0)
+    retrain(tmp_path, **SMALL | {"data": coloured, "width": 0.1, "epochs": 15, "batch": 10, "lr": 0.02, "crop": 0.3})
+    accuracy = [line["accuracy"] for line in metrics(tmp_path)]
+    assert len(accuracy) == 60 and np.mean(accuracy[-12:]) > 0.95
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[0] == pytest.approx(math.log(2), rel=0.05) and np.mean(losses[-12:]) < 0.3
+
+
+def test_a_resnet_loads_strictly_into_torchvision(tmp_path):
+    options = {"arch": "resnet18", "width": 1.0, "epochs": 1, "size": 32, "batch": 8}
+    weights = retrain(tmp_path, **SMALL | options)
+    classes = networks.describe(weights).classes
+    assert classes == len(open_dataset(SCENES).classes)
+    model = zoo.resnet18(num_classes=classes)
+    model.load_state_dict(load_file(weights), strict=True)
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
+
+
+def test_the_papers_alexnet_keeps_its_names(tmp_path):
+    weights = retrain(tmp_path, **SMALL | {"arch": "alexnet", "epochs": 1})
+    state = load_file(weights)
+    layers = [*(f"conv{number}" for number in range(1, 6)), "fc6", "fc7", "fc8"]
+    expected = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    assert set(state) == expected
+    assert state["fc8.weight"].shape[0] == len(open_dataset(SCENES).classes)
+
+
+def test_every_label_format_trains_the_same_network(tmp_path):
+    labels = np.arange(40) * 7 % 5
+    labels[[3, 9]] = -1
+    paths = label_files(tmp_path / "labels", SCENES, labels)
+    assert [path.suffix for path in paths] == [".csv", ".h5", ".bin"]
+    made = [retrain(tmp_path / path.suffix, **SMALL | {"labels": str(path), "epochs": 1}) for path in paths]
+    assert len({path.read_bytes() for path in made}) == 1
+    assert networks.describe(made[0]).task == "pseudo-labels" and networks.describe(made[0]).classes == 5
+    assert record(tmp_path / ".csv")["result"] == {"classes": 5, "pictures": 38}
+
+
+def test_keys_may_come_in_any_order_and_need_not_be_all(tmp_path):
+    data = open_dataset(SCENES)
+    path = tmp_path / "labels.csv"
+    with path.open("w", newline="") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(("label", "key"))
+        rows.writerows((row % 3, data.keys[row]) for row in reversed(range(0, 40, 2)))
+    config = replace(RetrainConfig(), labels=str(path))
+    labels, digest = stage._labels(tmp_path, config, data)
+    assert labels.tolist() == [row % 3 if row % 2 == 0 else -1 for row in range(40)]
+    assert len(digest) == 64
+
+
+def test_rows_without_a_label_are_not_trained_on(tmp_path, monkeypatch):
+    labels = np.arange(40) % 4
+    labels[10:30] = -1
+    path = label_files(tmp_path / "labels", SCENES, labels)[0]
+    seen = []
+    real = stage._loss
+
+    def watched(model, batch, labels, **more):
+        seen.extend(batch.rows.tolist())
+        assert (labels[batch.rows] >= 0).all()
+        return real(model, batch, labels=labels, **more)
+
+    monkeypatch.setattr(stage, "_loss", watched)
+    retrain(tmp_path / "run", **SMALL | {"labels": str(path), "batch": 5, "epochs": 3})
+    assert len(seen) == 60 and set(seen) == {*range(10), *range(30, 40)}
+
+
+def test_uniform_draws_clusters_equally_often():
+    labels = torch.tensor([-1] * 5 + [0] * 400 + [1] * 40 + [3] * 4)  # cluster 2 is empty
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    rows = torch.nonzero(labels >= 0)[:, 0]
+    config = replace(RetrainConfig(), uniform=True, batch=37)
+    epochs = [stage._batches(rows, labels, config, epoch) for epoch in range(20)]
+    assert all(batches.shape == (12, 37) for batches in epochs)
+    drawn = torch.stack(epochs).flatten()
+    counts = torch.bincount(labels[drawn], minlength=4)
+    assert counts[2] == 0 and (labels[drawn] >= 0).all()
+    expected = len(drawn) / 3
+    assert all(abs(counts[label] - expected) < 5 * math.sqrt(expected) for label in (0, 1, 3))
+    within = torch.bincount(drawn, minlength=len(labels))
+    assert (within[labels == 1] > 0).all()  # within a cluster, all of its pictures, equally often
+    for label in (1, 3):
+        share = within[labels == label] / counts[label] * (labels == label).sum()
+        assert (share - 1).abs().max() < 0.6
+    first = torch.bincount(labels[epochs[0][0]], minlength=4)
+    assert (first[[0, 1, 3]] > 3).all()  # and in each batch
+    assert torch.equal(stage._batches(rows, labels, config, 3), epochs[3]) and not torch.equal(epochs[2], epochs[3])
+
+
+def test_without_uniform_every_labelled_picture_comes_once():
+    labels = torch.tensor([0, 1, -1, 0, 1, 1, -1, 0])
+    rows = torch.nonzero(labels >= 0)[:, 0]
+    batches = stage._batches(rows, labels, replace(RetrainConfig(), batch=3), 0)
+    assert batches.shape == (2, 3) and sorted(batches.flatten().tolist()) == rows.tolist()
+
+
+def test_the_loss_is_cross_entropy_of_the_valid_crops():
+    config = replace(RetrainConfig(), size=32, arch="alexnet", width=0.05, stride=2, crop=1.0)
+    network = Network("alexnet", 0.05, 2, 32, 4)
+    model = networks.build(network, 0, "t").eval()
+    pixels = torch.randint(0, 256, (3, 3, 36, 36), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.tensor([9, 9, 3, 1, 2])
+    rows = torch.tensor([2, 4, 3])
+    both = torch.ones(3).bool()
+    value, sums = stage._loss(model, loop.Batch(rows, pixels, both, 0), labels, network, config)
+    losses = [
+        stage._loss(model, loop.Batch(rows[i : i + 1], pixels[i : i + 1], both[:1], 0), labels, network, config)[0]
+        for i in range(3)
+    ]
+    assert value.item() == pytest.approx(sum(losses).item() / 3, rel=1e-5) and sums["count"] == 3
+    valid = torch.tensor([True, False, True])
+    value, sums = stage._loss(model, loop.Batch(rows, pixels, valid, 0), labels, network, config)
+    assert value.item() == pytest.approx((losses[0] + losses[2]).item() / 2, rel=1e-5) and sums["count"] == 2
+
+
+def test_broken_pictures_are_counted_and_borne_up_to_a_share(tmp_path, coloured):
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+    for row in range(20):
+        Image.new("RGB", (40, 40), (row * 10, 0, 0)).save(root / "ab"[row % 2] / f"{row:02}.png")
+    (root / "a" / "04.png").write_bytes(b"")
+    options = SMALL | {"data": str(root), "epochs": 1, "batch": 10}
+    weights = retrain(tmp_path / "run", **options, max_broken=0.05)
+    assert record(tmp_path / "run")["broken"] == 1
+    assert all(value.isfinite().all() for value in load_file(weights).values())
+    with pytest.raises(StageError, match=r"1 of 20 pictures[^\n]*a/04\.png"):
+        retrain(tmp_path / "strict", **options, max_broken=0.01)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    whole = retrain(tmp_path / "whole", **SMALL).read_bytes()
+    real, calls = stage._loss, []
+
+    def stopping(*given, **named):
+        calls.append(1)
+        found = real(*given, **named)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(stage, "_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(tmp_path / "stopped", **SMALL)
+    assert retrain(tmp_path / "stopped", **SMALL | {"workers": 3}).read_bytes() == whole
+    assert len(calls) == 5
+    assert retrain(tmp_path / "stopped", **SMALL) == tmp_path / "stopped" / "retrain" / "model.safetensors"
+    assert len(calls) == 5
+    with pytest.raises(UsageError, match=r"lr was 0.01, is 0.5[^\n]*--overwrite"):
+        retrain(tmp_path / "stopped", **SMALL | {"lr": 0.5})
+
+
+def test_labels_that_do_not_fit_are_one_line_and_write_nothing(tmp_path):
+    run = tmp_path / "run"
+    foreign = label_files(tmp_path / "foreign", "scenes:images=50,size=48", np.arange(50) % 3)
+    table = tmp_path / "one.csv"
+    table.write_text("key,label\n" + "".join(f"{key},1\n" for key in open_dataset(SCENES).keys))
+    nothing = tmp_path / "nothing.csv"
+    nothing.write_text("key,label\n" + "".join(f"{key},-1\n" for key in open_dataset(SCENES).keys))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for row in range(4):
+        Image.new("RGB", (40, 40)).save(flat / f"{row}.png")
+    cases = [
+        ({"labels": str(foreign[0])}, "10 of 50 keys are not pictures of scenes:images=40,size=48"),
+        ({"labels": str(foreign[1])}, "10 of 50 keys are not pictures"),
+        ({"labels": str(foreign[2])}, "50 labels for 40 pictures"),
+        ({"labels": str(table)}, "fewer than two different labels"),
+        ({"labels": str(nothing)}, "every label is -1"),
+        ({"labels": str(tmp_path / "absent.csv")}, "no such label file"),
+        ({"labels": str(tmp_path / "labels.npy")}, "labels are read from .csv, .h5, .bin"),
+        ({"labels": None}, "assign is missing; make it first"),
+        ({"data": str(flat)}, "has no class folders"),
+        ({"data": None}, "no pictures given, and the run has none"),
+        ({"arch": "resnet81"}, "--arch resnet81: no such network"),
+        ({"arch": "resnet18", "width": 0.5}, "only alexnet and alexnet_bn can be scaled"),
+        ({"arch": "alexnet", "size": 8}, "--size 8: alexnet does not take pictures so small"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"crop": 0.0}, "must be at least"),
+        ({"archh": "alexnet"}, "did you mean 'arch'"),
+    ]
+    for given, message in cases:
+        with pytest.raises(UsageError) as caught:
+            retrain(run, **SMALL | given)
+        assert message in str(caught.value) and "\n" not in str(caught.value), given
+        assert not run.exists()
+
+
+def test_arch_list_shows_every_network(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        retrain(tmp_path / "run", **SMALL | {"arch": "list"})
+    shown = set(str(caught.value).removeprefix("--arch: valid: ").split(", "))
+    assert shown == {*networks.TRUNKS, *zoo.list_models(module=zoo)}
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "torchvision:alexnet"])
+def test_other_networks_of_torchvision_pass_the_check(tmp_path, arch):
+    config, _ = stage.check(tmp_path, SMALL | {"arch": arch, "width": 1.0, "size": 64})
+    assert config.arch == arch and config.size == 64

@@ -1,0 +1,145 @@
+"""Settings from flags and TOML: what is wrong is named, all of it at once."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktransfer import cli
+from ktransfer.config import build, kind, nearest, option, read_toml, result_settings
+from ktransfer.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Some:
+    steps: int = option(3, "", low=1, high=9)
+    rate: float = option(0.5, "", low=0)
+    name: str | None = option(None, "")
+    mode: str = option("fast", "", choices=("fast", "slow"))
+    batch_norm: bool = option(False, "")
+    workers: int = option(0, "", execution=True)
+
+
+WORDS = st.text("ab1 _-é", max_size=8)
+VALID = {
+    "steps": st.integers(1, 9),
+    "rate": st.floats(0, 1e300) | st.integers(0, 1000),
+    "name": st.none() | WORDS,
+    "mode": st.sampled_from(["fast", "slow"]),
+    "batch_norm": st.booleans(),
+    "workers": st.integers(),
+}
+WRONG = {
+    "steps": st.integers(max_value=0) | st.integers(min_value=10) | st.floats() | st.booleans() | WORDS | st.none(),
+    "rate": st.floats(max_value=0, exclude_max=True) | st.just(math.nan) | st.just(math.inf) | st.booleans() | WORDS,
+    "name": st.integers() | st.booleans() | st.lists(WORDS),
+    "mode": WORDS | st.none() | st.integers(),
+    "batch_norm": st.integers() | WORDS | st.none(),
+    "workers": st.floats() | WORDS | st.none(),
+}
+
+
+def errors(given: dict, cls: type = Some) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        build(cls, given, "here")
+    return str(caught.value).split("\n")
+
+
+@settings(max_examples=30)
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_valid_values_are_taken_and_the_rest_is_default(values):
+    found = dataclasses.asdict(build(Some, values, "here"))
+    assert found == dataclasses.asdict(Some()) | values
+    assert isinstance(found["rate"], float)
+
+
+@settings(max_examples=30)
+@given(st.fixed_dictionaries({}, optional=VALID), st.sampled_from(sorted(WRONG)), st.data())
+def test_one_wrong_value_is_named(values, name, data):
+    wrong = data.draw(WRONG[name])
+    found = errors(values | {name: wrong})
+    assert "\n".join(found).startswith(f"here: {name.replace('_', '-')} = {wrong!r}: ")
+
+
+def test_all_errors_come_at_once():
+    given_values = {"steps": 0, "rate": "x", "mode": "medium", "stps": 1, "batch-norm": 1}
+    assert errors(given_values) == [
+        "here: steps = 0: must be at least 1",
+        "here: rate = 'x': needs a value of type float",
+        "here: mode = 'medium': must be one of fast, slow",
+        "here: no setting 'stps'; did you mean 'steps'?",
+        "here: batch-norm = 1: needs a value of type bool",
+    ]
+
+
+def test_bounds_belong_to_the_range():
+    assert build(Some, {"steps": 1}, "").steps == 1
+    assert build(Some, {"steps": 9}, "").steps == 9
+    assert errors({"steps": 10}) == ["here: steps = 10: must be at most 9"]
+
+
+def test_both_spellings():
+    assert build(Some, {"batch-norm": True}, "") == build(Some, {"batch_norm": True}, "")
+    assert build(Some, {"name": Path("a/b")}, "").name == "a/b"
+
+
+def test_nearest():
+    assert nearest("batch_nrom", Some.__dataclass_fields__) == "did you mean 'batch-norm'?"
+    assert nearest("zzz", ["b", "a"]) == "valid: a, b"
+
+
+def test_execution_settings_are_no_results():
+    assert set(result_settings(Some())) == {"steps", "rate", "name", "mode", "batch_norm"}
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_every_setting_of_every_stage(stage):
+    cls = cli.settings(stage)
+    defaults = dataclasses.asdict(cls())
+    assert dataclasses.asdict(build(cls, defaults, stage)) == defaults  # each default passes its own check
+    for field in dataclasses.fields(cls):
+        assert kind(field) in (str, int, float, bool)
+        assert field.metadata["help"]
+    assert defaults["overwrite"] is False
+    kept = set(result_settings(cls()))
+    assert not kept & {"overwrite", "device", "workers", "data", "max_broken"}
+    assert kept >= {"seed", "epochs", "lr", "arch", "k", "layer", "pool"} & set(defaults)
+
+
+def written(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "x.toml"
+    path.write_bytes(data)
+    return path
+
+
+def test_toml(tmp_path):
+    path = written(tmp_path, b'[pretext]\nepochs = 9\nmin-distance = 4\n[eval]\nlayers = "conv1"\n')
+    assert read_toml(path, cli.STAGES) == {"pretext": {"epochs": 9, "min-distance": 4}, "eval": {"layers": "conv1"}}
+    assert read_toml(written(tmp_path, b""), cli.STAGES) == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"[pretext\n", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        (b"[pretxt]\nepochs = 1\n", "no stage 'pretxt'; did you mean 'pretext'?"),
+        (b"epochs = 1\n", "no stage 'epochs'"),
+        (b"pretext = 1\n", "'pretext' must be a table, such as [pretext]"),
+        (b"[[pretext]]\nepochs = 1\n", "'pretext' must be a table"),
+    ],
+)
+def test_wrong_toml(tmp_path, data, why):
+    path = written(tmp_path, data)
+    with pytest.raises(UsageError) as caught:
+        read_toml(path, cli.STAGES)
+    assert why in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_toml(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        read_toml(tmp_path / "none.toml", cli.STAGES)

@@ -1,0 +1,267 @@
+"""Steps of a run: begun, finished, skipped, refused, and locked against other processes."""
+
+import json
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ktransfer import files
+from ktransfer import run as runs
+from ktransfer.config import option
+from ktransfer.errors import KTransferError, UsageError
+
+
+@dataclass(frozen=True)
+class Some:
+    k: int = option(5, "")
+    min_size: int = option(1, "")
+    workers: int = option(0, "", execution=True)
+
+
+def begin(
+    run: Path, config: Some | None = None, inputs: dict[str, str] | None = None, overwrite: bool = False
+) -> AbstractContextManager[runs.Step]:
+    inputs = {"data": "d1"} if inputs is None else inputs
+    return runs.begin(run, "stage", "step", config or Some(), inputs, ["out", "work"], overwrite, "cpu")
+
+
+def finish(run: Path, text: str = "result", **facts: Any) -> None:
+    with begin(run) as step:
+        (step.folder / "out").write_text(text)
+        step.finish([step.folder / "out"], **facts)
+
+
+def record(run: Path) -> dict[str, Any]:
+    found = runs.read_record(run, "stage", "step")
+    assert found is not None
+    return found
+
+
+def refusal(run: Path, **changed: Any) -> str:
+    before = (run / "stage/stage.json").read_bytes()
+    with pytest.raises(UsageError) as caught, begin(run, **changed):
+        raise AssertionError("the step was begun")
+    assert (run / "stage/stage.json").read_bytes() == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_record_of_a_finished_step(tmp_path):
+    with begin(tmp_path / "a/run") as step:
+        assert not step.done and step.folder == tmp_path / "a/run/stage"
+        running = record(tmp_path / "a/run")
+        assert running["state"] == "running" and running["outputs"] == {}
+        (step.folder / "out").write_text("result")
+        step.finish([step.folder / "out"], result={"score": 1})
+    found = record(tmp_path / "a/run")
+    assert found["state"] == "done" and found["error"] is None and found["device"] == "cpu"
+    assert found["config"] == {"k": 5, "min_size": 1, "workers": 0} and found["inputs"] == {"data": "d1"}
+    assert found["outputs"] == {"out": {"sha256": files.sha256(step.folder / "out"), "bytes": 6}}
+    assert found["result"] == {"score": 1} and found["seconds"] >= 0 and found["started"]
+    assert {"ktransfer", "python", "torch", "numpy"} <= set(found["versions"])
+
+
+def test_done_is_skipped_and_untouched(tmp_path, capsys):
+    finish(tmp_path)
+    before = (tmp_path / "stage/stage.json").read_bytes()
+    with begin(tmp_path, Some(workers=9)) as step:
+        assert step.done
+    assert "step: done before, skipped" in capsys.readouterr().err
+    assert (tmp_path / "stage/stage.json").read_bytes() == before
+
+
+def test_steps_of_one_stage_do_not_touch_each_other(tmp_path):
+    finish(tmp_path)
+    with runs.begin(tmp_path, "stage", "other", Some(k=7), {}, ["more"], True, "cpu") as step:
+        (step.folder / "more").write_text("")
+        step.finish([step.folder / "more"])
+    assert list(json.loads((tmp_path / "stage/stage.json").read_text())) == ["step", "other"]
+    with begin(tmp_path) as step:
+        assert step.done
+
+
+def test_changes_are_refused_with_old_and_new_value(tmp_path):
+    finish(tmp_path)
+    said = refusal(tmp_path, config=Some(k=6, min_size=2), inputs={"data": "d2"})
+    assert "k was 5, is 6" in said and "min-size was 1, is 2" in said and "data changed" in said
+    assert "--overwrite" in said and "another --run" in said
+    assert "workers" not in refusal(tmp_path, config=Some(k=6, workers=3))
+    assert "more changed" in refusal(tmp_path, inputs={"data": "d1", "more": "x"})
+    assert "data changed" in refusal(tmp_path, inputs={})
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("other")])
+def test_missing_or_changed_output_is_refused(tmp_path, damage):
+    finish(tmp_path)
+    damage(tmp_path / "stage/out")
+    assert f"{tmp_path / 'stage/out'} is missing or changed" in refusal(tmp_path)
+
+
+def test_overwrite_removes_what_was_there(tmp_path):
+    finish(tmp_path)
+    files.write_text(tmp_path / "stage/work/state", "")
+    files.write_text(tmp_path / "stage/foreign", "")
+    with begin(tmp_path, Some(k=6), overwrite=True) as step:
+        assert not step.done
+        assert sorted(path.name for path in step.folder.iterdir()) == ["foreign", "stage.json"]
+        (step.folder / "out").write_text("new")
+        step.finish([step.folder / "out"])
+    assert record(tmp_path)["config"]["k"] == 6
+
+
+def test_failure_is_recorded_and_the_step_goes_on(tmp_path, capsys):
+    with pytest.raises(ValueError), begin(tmp_path) as step:
+        (step.folder / "work").write_text("half")
+        raise ValueError("the reason")
+    found = record(tmp_path)
+    assert found["state"] == "failed" and found["error"] == "the reason" and found["outputs"] == {}
+    assert "k was 5, is 6" in refusal(tmp_path, config=Some(k=6))
+    with begin(tmp_path) as step:
+        assert not step.done and (step.folder / "work").read_text() == "half"
+        assert record(tmp_path)["state"] == "running"
+        (step.folder / "out").write_text("")
+        step.finish([step.folder / "out"])
+    assert "goes on where it stopped" in capsys.readouterr().err
+    assert record(tmp_path)["state"] == "done" and record(tmp_path)["error"] is None
+
+
+def test_ctrl_c_is_no_failure_and_seconds_add_up(tmp_path):
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path) as step:
+        step.started -= 100
+        raise KeyboardInterrupt
+    assert record(tmp_path)["state"] == "running" and record(tmp_path)["error"] is None
+    with begin(tmp_path) as step:
+        step.started -= 10
+        (step.folder / "out").write_text("")
+        step.finish([step.folder / "out"])
+    assert 110 <= record(tmp_path)["seconds"] < 115
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match="the reason"), begin(tmp_path):
+        monkeypatch.setattr(files, "write_json", full)
+        raise ValueError("the reason")
+
+
+def test_a_step_must_be_finished(tmp_path):
+    with pytest.raises(KTransferError, match="without finishing"), begin(tmp_path):
+        pass
+    assert record(tmp_path)["state"] == "running"
+
+
+def test_done_record(tmp_path):
+    with pytest.raises(UsageError, match=r"step is missing; make it first: ktransfer --run .* make"):
+        runs.done_record(tmp_path, "stage", "step", "make")
+    with pytest.raises(ValueError), begin(tmp_path):
+        raise ValueError
+    assert record(tmp_path)["error"] == "ValueError"
+    with pytest.raises(UsageError, match="step is not finished"):
+        runs.done_record(tmp_path, "stage", "step", "make")
+    finish(tmp_path)
+    assert runs.done_record(tmp_path, "stage", "step", "make") == record(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"step": 1}', '{"step": {"state": "done"}}', "\ufffd", "null"])
+def test_damaged_record(tmp_path, text):
+    files.write_text(tmp_path / "stage/stage.json", text)
+    for call in (
+        lambda: runs.read_record(tmp_path, "stage", "step"),
+        lambda: runs.output_hash(tmp_path, tmp_path / "stage/stage.json"),
+        lambda: begin(tmp_path).__enter__(),
+    ):
+        with pytest.raises(UsageError) as caught:
+            call()
+        assert str(tmp_path / "stage/stage.json") in str(caught.value) and "\n" not in str(caught.value)
+        assert "remove the folder" in str(caught.value)
+
+
+def test_no_record(tmp_path):
+    assert runs.read_record(tmp_path / "none", "stage", "step") is None
+    (tmp_path / "file").write_text("")
+    assert runs.read_record(tmp_path, "file", "step") is None
+
+
+def test_output_hash(tmp_path, monkeypatch):
+    finish(tmp_path, "abc")
+    out = tmp_path / "stage/out"
+    digest = files.sha256(out)
+    other = tmp_path / "elsewhere/x/out"
+    files.write_text(other, "abcd")
+    wrong = files.sha256(other)
+    assert runs.output_hash(tmp_path, other) == wrong
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sha256", lambda path: pytest.fail("read again"))
+        assert runs.output_hash(tmp_path, out) == digest
+    out.write_text("abcd")  # another size: the record does not speak for it
+    assert runs.output_hash(tmp_path, out) == wrong
+    with pytest.raises(UsageError, match="No such file"):
+        runs.output_hash(tmp_path, tmp_path / "stage/none")
+
+
+def test_need_disk(tmp_path):
+    runs.need_disk(tmp_path / "not/yet/there", 1, "it")
+    with pytest.raises(UsageError, match=r"it needs 1000000000\.00 GB, but .* free; make room"):
+        runs.need_disk(tmp_path / "not/yet/there", 10**18, "it")
+    assert not (tmp_path / "not").exists()
+
+
+def held(run: Path) -> bool:
+    """Whether another process finds the run locked."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from ktransfer.run import locked; from ktransfer.errors import UsageError\n"
+        "try:\n  with locked(Path(sys.argv[1])): print('free')\nexcept UsageError as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, check=True).stdout
+    assert said == "free\n" or "another ktransfer works in it" in said
+    return said != "free\n"
+
+
+def test_lock(tmp_path):
+    run = tmp_path / "a/run"
+    with runs.locked(run):
+        with runs.locked(run):
+            assert held(run)
+        assert held(run)
+        with runs.locked(tmp_path / "other"):
+            assert held(run)
+    assert not held(run)
+    with pytest.raises(ValueError), begin(run):
+        assert held(run)
+        raise ValueError
+    assert not held(run)
+
+
+def test_unwritable_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(UsageError, match="cannot be written"), runs.locked(place):
+            pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stage").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"), begin(tmp_path / "run"):
+        pass
+
+
+def test_versions():
+    assert runs.versions()["numpy"] == np.__version__ and "torch" in runs.versions()
+
+
+def test_changed_defaults_of_a_newer_version(tmp_path):
+    """A setting that the record does not know yet is a change, unless it has no say in results."""
+    finish(tmp_path)
+    path = tmp_path / "stage/stage.json"
+    steps = json.loads(path.read_text())
+    del steps["step"]["config"]["min_size"], steps["step"]["config"]["workers"]
+    path.write_text(json.dumps(steps))
+    assert "min-size was None, is 1" in refusal(tmp_path)
+    assert "min-size was None, is 1" in refusal(tmp_path, config=replace(Some(), workers=4))

@@ -1,0 +1,357 @@
+"""The training loop: interrupted anywhere it ends with the same weights; schedules, batches, logs and checkpoints."""
+
+import copy
+import json
+import math
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ktransfer.errors import StageError, UsageError
+from ktransfer.training import loop
+from ktransfer.training.options import MachineOptions, TrainOptions
+
+CPU = torch.device("cpu")
+ROWS, STEPS, EPOCHS = 23, 5, 3
+TOTAL = STEPS * EPOCHS
+OPTIONS = TrainOptions(seed=3, precision="float32", epochs=EPOCHS, batch=4, lr=0.1, device="cpu")
+
+
+class Rows:
+    """Hands out rows of a tensor of "pictures", some of them invalid."""
+
+    def __init__(self):
+        self.pixels = torch.randint(0, 256, (ROWS, 3, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
+
+    def batches(self, index_batches):
+        for rows in index_batches:
+            yield rows, self.pixels[rows], rows != 5, 0.001
+
+
+def small_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+        return body.append(nn.Linear(64, 2))
+
+
+def plain_loss(model, batch):
+    pixels, rows = batch.pixels[batch.valid], batch.rows[batch.valid]
+    logits = model(pixels.float() / 255)
+    return F.cross_entropy(logits, rows % 2), {"count": batch.valid.sum()}
+
+
+def order(epoch):
+    return loop.epoch_batches(torch.arange(ROWS), 4, 3, epoch)
+
+
+def train(folder, loss=plain_loss, model=None, evaluate=None, options=OPTIONS, optimiser=None, batches=order):
+    model = model or small_model()
+    loop.fit(model, loss, Rows(), batches, options, folder, CPU, "t", evaluate, optimiser)
+    return model.state_dict()
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stopping(at, after_forward=True):
+    """A loss that is interrupted the `at`-th time that it is called, before or after batch norm saw the batch."""
+    calls = iter(range(TOTAL + 1))
+
+    def loss(model, batch):
+        stop = next(calls) == at
+        if stop and not after_forward:
+            raise KeyboardInterrupt
+        found = plain_loss(model, batch)
+        if stop:
+            raise KeyboardInterrupt
+        return found
+
+    return loss
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A log line and a checkpoint after every step."""
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize("after_forward", [False, True])
+def test_interrupted_at_any_step_it_ends_with_the_same_weights(tmp_path, often, undisturbed, after_forward, capsys):
+    for step in range(TOTAL):
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, stopping(step, after_forward))
+        capsys.readouterr()
+        assert_same(train(folder), undisturbed)
+        assert (f"resumed at step {step}\n" in capsys.readouterr().err) == (step > 0)
+        assert [line["step"] for line in lines(folder)] == list(range(1, TOTAL + 1))
+
+
+def test_interrupted_again_and_again(tmp_path, often, undisturbed):
+    for _ in range(TOTAL - 1):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, stopping(1))
+    assert_same(train(tmp_path), undisturbed)
+
+
+def test_interrupted_within_the_optimisers_step(tmp_path, often, undisturbed):
+    class Stopping(torch.optim.SGD):
+        calls = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.calls += 1
+            if self.calls == 7:
+                raise KeyboardInterrupt
+
+    def optimiser(model, kind):
+        wanted = loop.sgd(model, OPTIONS, CPU)
+        return kind(wanted.param_groups, lr=OPTIONS.lr)
+
+    model = small_model()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model=model, optimiser=optimiser(model, Stopping))
+    model = small_model()
+    assert_same(train(tmp_path, model=model, optimiser=optimiser(model, torch.optim.SGD)), undisturbed)
+
+
+def test_killed_between_checkpoints_it_goes_back_to_the_last(tmp_path, often, monkeypatch, undisturbed):
+    save, kept = loop._save, []
+
+    def once(path, model, optimiser, step):
+        if step == 7 or kept:
+            kept.append(step)
+        if kept == [7]:
+            save(path, model, optimiser, step)
+
+    monkeypatch.setattr(loop, "_save", once)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stopping(11))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 12))
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 12, "ep')  # a line cut short by the kill
+    monkeypatch.setattr(loop, "_save", save)
+    steps = []
+
+    def watched(model, batch):
+        steps.append([line["step"] for line in lines(tmp_path)])
+        return plain_loss(model, batch)
+
+    assert_same(train(tmp_path, watched), undisturbed)
+    assert steps[0] == list(range(1, 8)) and len(steps) == TOTAL - 7
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, TOTAL + 1))
+
+
+def test_global_randomness_and_where_it_is_logged_change_nothing(tmp_path, monkeypatch, undisturbed):
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0)
+
+    def noisy(model):
+        torch.rand(5)
+        assert not model.training and not torch.is_grad_enabled()
+        return {"held_out": 0.5}
+
+    torch.manual_seed(99)
+    assert_same(train(tmp_path, evaluate=noisy), undisturbed)
+    found = [line for line in lines(tmp_path) if "held_out" in line]
+    assert [(line["step"], line["epoch"]) for line in found] == [(5, 0), (10, 1), (15, 2)]
+
+
+def test_another_seed_trains_otherwise(tmp_path, undisturbed):
+    other = train(tmp_path, options=replace(OPTIONS, seed=4))
+    assert not torch.equal(other["0.weight"], undisturbed["0.weight"])
+
+
+def test_steps_are_those_of_plain_sgd(tmp_path):
+    """Without dropout the loop is torch's SGD, its rates and order written out."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 2))
+    twin = copy.deepcopy(model)
+    train(tmp_path, model=model, options=replace(OPTIONS, schedule="step", warmup=0.2, weight_decay=0.1))
+    weight, bias = twin[1].weight, twin[1].bias
+    groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0}]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    factors = [1 / 3, 2 / 3, 1, *[1] * 4, *[0.1] * 4, *[0.01] * 3, 0.001]
+    source = Rows()
+    for step, factor in enumerate(factors):
+        rows, pixels, valid, _ = next(source.batches([order(step // STEPS)[step % STEPS]]))
+        for group in sgd.param_groups:
+            group["lr"] = 0.1 * factor
+        sgd.zero_grad()
+        plain_loss(twin, loop.Batch(rows, pixels, valid, 0))[0].backward()
+        sgd.step()
+    assert step == TOTAL - 1
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_log_lines_are_means_over_the_pictures(tmp_path):
+    def loss(model, batch):
+        return model[1].weight.sum() * 0 + batch.rows.sum(), {"count": batch.valid.sum(), "hits": batch.valid.sum() * 2}
+
+    train(tmp_path, loss, nn.Sequential(nn.Flatten(), nn.Linear(108, 2)))
+    (line,) = lines(tmp_path)
+    expected = sum(float(rows.sum() * (rows != 5).sum()) for epoch in range(EPOCHS) for rows in order(epoch))
+    count = sum(float((rows != 5).sum()) for epoch in range(EPOCHS) for rows in order(epoch))
+    assert line["loss"] == pytest.approx(expected / count, rel=1e-6)
+    assert (line["hits"], line["step"], line["epoch"]) == (2, TOTAL, EPOCHS - 1)
+    assert line["pictures_per_second"] > 0 and 0 <= line["data_wait"] < 1 and line["memory_gb"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_it(tmp_path):
+    def nan(model, batch):
+        value, sums = plain_loss(model, batch)
+        return value * math.nan, sums
+
+    with pytest.raises(StageError, match=r"^the loss is nan at step 15; [^\n]+$"):
+        train(tmp_path, nan)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_is_never_executed(tmp_path):
+    path = tmp_path / "checkpoint" / "last.pt"
+    path.parent.mkdir()
+    hole = tmp_path / "executed"
+    for write in (
+        lambda: torch.save(Bomb(hole), path),
+        lambda: path.write_bytes(pickle.dumps(Bomb(hole), protocol=2)),
+    ):
+        write()
+        with pytest.raises(UsageError, match="not a checkpoint of this training; start again with --overwrite"):
+            train(tmp_path)
+        assert not hole.exists()
+    pickle.loads(path.read_bytes())
+    assert hole.exists()  # it was a bomb
+
+
+def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path, often):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stopping(3))
+    path = tmp_path / "checkpoint" / "last.pt"
+    good = path.read_bytes()
+    contents = [b"", b"x", b"no checkpoint\n" * 50, good[:10], good[: len(good) // 2], good[:-30], bytes(len(good))]
+    contents.append(good.replace(b"optimiser", b"optimizer"))
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"^[^\n]*last.pt: not a checkpoint[^\n]*$"):
+            train(tmp_path)
+    for state in ([1, 2], {"step": 1}, {"step": 1, "model": nn.Linear(2, 2).state_dict(), "optimiser": {}}):
+        torch.save(state, path)
+        with pytest.raises(UsageError):
+            train(tmp_path)
+    loop.remove_checkpoint(tmp_path)
+    assert not path.parent.exists()
+    loop.remove_checkpoint(tmp_path)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 400), st.sampled_from(["cosine", "step"]), st.floats(0, 0.5))
+def test_the_rate_stays_between_0_and_1_rises_then_falls(total, schedule, warmup):
+    options = TrainOptions(schedule=schedule, warmup=warmup)
+    rates = [loop.rate(step, total, options) for step in range(total)]
+    warm = round(warmup * total)
+    assert all(0 <= value <= 1 for value in rates)
+    assert rates[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
+    assert all(a >= b for a, b in zip(rates[warm:], rates[warm + 1 :], strict=False))
+    assert rates[warm] == 1 if warm < total else rates[-1] == 1
+
+
+def test_the_schedules_ends_and_drops():
+    cosine = TrainOptions(schedule="cosine", warmup=0.1)
+    assert loop.rate(0, 1000, cosine) == 0.01
+    assert loop.rate(99, 1000, cosine) == loop.rate(100, 1000, cosine) == 1
+    assert loop.rate(550, 1000, cosine) == pytest.approx(0.5)
+    assert 0 < loop.rate(999, 1000, cosine) < 1e-5
+    step = TrainOptions(schedule="step", warmup=0)
+    values = [loop.rate(number, 900, step) for number in (0, 299, 300, 599, 600, 799, 800, 899)]
+    assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 60), st.integers(2, 20), st.integers(0, 3), st.integers(0, 2**32 - 1), st.integers(0, 50))
+def test_an_epoch_takes_each_row_once(count, batch, extra, seed, epoch):
+    rows = torch.arange(count) * 3 + 7
+    whole = loop.epoch_batches(rows, count, seed, epoch)
+    assert whole.shape == (1, count) and sorted(whole[0].tolist()) == rows.tolist()
+    found = loop.epoch_batches(rows, batch, seed, epoch, extra)
+    width = min(batch, count)
+    expected = [
+        [int(whole[0, (start + place) % count]) for place in range(width + extra)]
+        for start in range(0, count - width + 1, width)
+    ]
+    assert found.tolist() == expected
+
+
+def test_epochs_and_seeds_differ_and_the_last_extra_row_is_the_first():
+    rows = torch.arange(12)
+    found = loop.epoch_batches(rows, 4, 0, 0, 1)
+    assert found[2, 4] == found[0, 0] and found[0, 4] == found[1, 0]
+    assert sorted(found[:, :4].flatten().tolist()) == rows.tolist()
+    for seed, epoch in ((0, 1), (1, 0)):
+        assert not torch.equal(found, loop.epoch_batches(rows, 4, seed, epoch, 1))
+    leftover = {row for epoch in range(40) for row in set(range(13)) - set(order_of(13, epoch))}
+    assert len(leftover) > 8  # not always the same row is left out
+
+
+def order_of(count, epoch):
+    return loop.epoch_batches(torch.arange(count), 4, 0, epoch).flatten().tolist()
+
+
+def test_no_weight_decay_on_biases_and_norms():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    decayed, plain = loop.sgd(model, OPTIONS, CPU).param_groups
+    assert decayed["weight_decay"] == OPTIONS.weight_decay and plain["weight_decay"] == 0
+    assert [p.shape for p in decayed["params"]] == [(2, 64)]
+    assert {id(p) for p in plain["params"]} == {id(p) for p in model.parameters() if p.ndim == 1}
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    for name in ("gpu", "cuda:99", "mps", "meta", "cuda:-1", ""):
+        with pytest.raises(UsageError, match=rf"^--device {name}: [^\n]+$"):
+            loop.choose_device(MachineOptions(device=name))
+    assert loop.choose_device(MachineOptions(device="cpu")) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert loop.choose_device(MachineOptions()) == CPU
+    with pytest.raises(UsageError, match="this machine has 0 CUDA devices; give cpu"):
+        loop.choose_device(MachineOptions(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loop.choose_device(MachineOptions()) == torch.device("cuda")
+    assert loop.choose_device(MachineOptions(device="cuda:1")) == torch.device("cuda:1")
+
+
+def test_bfloat16_where_the_hardware_has_it(monkeypatch):
+    for precision in ("bfloat16", "float32"):
+        assert loop.bfloat16(MachineOptions(precision=precision), CPU) == (precision == "bfloat16")
+    for flags, expected in (({"avx2"}, False), ({"amx_bf16", "avx2"}, True), ({"avx512_bf16"}, True)):
+        monkeypatch.setattr(loop, "_cpu_flags", lambda flags=flags: flags)
+        assert loop.bfloat16(MachineOptions(), CPU) is expected
+    with loop.autocast(MachineOptions(precision="bfloat16"), CPU):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
