@@ -137,7 +137,7 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         centroids = run / "clusters" / "clusters.h5"
         if centroids.is_file() and made["inputs"]["centroids"] != output_hash(run, centroids):
             raise UsageError(
-                f"{path}: belongs to older clusters; make it again: ktransfer --run {run} assign --overwrite"
+                f"{path}: of older clusters; make it again: ktransfer --run {run} assign --overwrite"
             )
     found = read_labels(path)
     digest = output_hash(run, path)

@@ -89,7 +89,7 @@ def child(order: dict[str, Any]) -> None:
 
     # As often as possible, so that a kill also meets a save in progress.
     loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.01, 1.0
-    features.create_or_resume.__defaults__ = (0.0,)
+    features.create_or_resume.__kwdefaults__["save_seconds"] = 0.0
     if "kill" in order:
         watch(order["kill"])
     if "largest" in order:

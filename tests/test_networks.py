@@ -146,9 +146,8 @@ def test_width_scales_all_channels_in_steps_of_eight():
     assert channels == [48, 128, 192, 192, 128]
     assert (half.fc6.out_features, half.fc7.out_features, half.fc8.out_features) == (2048, 2048, 7)
     thin = networks.build(Network("vgg16", 0.125), 0, "t")
-    assert [m.out_channels for m in thin.modules() if isinstance(m, nn.Conv2d)] == [8] * 2 + [16] * 2 + [32] * 3 + [
-        64
-    ] * 3
+    widths = [module.out_channels for module in thin.modules() if isinstance(module, nn.Conv2d)]
+    assert widths == [8, 8, 16, 16, 32, 32, 32, 64, 64, 64]
 
 
 def test_layers_of_torchvisions_networks_are_maps():

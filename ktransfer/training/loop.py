@@ -184,6 +184,9 @@ def fit(
                     raise KeyboardInterrupt
             if evaluate is not None:
                 log.note(step, epoch, evaluated(model, evaluate))
+            if stop.is_set():  # while it was evaluated
+                _save(checkpoint, model, optimiser, step)
+                raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

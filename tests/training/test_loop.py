@@ -5,6 +5,8 @@ import json
 import math
 import os
 import pickle
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -134,6 +136,60 @@ def test_interrupted_within_the_optimisers_step(tmp_path, often, undisturbed):
         train(tmp_path, model=model, optimiser=optimiser(model, Stopping))
     model = small_model()
     assert_same(train(tmp_path, model=model, optimiser=optimiser(model, torch.optim.SGD)), undisturbed)
+
+
+@pytest.mark.parametrize("step", [0, 6, TOTAL - 1])
+def test_ctrl_c_waits_for_the_end_of_the_step_and_keeps_it(tmp_path, undisturbed, capsys, step):
+    calls = iter(range(TOTAL))
+
+    def loss(model, batch):
+        found = plain_loss(model, batch)
+        if next(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same(train(tmp_path), undisturbed)
+    assert f"resumed at step {step + 1}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS))
+def test_ctrl_c_while_it_is_evaluated_is_obeyed(tmp_path, undisturbed, capsys, epoch):
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == epoch + 1:
+            signal.raise_signal(signal.SIGINT)
+        return {"held_out": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, evaluate=evaluate)
+    assert_same(train(tmp_path, evaluate=evaluate), undisturbed)
+    assert f"resumed at step {(epoch + 1) * STEPS}\n" in capsys.readouterr().err
+    assert [line["epoch"] for line in lines(tmp_path) if "held_out" in line] == list(range(EPOCHS))
+
+
+def test_the_second_ctrl_c_interrupts_at_once(tmp_path):
+    def loss(model, batch):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_it_trains_in_a_thread_too(tmp_path, undisturbed):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path)))
+    thread.start()
+    thread.join()
+    assert_same(found[0], undisturbed)
 
 
 def test_killed_between_checkpoints_it_goes_back_to_the_last(tmp_path, often, monkeypatch, undisturbed):
