@@ -136,9 +136,7 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         made = done_record(run, "clusters", "assign", "assign")
         centroids = run / "clusters" / "clusters.h5"
         if centroids.is_file() and made["inputs"]["centroids"] != output_hash(run, centroids):
-            raise UsageError(
-                f"{path}: of older clusters; make it again: ktransfer --run {run} assign --overwrite"
-            )
+            raise UsageError(f"{path}: of older clusters; make it again: ktransfer --run {run} assign --overwrite")
     found = read_labels(path)
     digest = output_hash(run, path)
     if found.keys is None:

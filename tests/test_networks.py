@@ -224,6 +224,17 @@ def test_load_leaves_a_puzzles_head_out_and_takes_another_stride(tmp_path):
     assert same(loaded, model) and loaded.conv1.stride == (4, 4)
 
 
+@pytest.mark.parametrize("arch", ["alexnet", "alexnet_bn"])
+def test_the_trunk_of_a_classifier_loads_without_its_layers(tmp_path, arch):
+    network = Network(arch, 0.1, 2, 64, 5)
+    model = networks.build(network, 7, "t").eval()
+    path = tmp_path / "model.safetensors"
+    networks.save(path, model.state_dict(), network)
+    trunk = networks.load(path, replace(network, classes=0)).eval()
+    x = noise(1, 3, 64, 64)
+    assert torch.equal(trunk(x), model.maps(x))
+
+
 def bad_files(folder: Path) -> dict[str, Path]:
     good = folder / "good.safetensors"
     networks.save(good, networks.build(TINY, 0, "t").state_dict(), TINY)

@@ -233,6 +233,19 @@ def test_global_randomness_and_where_it_is_logged_change_nothing(tmp_path, monke
     assert [(line["step"], line["epoch"]) for line in found] == [(5, 0), (10, 1), (15, 2)]
 
 
+def test_each_step_draws_its_own_dropout(tmp_path):
+    draws = []
+
+    def loss(model, batch):
+        draws.append(torch.rand(1).item())
+        return plain_loss(model, batch)
+
+    train(tmp_path / "a", loss)
+    assert len(set(draws)) == TOTAL
+    train(tmp_path / "b", loss)
+    assert draws[:TOTAL] == draws[TOTAL:]
+
+
 def test_another_seed_trains_otherwise(tmp_path, undisturbed):
     other = train(tmp_path, options=replace(OPTIONS, seed=4))
     assert not torch.equal(other["0.weight"], undisturbed["0.weight"])
