@@ -1,10 +1,22 @@
 """The four rooms stand at the root of the repository and install inside `ktransfer` (docs/architecture.md)."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 
+# Loaded by ctypes (cluster/native.py), so it needs no header of Python. Where it does not compile, the dense product in
+# cluster/exact.py stands in.
+EXACT = Extension(
+    "ktransfer.cluster._exact",
+    ["cluster/exact.cpp"],
+    depends=["cluster/exact_kernels.hpp"],
+    extra_compile_args=["-O3", "-std=gnu++17", "-ffp-contract=fast", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
 setup(
+    ext_modules=[EXACT],
     package_dir={"ktransfer": "ktransfer"} | {f"ktransfer.{folder}": folder for folder in (*ROOMS, "recipes")},
     packages=[
         "ktransfer",

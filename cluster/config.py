@@ -43,6 +43,12 @@ class ClusterConfig:
     pca: int = option(0, "project onto so many principal components before; 0: none", low=0)
     normalise: bool = option(True, "scale each row (after the PCA) to length 1")
     seed: int = option(0, "the start is a function of it", low=0, high=SEED_LIMIT)
+    engine: str = option(
+        "auto",
+        "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
+        choices=("auto", "faiss", "exact"),
+        execution=True,
+    )
     overwrite: bool = option(False, "make the stage again", execution=True)
 
 
@@ -56,5 +62,11 @@ class AssignConfig:
     features: str | None = option(None, "a feature file; the one that was clustered when not given", execution=True)
     data: str | None = option(
         None, "label these pictures instead (their features are extracted as the others were)", execution=True
+    )
+    engine: str = option(
+        "auto",
+        "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
+        choices=("auto", "faiss", "exact"),
+        execution=True,
     )
     overwrite: bool = option(False, "make the stage again", execution=True)

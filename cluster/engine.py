@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_NUMBERS = 2**22  # one block is 16 MiB of float32: large for GEMM, small for memory
-_TIE = 1e-12
+TIE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def faiss_engine() -> Engine:
             gap = block - centroids[labels]
             found.labels[start:stop] = labels
             found.distances[start:stop] = np.einsum("ij,ij->i", gap, gap, dtype=np.float64)
-            _add_rows(found.sums, block, labels)
+            add_rows(found.sums, block, labels)
             tick(stop - start)
         found.counts[:] = np.bincount(found.labels, minlength=len(centroids))
         return found
@@ -103,7 +103,7 @@ def blocks(count: int, dim: int) -> Iterator[tuple[int, int]]:
 def _nearest(
     index: Any, block: NDArray[np.float32], centroids: NDArray[np.float32], origin: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """(b,) the nearest centroid of each row, exact up to `_TIE`, relative; `index` holds the centred centroids."""
+    """(b,) the nearest centroid of each row, exact up to `TIE`, relative; `index` holds the centred centroids."""
     if len(centroids) == 1:
         return np.zeros(len(block), np.int64)
     centred = block - origin
@@ -118,12 +118,12 @@ def _nearest(
     close = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > doubt * scale))
     if len(close):
         scores = lengths - 2 * (block[close].astype(np.float64) - origin) @ wide.T
-        limit = scores.min(axis=1) + _TIE * scale[close]
+        limit = scores.min(axis=1) + TIE * scale[close]
         labels[close] = (scores <= limit[:, None]).argmax(axis=1)
     return labels
 
 
-def _add_rows(sums: NDArray[np.float64], block: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+def add_rows(sums: NDArray[np.float64], block: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
     """Add each row to the sum of its cluster, in row order."""
     order = np.argsort(labels, kind="stable")
     ranked = labels[order]

@@ -20,6 +20,7 @@ from ktransfer.run import begin, done_record, output_hash, read_record
 from .centroids import Centroids, read_centroids, write_centroids
 from .config import AssignConfig, ClusterConfig
 from .engine import Rows
+from .engines import choose_engine
 from .extraction import check as check_extract
 from .extraction import extract
 from .kmeans import assign_rows, check_features, kmeans, load_state, save_state
@@ -62,6 +63,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
             config.seed,
             on_iteration=partial(save_state, state),
             state=load_state(state) if state.is_file() else None,
+            engine=choose_engine(config.engine),
             points_total=len(features.valid),
         )
         write_centroids(file, found, projection, config.normalise, features)
@@ -114,7 +116,9 @@ def assign(run: str | Path, **options: Any) -> Path:
         if step.done:
             return step.folder / names[0]
         labels, distances = assign_rows(
-            rows_of(features, centroids.projection, centroids.normalise), centroids.centroids
+            rows_of(features, centroids.projection, centroids.normalise),
+            centroids.centroids,
+            choose_engine(config.engine),
         )
         everywhere = np.full(len(features.valid), -1, np.int32)
         everywhere[features.valid] = labels

@@ -102,7 +102,7 @@ def optimiser(probes: Probes, momentum: float, weight_decay: float) -> torch.opt
         {"params": list(head.parameters()), "lr": probes.rates[place % len(probes.rates)]}
         for place, head in enumerate(probes.heads)
     ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def predictions(probes: Probes, source: Views, rows: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

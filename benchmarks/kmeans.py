@@ -1,0 +1,204 @@
+"""k-means on the CPU beside its peers, as in reference/kmeans.md §3: same data, start, iterations, all points.
+
+Run as `python benchmarks/kmeans.py [--quick] [--repeats 5] [--threads 2] [--only relu-1024] [--methods exact,faiss]`.
+Methods are interleaved, so that a busy machine hits all alike; the median counts. `faiss.SuperKmeans` and `superkmeans`
+take no start and are not exact; scikit-learn does one more assignment. Inertia is measured in float64 by one exact
+pass for every method. Peers that are not installed are left out.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Case = tuple[str, int, int, int]  # kind, rows, columns, clusters
+CASES: dict[str, Case] = {
+    "relu-256": ("relu", 400_000, 256, 2000),
+    "relu-1024": ("relu", 50_000, 1024, 2000),
+    "relu-4096": ("relu", 24_000, 4096, 2000),
+    "gmm-256": ("gmm", 100_000, 256, 2000),
+    "unif-256": ("unif", 100_000, 256, 2000),
+    "relu-256-k500": ("relu", 400_000, 256, 500),
+    "relu-1024-k500": ("relu", 50_000, 1024, 500),
+    "relu-4096-k500": ("relu", 24_000, 4096, 500),
+    "gmm-256-k500": ("gmm", 100_000, 256, 500),
+    "unif-256-k500": ("unif", 100_000, 256, 500),
+}
+
+
+def make(kind: str, n: int, d: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if kind == "unif":
+        return rng.random((n, d), dtype=np.float32)
+    components, inner = (500, d) if kind == "gmm" else (300, 128)
+    weights = np.arange(1, components + 1) ** -0.5
+    chosen = rng.choice(components, n, p=weights / weights.sum())
+    scale = np.full(inner, 1.0) if kind == "gmm" else np.arange(1, inner + 1) ** -0.5
+    centres = rng.standard_normal((components, inner)) * scale * (0.5 if kind == "gmm" else 1.0)
+    mix = rng.standard_normal((inner, d), dtype=np.float32)
+    data = np.empty((n, d), np.float32)
+    for start in range(0, n, 8192):
+        part = slice(start, min(n, start + 8192))
+        count = part.stop - part.start
+        latent = (centres[chosen[part]] + rng.standard_normal((count, inner)) * scale).astype(np.float32)
+        if kind == "gmm":
+            data[part] = latent
+        else:
+            noise = rng.standard_normal((count, d), dtype=np.float32)
+            data[part] = np.maximum(latent @ mix - 0.5 + 0.5 * noise, 0)
+    return data
+
+
+def lloyd(
+    data: np.ndarray, start: np.ndarray, iterations: int, nearest: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """What one writes by hand, in chunks of 8192 rows: `nearest` is given rows and centroids."""
+    centroids = start.copy()
+    for _ in range(iterations):
+        labels = np.concatenate([nearest(data[i : i + 8192], centroids) for i in range(0, len(data), 8192)])
+        order = np.argsort(labels, kind="stable")
+        present, first = np.unique(labels[order], return_index=True)
+        sums = np.add.reduceat(data[order], first, axis=0)
+        counts = np.diff([*first, len(order)])
+        centroids[present] = sums / counts[:, None]
+    return centroids
+
+
+def in_numpy(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    return lloyd(data, start, iterations, lambda x, c: (x @ c.T - (c * c).sum(axis=1) / 2).argmax(axis=1))
+
+
+def in_torch(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    import torch
+
+    def nearest(x: np.ndarray, c: np.ndarray) -> np.ndarray:
+        rows, centroids = torch.from_numpy(x), torch.from_numpy(c)
+        return torch.addmm(centroids.square().sum(1) / -2, rows, centroids.T).argmax(dim=1).numpy()
+
+    return lloyd(data, start, iterations, nearest)
+
+
+def ours(data: np.ndarray, start: np.ndarray, iterations: int, **options: Any) -> np.ndarray:
+    from ktransfer.cluster import kmeans as module
+    from ktransfer.cluster.engine import Rows
+    from ktransfer.cluster.exact import exact_engine
+
+    rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
+    empty: list[Any] = [[], [], [], [], []]
+    state = module.State(start, np.full(len(data), -1, np.int32), *empty)
+    engine = exact_engine(**options)
+    while len(state.objective) < iterations and not state.converged:
+        state = module._iterate(rows, state, engine, lambda done: None)
+    return state.centroids
+
+
+def with_faiss(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    import faiss
+
+    k, d = start.shape
+    trained = faiss.Kmeans(d, k, niter=iterations, max_points_per_centroid=len(data), min_points_per_centroid=1)
+    trained.train(data, init_centroids=start)
+    return np.asarray(trained.centroids)
+
+
+def with_faiss_super(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    import faiss
+
+    k, d = start.shape
+    trained = faiss.SuperKmeans(d, k)
+    trained.niter = iterations
+    trained.max_points_per_centroid = len(data)
+    trained.train(data)
+    centroids = trained.centroids
+    flat = centroids if isinstance(centroids, np.ndarray) else faiss.vector_to_array(centroids)
+    return np.asarray(flat).reshape(k, d)
+
+
+def with_superkmeans(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    from superkmeans import SuperKMeans  # type: ignore[import-not-found,unused-ignore]
+
+    k, d = start.shape
+    return np.asarray(SuperKMeans(k, d, iters=iterations, sampling_fraction=1.0, use_hierarchical=False).train(data))
+
+
+def with_sklearn(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+
+    found = KMeans(len(start), init=start, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(data)
+    return found.cluster_centers_.astype(np.float32)
+
+
+METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "exact": ours,
+    "exact-avx2": lambda data, start, iterations: ours(data, start, iterations, level=1),
+    "exact-numpy": lambda data, start, iterations: ours(data, start, iterations, compiled=False),
+    "faiss": with_faiss,
+    "faiss-super*": with_faiss_super,
+    "superkmeans*": with_superkmeans,
+    "sklearn": with_sklearn,
+    "torch": in_torch,
+    "numpy": in_numpy,
+}
+
+
+def inertia(data: np.ndarray, centroids: np.ndarray) -> float:
+    from ktransfer.cluster.engine import Rows
+    from ktransfer.cluster.exact import exact_engine
+
+    rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
+    return float(exact_engine().scan(rows, centroids, lambda done: None).distances.sum(dtype=np.float64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rows, a quarter of the clusters, 8 it")
+    parser.add_argument("--repeats", type=int, default=0, help="5 when not given, 1 with --quick")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default=",".join(CASES), help="cases, with commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods, with commas; faiss is the yardstick")
+    options = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), OPENBLAS_NUM_THREADS=str(options.threads))
+    import faiss
+    import torch
+
+    torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
+    print(f"{options.threads} threads; load before {os.getloadavg()[0]:.1f}; faiss {faiss.__version__}", flush=True)
+    repeats = options.repeats or (1 if options.quick else 5)
+    for name in options.only.split(","):
+        kind, n, d, k = CASES[name]
+        iterations = 20
+        if options.quick:
+            n, k, iterations = n // 10, k // 4, 8
+        data = make(kind, n, d)
+        start = data[np.random.default_rng(1).choice(n, k, replace=False)].copy()
+        seconds: dict[str, list[float]] = {}
+        quality: dict[str, float] = {}
+        missing = set()
+        for _ in range(repeats):
+            for method in options.methods.split(","):
+                if method in missing:
+                    continue
+                began = time.perf_counter()
+                try:
+                    centroids = METHODS[method](data, start, iterations)
+                except (ImportError, AttributeError) as error:
+                    print(f"{method}: left out ({error})", flush=True)
+                    missing.add(method)
+                    continue
+                seconds.setdefault(method, []).append(time.perf_counter() - began)
+                quality[method] = inertia(data, centroids)
+        print(f"\n{name}: {kind}, n={n} D={d} k={k}, {iterations} iterations, median of {repeats}", flush=True)
+        yardstick = statistics.median(seconds.get("faiss", [float("nan")]))
+        for method, times in seconds.items():
+            median = statistics.median(times)
+            share = quality[method] / quality.get("faiss", float("nan")) - 1
+            print(f"  {method:13} {median:8.2f} s  {yardstick / median:5.2f}x  inertia {share:+.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+// Nearest centroids on the CPU, exact, with less work than a dense product. Called through ctypes by exact.py.
+//
+// Everything is centred on an origin o: x stands for fl(x - o), c for fl(c - o), and the score of a pair is
+//     s(x, c) = x.c - |c|^2 / 2 = (|x|^2 - |x - c|^2) / 2,   so the nearest centroid has the largest score.
+//
+// ROUNDING. u = 2^-24. A float32 sum of products whose longest chain of additions has m links is wrong by at most
+// m u / (1 - m u) * |x| |c| (Cauchy-Schwarz on the sum of |x_j c_j|), whatever the order and with or without FMA;
+// centring moves a score by at most 2.1 u |x| |c|; the bias -|c|^2/2 is rounded once and added once. With C the largest
+// |c|, every error below is therefore at most E * (|x| C + C^2 / 2) with E made of such link counts by exact.py, plus
+// `tiny` for underflow. A pair is dropped, or a winner believed, only if its score is off by more than
+//     doubt(x, E) = 2 E (|x| C + C^2 / 2) + 1e-12 (|x|^2 + C^2) + tiny,
+// the middle term being the width of what counts as a tie. All that remains within the doubt of the best is decided by
+// squared distances in float64 from the centroids' mean, the lowest index within 1e-12 (|x|^2 + C^2) of the nearest.
+// So labels are a function of rows and centroids alone: not of the mode, the instruction set, the threads, the block
+// size or the labels of the pass before.
+//
+// PROJECTED BOUND. V (d x p, float32) has nearly orthonormal columns: |V'V - I| <= eps, measured in float64 by exact.py.
+// Q, its polar factor, has exactly orthonormal ones, and |V - Q| <= eps. For a = Q'x, b = Q'c (exact), P the projection
+// on the rest:  x.c = a.b + (Px).(Pc) <= a.b + sqrt(|x|^2 - |a|^2) sqrt(|c|^2 - |b|^2)  = (a, r_x).(b, r_c).
+// Computed coefficients are off by at most e_x |x| with e_x = eps + (links) u sqrt(p), and e_c |c| with e_c = eps + 2 u
+// (they are computed in float64 and rounded once). So a.b is off by at most (e_x + e_c + e_x e_c) |x| |c|, and the two
+// residual norms are upper bounds when computed as sqrt(|x|^2 - |a|^2 + rest_error |x|^2) with
+// rest_error >= 2 e_x + e_x^2 + rounding of the two norms, and likewise for c. The product of the (p + 1)-vectors in
+// float32 adds (p + 3) u (1 + rest_error). A centroid whose bound stays below the score of the row's previous centroid
+// by more than the doubt of all these terms together cannot be the nearest, nor tie with it. Centroids are means, so r_c is
+// small, and a few dozen leading directions of the *centroids* exclude most pairs. Any previous labels are right.
+//
+// Threads take runs of rows; each row is computed by one thread in one order, so their number changes no byte.
+
+#include <cstdint>
+#include <cstdlib>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#if !defined(__x86_64__) || !defined(__GNUC__)
+#error "written for GCC on x86-64; without it ktransfer clusters by a dense product in numpy"
+#endif
+#include <immintrin.h>
+
+namespace {
+
+constexpr int64_t CHUNK = 256;  // exact.py counts on it
+constexpr double TIE = 1e-12;
+
+// The fields mirror `Job` in exact.py.
+struct Job {
+    int64_t rows, d, k, p;
+    const float* x;          // rows x d
+    const float* origin;     // d, on which the bounds are centred; kept as long as rows projected from it
+    const float* middle;     // d, the mean of the centroids: near-ties are decided from there
+    const float* raw;        // k x d, the centroids themselves
+    const float* centroids;  // k x d, centred
+    const float* packed;     // panels of what is multiplied: centroids, their projections, or the basis
+    const float* bias;       // k, padded with -inf to whole panels
+    float* projected;        // rows x (p + 2): coefficients, norm of the rest, norm of the row
+    const int64_t* order;    // the order in which rows are worked on
+    int32_t* labels;         // rows: previous ones where a bound uses them, then the answer
+    float* distances;        // rows
+    double* sums;            // k x d
+    float longest, dense_error, dot_error, filter_error, rest_error, tiny, floor;
+    double widest;           // the largest |c - middle|^2
+
+    float doubt(float length, float error) const {
+        length += floor;  // the squares behind it may have underflowed
+        return 2 * error * (length * longest + longest * longest / 2) +
+               float(TIE) * (length * length + longest * longest) + tiny;
+    }
+};
+
+template <class F>
+void in_threads(int threads, F work) {
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+    work(0);
+    for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int W = 8, MR = 6;
+typedef uint16_t Word;
+#define NOT_LESS(s, t) uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)(s), (__m256)(t), _CMP_NLT_UQ)))
+static inline float fold(__m256 v) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+#define SUM(v) fold((__m256)(v))
+#include "exact_kernels.hpp"
+#undef NOT_LESS
+#undef SUM
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int W = 16, MR = 12;
+typedef uint32_t Word;
+#define NOT_LESS(s, t) uint32_t(_mm512_cmp_ps_mask((__m512)(s), (__m512)(t), _CMP_NLT_UQ))
+static inline float fold(__m512 v) {
+    const __m256* halves = reinterpret_cast<const __m256*>(&v);
+    return avx2::fold(_mm256_add_ps(halves[0], halves[1]));
+}
+#define SUM(v) fold((__m512)(v))
+#include "exact_kernels.hpp"
+#undef NOT_LESS
+#undef SUM
+}  // namespace avx512
+#pragma GCC pop_options
+
+namespace {
+
+enum Kind { DENSE, FILTERED, PROJECT };
+
+template <class T>
+T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 127) / 64 * 64;
+    all.emplace_back(std::aligned_alloc(64, bytes), &std::free);
+    return static_cast<T*>(all.back().get());
+}
+
+#define RUN(SET)                                                                                                     \
+    using namespace SET;                                                                                             \
+    const int64_t width = kind == FILTERED ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;                      \
+    std::atomic<int64_t> next{0}, dots{0};                                                                           \
+    std::atomic<bool> full{false};                                                                                   \
+    in_threads(threads, [&](int) {                                                                                   \
+        std::vector<std::unique_ptr<void, decltype(&std::free)>> all;                                                \
+        Scratch s{room<float>(all, ROWS * width),      room<float>(all, ROWS * GROUP), room<float>(all, job.d),      \
+                  room<Best>(all, ROWS),               room<float>(all, ROWS),         room<Bits>(all, ROWS * panels), \
+                  room<int64_t>(all, ROWS),            room<float>(all, job.k),        room<int32_t>(all, job.k)};   \
+        for (auto& part : all)                                                                                       \
+            if (!part) full = true;                                                                                  \
+        if (full) return;                                                                                            \
+        for (int64_t start; (start = next.fetch_add(ROWS)) < job.rows;) {                                            \
+            const int64_t count = std::min<int64_t>(ROWS, job.rows - start);                                         \
+            for (int64_t i = 0; i < count; i++) s.places[i] = job.order ? job.order[start + i] : start + i;          \
+            dots += kind == DENSE ? dense(s, job, count)                                                             \
+                                  : kind == FILTERED ? filtered(s, job, count) : project(s, job, count);             \
+        }                                                                                                            \
+    });                                                                                                              \
+    return full ? -1 : int64_t(dots);
+
+}  // namespace
+
+extern "C" {
+
+// 2: AVX-512, 1: AVX2 with FMA, 0: neither.
+int ktransfer_level() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+        return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+// Centroids in a panel; `packed` and `bias` are padded to whole panels.
+int64_t ktransfer_panel(int level) { return level == 2 ? avx512::NR : avx2::NR; }
+
+void ktransfer_pack(int level, int64_t k, int64_t d, const float* from, float* to) {
+    if (level == 2)
+        avx512::pack(k, d, from, to);
+    else
+        avx2::pack(k, d, from, to);
+}
+
+// Work on all rows of a block; the number of full-length products that finished survivors, or -1: out of memory.
+int64_t ktransfer_run(int level, int threads, int kind, const Job* given) {
+    const Job& job = *given;
+    if (level == 2) {
+        RUN(avx512)
+    }
+    RUN(avx2)
+}
+
+// Rows in the order of their labels, then of their places.
+void ktransfer_order(int64_t rows, int64_t k, const int32_t* labels, int64_t* order) {
+    std::vector<int64_t> at(size_t(k) + 1);
+    for (int64_t i = 0; i < rows; i++) at[size_t(labels[i]) + 1]++;
+    for (size_t c = 1; c <= size_t(k); c++) at[c] += at[c - 1];
+    for (int64_t i = 0; i < rows; i++) order[at[size_t(labels[i])]++] = i;
+}
+
+// Distances to the labelled centroids, and the rows added to the sums of their clusters in the order of `order`, which
+// is sorted by label and, within a label, by row. So sums do not depend on blocks or threads.
+void ktransfer_update(int level, int threads, const Job* given) {
+    const Job& job = *given;
+    in_threads(threads, [&](int t) {
+        const int64_t start = job.rows * t / threads, stop = job.rows * (t + 1) / threads;
+        if (level == 2)
+            avx512::distances(job, start, stop);
+        else
+            avx2::distances(job, start, stop);
+        auto edge = [&](int64_t i) {
+            while (i > 0 && i < job.rows && job.labels[job.order[i]] == job.labels[job.order[i - 1]]) i++;
+            return i;
+        };
+        for (int64_t i = edge(start), end = edge(stop); i < end; i++) {
+            const int64_t at = job.order[i];
+            double* sum = job.sums + int64_t(job.labels[at]) * job.d;
+            if (level == 2)
+                avx512::add(sum, job.x + at * job.d, job.d);
+            else
+                avx2::add(sum, job.x + at * job.d, job.d);
+        }
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,295 @@
+"""The exact engine against float64 brute force and faiss: every kernel, every shape, the same bytes each time."""
+
+import importlib.util
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ktransfer.cluster import engine, engines, exact, native
+from ktransfer.cluster.engine import Rows, faiss_engine
+from ktransfer.cluster.exact import exact_engine
+from ktransfer.cluster.kmeans import assign_rows, kmeans, load_state, save_state
+from ktransfer.errors import UsageError
+
+COMPILED = native.library() is not None
+LEVELS = list(range(1, native.library().ktransfer_level() + 1)) if COMPILED else []
+VARIANTS = [{"compiled": False}, *({"level": level, "threads": level} for level in LEVELS)]
+needs_extension = pytest.mark.skipif(not COMPILED, reason="the extension is not built, or no AVX2 here")
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 2000)
+
+
+def rows_of(data):
+    return Rows(len(data), data.shape[1], lambda start, stop: data[start:stop].astype(np.float32))
+
+
+def decaying(n, d, seed=0):
+    """Rows whose spectrum decays, as that of features behind a rectifier: the bounds pay."""
+    rng = np.random.default_rng(seed)
+    inner = max(2, d // 6)
+    scale = np.arange(1, inner + 1) ** -0.5
+    latent = (rng.normal(size=(20, inner))[rng.integers(0, 20, n)] + rng.normal(size=(n, inner))) * scale
+    return np.maximum(latent @ rng.normal(size=(inner, d)) + rng.normal(size=(n, d)) * 0.1, 0).astype(np.float32)
+
+
+def nearest64(data, centroids):
+    """Lowest index of the nearest centroid and its squared distance, from float64 differences."""
+    squares = np.stack([((data.astype(np.float64) - c) ** 2).sum(axis=1) for c in centroids.astype(np.float64)], axis=1)
+    middle = centroids.mean(axis=0, dtype=np.float64)
+    scale = ((data - middle) ** 2).sum(axis=1) + ((centroids - middle) ** 2).sum(axis=1).max()
+    tied = squares <= squares.min(axis=1, keepdims=True) + 1e-12 * scale[:, None]
+    return tied.argmax(axis=1), squares.min(axis=1)
+
+
+def check(found, data, centroids):
+    labels, squares = nearest64(data, centroids)
+    np.testing.assert_array_equal(found.labels, labels)
+    np.testing.assert_allclose(found.distances, squares, rtol=1e-6, atol=1e-30)
+    sums = np.zeros(centroids.shape)
+    np.add.at(sums, labels, data.astype(np.float64))
+    np.testing.assert_allclose(found.sums, sums, rtol=1e-12, atol=1e-12 * abs(data).max() * len(data))
+    np.testing.assert_array_equal(found.counts, np.bincount(labels, minlength=len(centroids)))
+
+
+def same(first, second, but=("seconds",)):
+    for field in fields(first):
+        if field.name not in but:
+            left, right = getattr(first, field.name), getattr(second, field.name)
+            assert left.tobytes() == right.tobytes() if isinstance(left, np.ndarray) else left == right, field.name
+
+
+def forced_bounds(monkeypatch, width):
+    """Bounds in `width` dimensions from the second pass on, whether they pay or not."""
+    monkeypatch.setattr(exact, "DENSE_COST", np.inf)
+    monkeypatch.setattr(exact, "CHOICE_WORK", np.inf)
+    monkeypatch.setattr(exact, "PREFIXES", (width,))
+
+
+def steps(variant, data, start, count):
+    """(pass, the centroids it was given), `count` times, by one engine that keeps its memory."""
+    scan = exact_engine(**variant).scan
+    rows, centroids = rows_of(data), start
+    for _ in range(count):
+        found = scan(rows, centroids, lambda done: None)
+        yield found, centroids
+        means = (found.sums / np.maximum(found.counts, 1)[:, None]).astype(np.float32)
+        centroids = np.where(found.counts[:, None] > 0, means, centroids)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 150),
+    dim=st.integers(1, 40),
+    share=st.floats(0, 1),
+    kind=st.sampled_from(["normal", "grid", "repeated", "constant", "far", "half", "tiny", "huge"]),
+)
+def test_every_shape_and_range(variant, seed, n, dim, share, kind):
+    rng = np.random.default_rng(seed)
+    data = rng.normal(size=(n, dim))
+    if kind == "grid":
+        data = np.rint(data)
+    if kind == "repeated":
+        data = data[rng.integers(0, max(1, n // 5), n)]
+    if kind == "constant":
+        data[:, :: 1 + seed % 3] = 7.5
+    data = data * {"half": 2e4, "tiny": 1e-22, "huge": 1e12}.get(kind, 1.0) + (1e6 if kind == "far" else 0.0)
+    if kind == "half":
+        data = np.clip(data, -65504, 65504).astype(np.float16)
+    data = data.astype(np.float32)
+    k = 1 + int(share * (n - 1))
+    start = data[rng.permutation(n)[:k]]
+    monkeypatch = pytest.MonkeyPatch()
+    forced_bounds(monkeypatch, max(1, dim // 2))
+    with monkeypatch.context():
+        for found, centroids in steps(variant, data, start, 3):
+            check(found, data, centroids)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("n", "d", "k"), [(400, 300, 37), (150, 530, 70), (700, 64, 33), (90, 1030, 90)])
+def test_columns_rows_and_centroids_beyond_one_tile(variant, n, d, k, monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
+    forced_bounds(monkeypatch, d // 2)
+    data = decaying(n, d)
+    for found, centroids in steps(variant, data, data[:k].copy(), 3):
+        check(found, data, centroids)
+
+
+@needs_extension
+@pytest.mark.parametrize("level", LEVELS)
+def test_more_centroids_than_a_group(level):
+    data = decaying(700, 24)
+    for found, centroids in steps({"level": level}, data, data[:600].copy(), 3):
+        check(found, data, centroids)
+
+
+@pytest.mark.parametrize(("k", "d"), [(30, 500), (300, 500)])
+def test_directions_of_long_rows_are_the_leading_ones(k, d):
+    matrix = np.random.default_rng(0).normal(size=(k, 40)) * np.arange(1, 41) ** -1.0
+    matrix = (matrix @ np.linalg.qr(np.random.default_rng(1).normal(size=(d, 40)))[0].T).astype(np.float32)
+    found = exact._leading(matrix, 64).astype(np.float64)
+    rank = min(k, 40)
+    assert rank <= found.shape[1] <= 64
+    np.testing.assert_allclose(found.T @ found, np.eye(found.shape[1]), atol=1e-6)
+    axes = np.linalg.svd(matrix.astype(np.float64))[2][:8]
+    np.testing.assert_allclose(np.linalg.norm(axes @ found[:, :8], axis=1), 1, atol=1e-3)
+
+
+@needs_extension
+def test_any_memory_gives_the_same_labels(monkeypatch):
+    """The labels of the pass before are hints: wrong ones cost time, not exactness."""
+    forced_bounds(monkeypatch, 12)
+    data = decaying(300, 30)
+    rows = rows_of(data)
+    scan = exact_engine().scan
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        centroids = data[rng.permutation(300)[:50]] + rng.normal(size=30).astype(np.float32)
+        check(scan(rows, centroids, lambda done: None), data, centroids)
+    other = decaying(200, 30, seed=1)
+    check(scan(rows_of(other), centroids, lambda done: None), other, centroids)
+    check(scan(rows_of(other), centroids[:20], lambda done: None), other, centroids[:20])
+
+
+@needs_extension
+def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 2**22)
+    monkeypatch.setattr(exact, "CHOICE_WORK", np.inf)
+    dots = []
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda *args: dots.append((args[2], run(*args))))
+    data = decaying(3000, 256)
+    kmeans(rows_of(data), 200, 4, engine=exact_engine())
+    kinds = [kind for kind, _ in dots]
+    assert (
+        kinds == [native.DENSE, native.PROJECT, *[native.FILTERED] * 3, native.PROJECT, native.FILTERED][: len(kinds)]
+    )
+    assert kinds.count(native.FILTERED) >= 4
+    for kind, count in dots:
+        assert count < (0.05 * 3000 * 200 if kind == native.FILTERED else 100)
+    assert "bounds in" in capsys.readouterr().err
+    flat = np.random.default_rng(0).random((3000, 256), dtype=np.float32)
+    dots.clear()
+    kmeans(rows_of(flat), 200, 4, engine=exact_engine())
+    assert {kind for kind, _ in dots} == {native.DENSE}
+    assert "dense" in capsys.readouterr().err
+
+
+@needs_extension
+def test_the_bound_is_one():
+    """Projected scores are never below exact ones by more than the doubt that the filter allows."""
+    data = decaying(500, 200)
+    centroids = np.stack([part.mean(axis=0) for part in np.array_split(data, 40)])
+    target = exact._target(centroids)
+    basis = exact.Basis(target.origin, exact._leading(target.centred, 24), 1e-6)
+    level = LEVELS[-1]
+    given = exact._fields(target, level)
+    project, filtered = exact._filter_fields(target, basis, given, level)
+    projected = np.empty((500, 26), np.float32)
+    native.run(level, 1, native.PROJECT, project | {"rows": 500, "x": data, "projected": projected})
+    x = data.astype(np.float64) - target.origin
+    c = centroids.astype(np.float64) - target.origin
+    scores = x @ c.T - (c**2).sum(axis=1) / 2
+    e_c = basis.error + 2 * 2.0**-24
+    bounds = projected[:, :25] @ exact._project_centroids(target, basis, e_c).T - (c**2).sum(axis=1) / 2
+    longest = given["longest"]
+    doubt = filtered["filter_error"] * (projected[:, 25:] * longest + longest**2 / 2)
+    assert (bounds >= scores - doubt).all()
+    np.testing.assert_allclose(projected[:, 25], np.linalg.norm(x, axis=1), rtol=1e-6)
+
+
+@needs_extension
+def test_threads_instruction_sets_blocks_and_cache_change_no_byte(monkeypatch):
+    data = decaying(900, 96)
+    first = kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine(threads=1, level=LEVELS[-1]))
+    for threads, level in ((2, LEVELS[-1]), (1, LEVELS[0]), (3, LEVELS[0])):
+        again = kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine(threads, level))
+        same(first, again, but=("seconds", "engine"))
+    monkeypatch.setattr(exact, "PROJECTED_BYTES", 0)
+    same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine(2)))
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
+    same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine()))
+    monkeypatch.setattr(exact, "DENSE_COST", 0)
+    same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("d", "k", "offset"), [(5, 40, 0), (96, 70, 0), (40, 500, 0), (30, 25, 1e4)])
+def test_whole_runs_equal_those_of_faiss(variant, d, k, offset):
+    data = decaying(500, d) + np.float32(offset)
+    found = kmeans(rows_of(data), k, 12, seed=1, engine=exact_engine(**variant))
+    peer = kmeans(rows_of(data), k, 12, seed=1, engine=faiss_engine())
+    np.testing.assert_array_equal(found.labels, peer.labels)
+    np.testing.assert_array_equal(found.moved, peer.moved)
+    assert (found.empties, found.splits) == (peer.empties, peer.splits)
+    np.testing.assert_allclose(found.centroids, peer.centroids, rtol=1e-6)
+    np.testing.assert_allclose(found.objective, peer.objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_resume_after_every_iteration_gives_the_same_bytes(variant, tmp_path):
+    data = decaying(500, 64)
+    paths = []
+
+    def save(state):
+        paths.append(tmp_path / f"{len(paths)}.npz")
+        save_state(paths[-1], state)
+
+    expected = kmeans(rows_of(data), 45, 8, seed=5, on_iteration=save, engine=exact_engine(**variant))
+    assert len(paths) == 8
+    for path in paths:
+        same(expected, kmeans(rows_of(data), 45, 8, seed=5, state=load_state(path), engine=exact_engine(**variant)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_near_ties_are_decided_in_float64(variant):
+    """Two centroids a hair apart: their scores are equal in float32, and the nearer one has the higher index."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(200, 48)).astype(np.float32)
+    base = rng.normal(size=(20, 48)).astype(np.float32)
+    centroids = np.concatenate([np.nextafter(base, np.float32(9)), base])
+    labels, _ = assign_rows(rows_of(data), centroids, exact_engine(**variant))
+    np.testing.assert_array_equal(labels, nearest64(data, centroids)[0])
+    assert len(np.unique(labels >= 20)) == 2
+
+
+def test_without_the_extension_a_dense_product_stands_in(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    native.library.cache_clear()
+    try:
+        data = decaying(200, 20)
+        assert engines.choose_engine("exact").name == "exact, dense in numpy"
+        assert "dense product" in capsys.readouterr().err
+        assert "faiss" in engines.choose_engine("auto").name
+        assert "not built" in capsys.readouterr().err
+        found = kmeans(rows_of(data), 15, 5, engine=exact_engine())
+        np.testing.assert_array_equal(found.labels, nearest64(data, found.centroids)[0])
+    finally:
+        native.library.cache_clear()
+
+
+def test_engines_by_name(capsys):
+    assert engines.choose_engine("faiss").name.startswith("faiss")
+    assert engines.choose_engine("exact").name.startswith("exact")
+    engines.choose_engine("auto")
+    assert capsys.readouterr().err.count("k-means engine: ") == 3
+    with pytest.raises(UsageError, match="'flash'"):
+        engines.choose_engine("flash")
+
+
+@needs_extension
+def test_no_memory_is_an_error_and_not_a_crash(monkeypatch):
+    data = decaying(50, 8)
+    work = exact._fields(exact._target(data[:5]), LEVELS[-1]) | {"packed": native.pack(LEVELS[-1], data[:5])}
+    work |= {"rows": 50, "x": data, "labels": np.empty(50, np.int32), "d": 2**55}
+    with pytest.raises(MemoryError, match="scratch"):
+        native.run(LEVELS[-1], 1, native.DENSE, work)
