@@ -56,7 +56,7 @@ def pretext(run: str | Path, **options: Any) -> Path:
         return run / "pretext" / "model.safetensors"
 
     inputs = {"data": data.fingerprint, "permutations": perms.summarise(permutations.numpy()).sha256}
-    outputs = ("model.safetensors", "puzzles.png", "metrics.jsonl", "checkpoint")
+    outputs = ("model.safetensors", "puzzles.png", "metrics.jsonl", "checkpoint", "events")
     with begin(run, "pretext", "pretext", config, inputs, outputs, config.overwrite, str(device)) as step:
         weights = step.folder / "model.safetensors"
         if step.done:

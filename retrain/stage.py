@@ -51,7 +51,7 @@ def retrain(run: str | Path, **options: Any) -> Path:
     rows = torch.nonzero(labels >= 0)[:, 0]
     device = loop.choose_device(config)
 
-    outputs = ("model.safetensors", "metrics.jsonl", "checkpoint")
+    outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     inputs = {"data": data.fingerprint, "labels": labels_hash}
     with begin(run, "retrain", "retrain", config, inputs, outputs, config.overwrite, str(device)) as step:
         weights = step.folder / "model.safetensors"

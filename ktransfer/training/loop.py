@@ -150,7 +150,7 @@ def fit(
     total = per_epoch * options.epochs
     checkpoint = folder / "checkpoint" / "last.pt"
     step = _restore(checkpoint, model, optimiser, device)
-    log = Log(folder / "metrics.jsonl", step)
+    log = Log(folder / "metrics.jsonl", step, options.tensorboard)
     last_save, save_cost = time.monotonic(), 0.0
 
     with bar(total * options.batch, label, done=step * options.batch) as shown, ctrl_c_between_steps() as stop:
@@ -236,8 +236,13 @@ def stream(pictures: Source, rows: Tensor, epoch: int, device: torch.device) -> 
 class Log:
     """Running sums on the device, read only when a line is written; lines past `step` (of a killed run) are dropped."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
         self.path = path
+        self.events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(path.parent / "events", purge_step=step)
         self.sums: dict[str, Tensor] = {}
         self.wait, self.started = 0.0, time.monotonic()
         if path.is_file():
@@ -274,7 +279,11 @@ class Log:
         return ", ".join(f"{name} {value:.3f}" for name, value in means.items()) + f", wait {speed['data_wait']:.0%}"
 
     def note(self, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Append a line of any values."""
+        """Append a line of any values, and show them to TensorBoard if it was asked for."""
+        if self.events is not None:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+            self.events.flush()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")

@@ -1,8 +1,10 @@
 """What every training can be told, and what every stage can be told about the machine."""
 
+import importlib.util
 from dataclasses import dataclass
 
 from ktransfer.config import option
+from ktransfer.errors import UsageError
 
 SEED_LIMIT = 2**32 - 1
 
@@ -34,4 +36,10 @@ class TrainOptions(MachineOptions):
     schedule: str = option(
         "cosine", "cosine to 0, or step: x 0.1 at 1/3, 2/3 and 8/9 of the way", choices=("cosine", "step")
     )
+    tensorboard: bool = option(False, "write TensorBoard events beside metrics.jsonl", execution=True)
     warmup: float = option(0.05, "share of the steps over which the rate grows from 0", low=0, high=0.5)
+
+    def __post_init__(self) -> None:
+        """Refuse what is not installed when the command starts."""
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard: is not installed; pip install 'ktransfer[report]'")

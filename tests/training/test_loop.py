@@ -424,3 +424,18 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch):
         assert loop.bfloat16(MachineOptions(), CPU) is expected
     with loop.autocast(MachineOptions(precision="bfloat16"), CPU):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+
+
+def test_tensorboard_shows_what_metrics_hold(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, options=replace(OPTIONS, tensorboard=True))
+    shown = accumulator.EventAccumulator(str(tmp_path / "events"))
+    shown.Reload()
+    (event,) = shown.Scalars("loss")
+    assert (event.step, event.value) == (TOTAL, pytest.approx(lines(tmp_path)[-1]["loss"], rel=1e-6))
+
+
+def test_tensorboard_that_is_not_installed_is_told_before_the_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'ktransfer\[report\]'"):
+        TrainOptions(tensorboard=True)
