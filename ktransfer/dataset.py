@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ktransfer import images
 from ktransfer.errors import UsageError
 from ktransfer.folders import ENDINGS, file_size, walk
-from ktransfer.progress import say
+from ktransfer.progress import say_once
 
 LISTS = (".txt", ".csv", ".tsv")
 PATH_COLUMNS = ("path", "file", "filename", "key")
@@ -63,7 +63,7 @@ def open_dataset(spec: str) -> Dataset:
     path = _existing(spec)
     if path.is_dir():
         if (path / "train").is_dir() and (val := _val_folder(path)):
-            say(f"{spec} holds train and {val.name}: taking {path / 'train'}")
+            say_once(f"{spec} holds train and {val.name}: taking {path / 'train'}")
             path = path / "train"
         return _folder(spec, path)
     if path.suffix.lower() not in LISTS:
@@ -123,7 +123,7 @@ def _val_folder(root: Path) -> Path | None:
 def _folder(spec: str, root: Path) -> Dataset:
     found = walk(root)
     if found.ignored or found.repeated:
-        say(
+        say_once(
             f"{root}: {len(found.names):,} pictures; {found.ignored:,} files with other endings are ignored, "
             f"{found.repeated:,} links to folders that are already in are not followed"
         )

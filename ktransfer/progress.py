@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -20,6 +21,12 @@ def track(items: Iterable[T], total: int, label: str, unit: str = "pictures") ->
         for item in items:
             yield item
             shown.update()
+
+
+@cache
+def say_once(line: str) -> None:
+    """`say`, but only the first time in this process."""
+    say(line)
 
 
 def say(line: str) -> None:
