@@ -18,7 +18,7 @@ from ktransfer.features import create_or_resume
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, reasons
 from ktransfer.progress import bar, say
-from ktransfer.run import begin, done_record, need_disk, output_hash, read_record
+from ktransfer.run import begin, done_record, input_hash, need_disk, read_record
 from ktransfer.training import loop
 
 from .config import ExtractConfig
@@ -39,7 +39,7 @@ def extract(run: str | Path, **options: Any) -> Path:
     run = Path(run)
     config, data = check(run, options)
     weights = teacher_path(run, config)
-    teacher = output_hash(run, weights)
+    teacher = input_hash(weights)
     network = networks.trunk(replace(networks.describe(weights), size=config.size))
     device = loop.choose_device(config)
     model = networks.load(weights, network).to(device).eval()
@@ -96,6 +96,8 @@ def check(
     if not spec:
         raise UsageError("extract: no pictures given, and the run has none; name them with --data")
     data = open_dataset(spec)
+    if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
+        raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
     loop.choose_device(config)
     if pending and "pretext" in pending and not config.teacher:
         made_by = pending["pretext"]

@@ -15,7 +15,7 @@ from ktransfer.errors import UsageError
 from ktransfer.features import Features, open_features
 from ktransfer.labels import write_labels
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, output_hash, read_record
+from ktransfer.run import begin, done_record, input_hash, read_record
 
 from .centroids import Centroids, read_centroids, write_centroids
 from .config import AssignConfig, ClusterConfig
@@ -42,7 +42,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
     config = check_cluster(run, options)
     path = _features_path(run, config) or extract(run, data=config.data)
     features = open_features(path)
-    inputs = {"features": output_hash(run, path)}
+    inputs = {"features": input_hash(path)}
     config = replace(config, features=str(path), data=config.data or _data_of(run, path))
     with begin(run, "clusters", "cluster", config, inputs, ["clusters.h5", "work"], config.overwrite, "cpu") as step:
         file = step.folder / "clusters.h5"
@@ -109,7 +109,7 @@ def assign(run: str | Path, **options: Any) -> Path:
     features = open_features(path)
     _refuse_mismatch(features, path, centroids, centroids_path)
     spec = config.data or _data_of(run, path)
-    inputs = {"features": output_hash(run, path), "centroids": output_hash(run, centroids_path)}
+    inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
     with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, "cpu") as step:
@@ -219,7 +219,7 @@ def _features_path(run: Path, config: ClusterConfig) -> Path | None:
         made = read_record(run, "features", path.stem)
         teacher = run / "pretext" / "model.safetensors"
         own = made is not None and not made["config"]["teacher"] and teacher.is_file()
-        if own and features.attributes["teacher"] != output_hash(run, teacher):
+        if own and features.attributes["teacher"] != input_hash(teacher):
             raise UsageError(
                 f"{path}: comes from an older teacher; make it again: ktransfer --run {run} extract --overwrite"
             )

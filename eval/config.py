@@ -22,7 +22,7 @@ class EvalConfig(TrainOptions):
         None, "other runs, separated by commas, whose networks are judged in the same table", execution=True
     )
     random: bool = option(True, "judge the same network with random weights beside it")
-    size: int = option(0, "side of the pictures in pixels; 0: as in the network's training", low=0)
+    size: int = option(0, "side of the pictures in pixels; 0: as in the network's training", low=0, high=2048)
     stride: int = option(
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )

@@ -12,7 +12,7 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, need_disk, output_hash, read_record
+from ktransfer.run import begin, done_record, input_hash, need_disk, read_record
 from ktransfer.training import loop
 
 from .config import EvalConfig
@@ -41,7 +41,7 @@ def evaluate(run: str | Path, **options: Any) -> Path:
     arms = _arms(run, config)
     device = loop.choose_device(config)
     inputs = {part: data.fingerprint for part, data in zip(("train", "test"), parts, strict=True)}
-    inputs |= {arm.name: output_hash(arm.weights.parent.parent, arm.weights) for arm in arms if arm.weights}
+    inputs |= {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
     names = ["linear.json", "linear.csv", "linear.md"]
     with begin(run, "eval", "linear", config, inputs, [*names, "work"], config.overwrite, str(device)) as step:
         report = step.folder / "linear.json"

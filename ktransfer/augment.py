@@ -35,7 +35,8 @@ def random_resized_crop(
     sign = torch.where(mirror < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(width)
     transform = torch.stack([sign * width, zero, centre_x, zero, height, centre_y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(transform, [len(pixels), 3, size, size], align_corners=False)
+    with torch.autocast(pixels.device.type, enabled=False):  # a grid in bfloat16 would be half a pixel off
+        grid = F.affine_grid(transform, [len(pixels), 3, size, size], align_corners=False)
     source = pixels.to(torch.float32)
     return F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

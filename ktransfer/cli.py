@@ -49,7 +49,7 @@ def settings(stage: str) -> Any:
 @click.option(
     "--config", "file", type=click.Path(path_type=Path), help="Settings of any stage, as TOML; flags beat it."
 )
-@click.option("--recipe", help="Settings that come with ktransfer, by name; list shows them.")
+@click.option("--recipe", help="Settings that come with ktransfer: paper or laptop.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(run_folder: Path | None, file: Path | None, recipe: str | None, debug: bool) -> None:
     """Turn what a large network learned without labels into a small one, and measure how much came across.
@@ -77,6 +77,12 @@ def carry_out(
     wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
     wanted = _complete(wanted, run_folder, tables)
     _inherit_data(wanted)
+    for stage, given in wanted:
+        pictures = Path(given.get("data") or ".")
+        if given.get("data") and pictures.is_dir() and run_folder.resolve().is_relative_to(pictures.resolve()):
+            raise UsageError(
+                f"--run {run_folder}: lies inside the pictures of {stage}, {pictures}; choose another folder"
+            )
     pending: dict[str, Any] = {}  # stage -> its settings, for the checks of the stages after it
     for stage, given in wanted:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
@@ -130,8 +136,14 @@ def _complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) 
     found: list[Call] = []
     for stage, given in wanted:
         before = [name for name, _ in found]
-        if stage == "cluster" and "extract" in tables and "extract" not in before and not given.get("features"):
-            found.append(("extract", dict(tables["extract"])))
+        anew = any(name == "pretext" and options.get("overwrite") for name, options in found)
+        if (
+            stage == "cluster"
+            and (anew or "extract" in tables)
+            and "extract" not in before
+            and not given.get("features")
+        ):
+            found.append(("extract", tables.get("extract", {}) | ({"overwrite": True} if anew else {})))
         told = "assign" in tables or "cluster" in before
         there = "assign" in before or (not told and _assigned(run))
         asks = given.get("arch") == "list"
@@ -144,12 +156,12 @@ def _complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) 
 
 def _assigned(run: Path) -> bool:
     """Whether the run's pseudo-labels, of whatever pictures, belong to its centroids."""
-    from ktransfer.run import output_hash, read_record
+    from ktransfer.run import input_hash, read_record
 
     made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
     if not made or made["state"] != "done" or not centroids.is_file():
         return False
-    return bool(made["inputs"]["centroids"] == output_hash(run, centroids))
+    return bool(made["inputs"]["centroids"] == input_hash(centroids))
 
 
 def _stage_command(stage: str) -> click.Command:
@@ -227,7 +239,9 @@ def doctor() -> None:
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
-@click.option("--images", default=0, help="Pictures of the training part; 0: as many as ten minutes allow.")
+@click.option(
+    "--images", default=2000, type=click.IntRange(100), show_default=True, help="Pictures of the training part."
+)
 def demo(out: Path, images: int) -> None:
     """The whole chain on the embedded data set, with a table at the end: about ten minutes on two cores."""
     from ktransfer.demo import run_demo

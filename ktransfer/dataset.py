@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ def _list(spec: str, path: Path) -> Dataset:
     names, labels = _read_list(path)
     if not names:
         raise UsageError(f"{spec} lists no pictures; write one path a line, relative to the folder of the list")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"{spec} lists {name} {times} times; name each picture once")
     sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
     return _of_files(spec, path.parent, path.stem, names, sizes, labels)
 

@@ -16,7 +16,6 @@ from ktransfer.progress import say
 from ktransfer.retrain import retrain
 from ktransfer.run import read_record
 
-IMAGES = 2000
 SIZE = 96
 CLUSTERS = 50
 
@@ -35,17 +34,17 @@ LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 25, "crop":
 PROBE = {"epochs": 20}
 
 
-def run_demo(out: Path, images: int = 0) -> None:
+def run_demo(out: Path, images: int = 2000) -> None:
     """Run every stage for four networks in three runs below `out`, then print times, paths and the table.
 
     Args:
         out: folder of the runs `transfer`, `direct` and `supervised`; an interrupted demo goes on there.
-        images: pictures of the training part, 0 for IMAGES.
+        images: pictures of the training part, more than CLUSTERS.
 
     Raises:
         UsageError, StageError: as the stages do.
     """
-    data = f"scenes:images={images or IMAGES},size={SIZE}"
+    data = f"scenes:images={images},size={SIZE}"
     transfer, direct, supervised = (out / name for name in ("transfer", "direct", "supervised"))
     line: list[tuple[Path, str, dict[str, Any]]] = [
         (transfer, "pretext", {"data": data, "arch": "vgg16_bn", "width": 0.25} | PUZZLE),

@@ -296,7 +296,9 @@ def load(path: Path, network: Network) -> nn.Module:
     Raises:
         UsageError: weights are missing, unexpected or of another shape.
     """
-    unused = (HEAD, *CLASSIFIER) if network.arch in TRUNKS[:2] and not network.classes else (HEAD,)
+    unused: tuple[str, ...] = (HEAD,) if network.arch in TRUNKS else ()
+    if network.arch in TRUNKS[:2] and not network.classes:
+        unused += CLASSIFIER
     with safe_open(path, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
     model = build(network, 0, "load")

@@ -16,6 +16,7 @@ from torch import Tensor
 from ktransfer.dataset import Dataset
 from ktransfer.errors import BrokenPicture, StageError
 from ktransfer.images import square
+from ktransfer.progress import bar
 
 _AHEAD = 2
 _MAX_WORKERS = 16
@@ -180,6 +181,31 @@ def check_broken(broken: Mapping[int, str], total: int, max_broken: float, datas
         f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
         f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
     )
+
+
+def readable(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
+    """Read all of `rows` once before a training, so that broken pictures are known, counted and left out.
+
+    Args:
+        rows: (n,) int64.
+        max_broken: the largest share of them that is accepted.
+
+    Returns:
+        Those that can be read, in the same order.
+
+    Raises:
+        StageError: more are broken, or fewer than two are left.
+    """
+    kept: list[Tensor] = []
+    with bar(len(rows), "read") as shown:
+        for chosen, _, valid, _ in pictures.batches(iter(rows.split(256))):
+            kept.append(chosen[valid])
+            shown.update(len(chosen))
+    check_broken(pictures.broken, len(rows), max_broken, pictures.dataset)
+    found = torch.cat(kept)
+    if len(found) < 2:
+        raise StageError(f"{pictures.dataset.spec}: only {len(found)} pictures can be read; there is nothing to learn")
+    return found
 
 
 def _finish(jobs: Iterable[Future[None]]) -> None:

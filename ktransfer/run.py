@@ -176,18 +176,16 @@ def done_record(run: Path, stage: str, name: str, make: str) -> dict[str, Any]:
     return record
 
 
-def output_hash(run: Path, path: Path) -> str:
-    """The SHA-256 of a file, taken from the record of the step that wrote it where its size is unchanged."""
+def input_hash(path: Path) -> str:
+    """The SHA-256 of a file that a step reads.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     try:
-        size = path.stat().st_size
+        return files.sha256(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    if path.parent.parent == run:
-        for record in _read(path.parent).values():
-            output = record["outputs"].get(path.name)
-            if record["state"] == "done" and output and output["bytes"] == size:
-                return str(output["sha256"])
-    return files.sha256(path)
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from ktransfer.config import build
 from ktransfer.dataset import Dataset, open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken, typical_short_side
+from ktransfer.pictures import Pictures, readable, typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin
 from ktransfer.training import loop
@@ -24,7 +24,7 @@ from ktransfer.training.loop import Batch
 
 from . import permutations as perms
 from .config import PretextConfig
-from .network import PuzzleNet
+from .network import TILES, PuzzleNet
 from .preview import save_sheet
 from .puzzles import JIGSAW, JIGSAWPP, PuzzleConfig, Puzzles, make_puzzles
 
@@ -52,7 +52,7 @@ def pretext(run: str | Path, **options: Any) -> Path:
     permutations = _permutations(config)
     rows, held_out = _split(data, config)
     if config.overfit:
-        _overfit(config, data, permutations, rows[: config.overfit], device)
+        _overfit(config, data, permutations, torch.cat([rows, held_out])[: config.overfit], device)
         return run / "pretext" / "model.safetensors"
 
     inputs = {"data": data.fingerprint, "permutations": perms.summarise(permutations.numpy()).sha256}
@@ -62,6 +62,8 @@ def pretext(run: str | Path, **options: Any) -> Path:
         if step.done:
             return weights
         pictures = Pictures(data, config.size, config.workers)
+        used = readable(pictures, torch.cat([rows, held_out]), config.max_broken)
+        rows, held_out = (part[torch.isin(part, used)] for part in (rows, held_out))
         puzzle = _puzzle(config)
         network = Network(config.arch, config.width, 2, config.size, 0, "picture", config.task)
         model = PuzzleNet(network, puzzle.tile, len(permutations), config.seed)
@@ -80,12 +82,12 @@ def pretext(run: str | Path, **options: Any) -> Path:
             "pretext",
             evaluate,
         )
-        check_broken(pictures.broken, len(data), config.max_broken, data)
         networks.save(weights, model.weights(), network)
         result = loop.evaluated(model, evaluate)
-        step.finish([weights, step.folder / "puzzles.png"], result=result, broken=len(pictures.broken))
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
+        step.finish([weights, step.folder / "puzzles.png"], result=result, broken=broken)
         loop.remove_checkpoint(step.folder)
-        say(f"pretext: done; {_summary(result, len(permutations))}; {len(pictures.broken)} broken pictures; {weights}")
+        say(f"pretext: done; {_summary(result, len(permutations))}; {len(broken)} broken pictures; {weights}")
         return weights
 
 
@@ -115,7 +117,15 @@ def check(
         raise UsageError(
             f"--size {size}: tiles of {tile} pixels are too small for any network; give at least --size 33"
         )
-    _permutations(config)
+    permutations = _permutations(config)
+    if permutations.shape[1] != TILES or len(permutations) < 2:
+        raise UsageError(
+            f"--permutation-file {config.permutation_file}: holds {len(permutations)} permutations of "
+            f"{permutations.shape[1]} tiles; a puzzle needs at least 2 of {TILES}"
+        )
+    trunk = Network(config.arch, config.width, 2, tile)
+    with networks.fitting(replace(trunk, size=size)), torch.no_grad():
+        networks.build(trunk, 0, "check").eval()(torch.zeros(1, 3, tile, tile))
     return replace(config, size=size, tile=tile), data
 
 

@@ -21,7 +21,9 @@ class RetrainConfig(TrainOptions):
     arch: str = option("alexnet", "alexnet, alexnet_bn, or any classifier of torchvision by name; list shows them")
     width: float = option(1.0, "scales all channels (alexnet, alexnet_bn)", low=0.05, high=4)
     stride: int = option(4, "stride of AlexNet's first convolution; 2 suits pictures under 128 pixels", low=1, high=8)
-    size: int = option(0, "side of the network's input in pixels; 0: 224, or what the pictures have if less", low=0)
+    size: int = option(
+        0, "side of the network's input in pixels; 0: 224, or what the pictures have if less", low=0, high=2048
+    )
     crop: float = option(0.08, "smallest share of a picture's area that a random crop shows", low=0.01, high=1)
     uniform: bool = option(False, "draw clusters, not pictures, equally often")
     overwrite: bool = option(False, "make the stage again", execution=True)

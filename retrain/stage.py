@@ -19,9 +19,9 @@ from ktransfer.dataset import Dataset, open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.labels import read_labels
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken, typical_short_side
+from ktransfer.pictures import Pictures, readable, typical_short_side
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, output_hash, read_record
+from ktransfer.run import begin, done_record, input_hash, read_record
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
 
@@ -61,6 +61,7 @@ def retrain(run: str | Path, **options: Any) -> Path:
         network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
         model = networks.build(network, config.seed, "retrain")
         pictures = Pictures(data, round(config.size * MARGIN), config.workers)
+        rows = readable(pictures, rows, config.max_broken)
         loop.fit(
             model,
             partial(_loss, labels=labels.to(device), network=network, config=config),
@@ -71,9 +72,9 @@ def retrain(run: str | Path, **options: Any) -> Path:
             device,
             "retrain",
         )
-        check_broken(pictures.broken, len(data), config.max_broken, data)
         networks.save(weights, model.state_dict(), network)
-        step.finish([weights], broken=len(pictures.broken), result={"classes": classes, "pictures": len(rows)})
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
+        step.finish([weights], broken=broken, result={"classes": classes, "pictures": len(rows)})
         loop.remove_checkpoint(step.folder)
         say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} pictures; {weights}")
         return weights
@@ -135,10 +136,10 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
     if not config.labels:
         made = done_record(run, "clusters", "assign", "assign")
         centroids = run / "clusters" / "clusters.h5"
-        if centroids.is_file() and made["inputs"]["centroids"] != output_hash(run, centroids):
+        if centroids.is_file() and made["inputs"]["centroids"] != input_hash(centroids):
             raise UsageError(f"{path}: of older clusters; make it again: ktransfer --run {run} assign --overwrite")
     found = read_labels(path)
-    digest = output_hash(run, path)
+    digest = input_hash(path)
     if found.keys is None:
         if len(found.labels) != len(data):
             raise UsageError(f"{path}: {len(found.labels)} labels for {len(data)} pictures of {data.spec}")

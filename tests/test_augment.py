@@ -101,6 +101,13 @@ def test_the_whole_picture_comes_back(monkeypatch):
     torch.testing.assert_close(crops[1], pixels[1].flip(-1).float(), atol=0.02, rtol=0)
 
 
+def test_crops_do_not_depend_on_the_precision_around_them():
+    pixels, rows = smooth(4), torch.arange(4)
+    plain = random_resized_crop(pixels, rows, 16, 0, 0, "t")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(random_resized_crop(pixels, rows, 16, 0, 0, "t"), plain)
+
+
 @pytest.mark.parametrize(("side", "size"), [(8, 8), (9, 4), (8, 4), (7, 1)])
 def test_centre_crop_is_torchvisions(side, size):
     pixels = noise(2, side)

@@ -48,6 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw(root / "pictures/val" / f"class{number % 2}" / f"{number}.jpg", 200 + number)
     (root / "empty").mkdir()
     (root / "note.txt").write_text("not what you think\n")
+    permutations.write(root / "four.bin", permutations.generate(3, 2, tiles=4))
     line = whole(root)
     assert cli.main(line) == 0
     return root
@@ -186,6 +187,10 @@ MISUSES = [
     (["--config", "flat", "--run", "new", "pretext"], "--config flat: Is a directory"),
     (["--config", "note.txt", "--run", "new", "pretext"], "not valid TOML"),
     (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: valid: laptop, paper"),
+    (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: lies inside the pictures of pretext"),
+    (["--run", "run", "extract", "--data", "flat", "--name", "../x"], "--name ../x: must be a plain file name"),
+    (["--run", "new", "pretext", "--data", "flat", "--arch", "alexnet", "--size", "33"], "give a larger --size"),
+    (["--run", "new", *PUZZLE, "--data", "flat", "--permutation-file", "four.bin"], "3 permutations of 4 tiles"),
     (["perms", "--count", "0"], "0 permutations"),
     (["perms", "--min-distance", "12"], "minimum Hamming distance 12"),
     (["perms", "--read", "note.txt"], "no permutation file"),
@@ -287,6 +292,15 @@ def test_overwrite_clusters_anew_and_labels_with_it(made, tmp_path):
     assert cli.main([*line, "--overwrite"]) == 0
     assert {row.split(",")[1] for row in (run / "clusters/labels.csv").read_text().splitlines()[1:]} == set("012")
     assert (run / "retrain/model.safetensors").read_bytes() != old
+
+
+def test_a_teacher_made_anew_in_the_line_is_read_anew(made, tmp_path):
+    run = copied(made, tmp_path)
+    old = (run / "features/train.h5").read_bytes()
+    line = [word for word in whole(made) if word not in ("--run", str(made / "run"))]
+    line = [*line[: line.index("cluster")], "--seed", "1", "--overwrite", "cluster", "--k", "4", "--overwrite"]
+    assert cli.main(["--run", str(run), *line]) == 0
+    assert (run / "features/train.h5").read_bytes() != old
 
 
 def test_overwritten_teacher_does_not_pass_for_the_old_one(made, tmp_path, capsys):

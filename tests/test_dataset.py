@@ -199,13 +199,13 @@ def test_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_text_list(tmp_path: Path) -> None:
     put(tmp_path / "in/a.png", "red")
     elsewhere = put(tmp_path / "b.png", "blue")
-    lines = ["in/a.png", "", str(elsewhere), "missing.jpg", "in/a.png", "../" + tmp_path.name + "/b.png"]
+    lines = ["in/a.png", "", str(elsewhere), "missing.jpg", "../" + tmp_path.name + "/b.png"]
     (tmp_path / "my list.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     data = open_dataset(str(tmp_path / "my list.txt"))
     assert data.name == "my_list"
     assert list(data.keys) == [line for line in lines if line]
     assert data.read(0, None)[0, 0].tolist() == [255, 0, 0]
-    assert data.read(1, None)[0, 0].tolist() == data.read(4, None)[0, 0].tolist() == [0, 0, 255]
+    assert data.read(1, None)[0, 0].tolist() == data.read(3, None)[0, 0].tolist() == [0, 0, 255]
     with pytest.raises(BrokenPicture, match="No such file"):
         data.read(2, None)
     assert (data.targets == -1).all() and data.classes == ()
@@ -240,6 +240,7 @@ def test_table_of_paths_alone(tmp_path: Path) -> None:
         ("l.csv", "picture,label\na.png,1\n", "no column path"),
         ("l.csv", "path,label\na.png,1\n,2\n", "row 3 has no path"),
         ("l.csv", "path,label\n", "lists no pictures"),
+        ("l.txt", "a.png\nb.png\na.png\n", "lists a.png 2 times"),
         ("l.json", "[]", "neither a folder, nor a list"),
     ],
 )

@@ -1,5 +1,6 @@
 """Steps of a run: begun, finished, skipped, refused, and locked against other processes."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -175,7 +176,6 @@ def test_damaged_record(tmp_path, text):
     files.write_text(tmp_path / "stage/stage.json", text)
     for call in (
         lambda: runs.read_record(tmp_path, "stage", "step"),
-        lambda: runs.output_hash(tmp_path, tmp_path / "stage/stage.json"),
         lambda: begin(tmp_path).__enter__(),
     ):
         with pytest.raises(UsageError) as caught:
@@ -190,21 +190,14 @@ def test_no_record(tmp_path):
     assert runs.read_record(tmp_path, "file", "step") is None
 
 
-def test_output_hash(tmp_path, monkeypatch):
+def test_input_hash_reads_the_bytes_whatever_a_record_says(tmp_path):
     finish(tmp_path, "abc")
     out = tmp_path / "stage/out"
-    digest = files.sha256(out)
-    other = tmp_path / "elsewhere/x/out"
-    files.write_text(other, "abcd")
-    wrong = files.sha256(other)
-    assert runs.output_hash(tmp_path, other) == wrong
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "sha256", lambda path: pytest.fail("read again"))
-        assert runs.output_hash(tmp_path, out) == digest
-    out.write_text("abcd")  # another size: the record does not speak for it
-    assert runs.output_hash(tmp_path, out) == wrong
+    assert runs.input_hash(out) == files.sha256(out)
+    out.write_text("xyz")  # as long as before
+    assert runs.input_hash(out) == hashlib.sha256(b"xyz").hexdigest()
     with pytest.raises(UsageError, match="No such file"):
-        runs.output_hash(tmp_path, tmp_path / "stage/none")
+        runs.input_hash(tmp_path / "stage/none")
 
 
 def test_need_disk(tmp_path):

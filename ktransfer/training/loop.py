@@ -27,7 +27,6 @@ from ktransfer.training.options import MachineOptions, TrainOptions
 
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
-CHECKPOINT_SECONDS = 1.0  # between two checkpoints, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
 
 

@@ -208,7 +208,7 @@ def test_broken_pictures_are_counted_and_borne_up_to_a_share(tmp_path, coloured)
     (root / "a" / "04.png").write_bytes(b"")
     options = SMALL | {"data": str(root), "epochs": 1, "batch": 10}
     weights = retrain(tmp_path / "run", **options, max_broken=0.05)
-    assert record(tmp_path / "run")["broken"] == 1
+    assert len(record(tmp_path / "run")["broken"]) == 1
     assert all(value.isfinite().all() for value in load_file(weights).values())
     with pytest.raises(StageError, match=r"1 of 20 pictures[^\n]*a/04\.png"):
         retrain(tmp_path / "strict", **options, max_broken=0.01)
