@@ -1,5 +1,6 @@
 """`ktransfer doctor`: what is installed, which devices there are, and whether torch and faiss work together."""
 
+import importlib.util
 import platform
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def report() -> str:
     lines.append(f"{'GPUs':14} {', '.join(names) or 'none'}")
     lines.append(f"{'device':14} {device}, bfloat16 {'on' if bfloat16(MachineOptions(), device) else 'off'}")
     lines.append(f"{'faiss':14} {_faiss()}")
+    built = importlib.util.find_spec("ktransfer.cluster._exact") is not None
+    lines.append(f"{'exact k-means':14} {'extension built' if built else 'no extension (no compiler at installation)'}")
     return "\n".join(lines)
 
 
