@@ -26,7 +26,7 @@ class EvalConfig(TrainOptions):
     stride: int = option(
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
-    lrs: str = option("0.0001,0.0003,0.001,0.003", "learning rates to choose from, separated by commas")
+    lrs: str = option("0.0003,0.001,0.003,0.01", "learning rates to choose from, separated by commas")
     cache: float = option(20.0, "GB of disk that the maps of the layers may take while it runs", low=0, execution=True)
     epochs: int = option(30, "passes over the training part", low=1)
     batch: int = option(128, "pictures a step", low=2)
