@@ -27,9 +27,9 @@ STAGES = {
     "retrain": retrain,
     "eval": evaluate,
 }
-PUZZLE = {"permutations": 100, "epochs": 40, "batch": 64, "lr": 0.05}
+PUZZLE = {"permutations": 100, "epochs": 34, "batch": 64, "lr": 0.05}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.5}
-LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 25, "crop": 0.3}
+LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 20, "crop": 0.3}
 
 PROBE = {"epochs": 20}
 
