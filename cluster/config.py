@@ -17,7 +17,7 @@ class ExtractConfig(MachineOptions):
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
     teacher: str | None = option(None, "a model.safetensors; that of the run when not given", execution=True)
     layer: str | None = option(
-        None, "which layer to read, or list; conv4_3 of a VGG, conv4 of an AlexNet when not given"
+        None, "which layer to read, or list; conv4_1 of a VGG, conv4 of an AlexNet when not given"
     )
     pool: int = option(4, "max-pool the maps to this grid", low=1, high=64)
     size: int = option(0, "side of the pictures in pixels; 0: as in the teacher's training", low=0, high=2048)

@@ -23,7 +23,7 @@ from ktransfer.training import loop
 
 from .config import ExtractConfig
 
-DEFAULT_LAYERS = {"alexnet": "conv4", "alexnet_bn": "conv4", "vgg16": "conv4_3", "vgg16_bn": "conv4_3"}
+DEFAULT_LAYERS = {"alexnet": "conv4", "alexnet_bn": "conv4", "vgg16": "conv4_1", "vgg16_bn": "conv4_1"}
 
 
 def extract(run: str | Path, **options: Any) -> Path:

@@ -134,7 +134,7 @@ def test_label_files_agree_with_each_other(tmp_path, planted):
 def test_cluster_extracts_what_is_missing(run):
     cluster(run, k=5)
     made = open_features(run / "features" / "scenes.h5")
-    assert made.attributes["layer"] == "conv4_3"
+    assert made.attributes["layer"] == "conv4_1"
     assign(run)
     assert [line["key"] for line in table(run)] == list(open_dataset("scenes:images=40,size=48").keys)
     assert records(run)["assign"]["config"]["data"] == "scenes:images=40,size=48"

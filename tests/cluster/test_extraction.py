@@ -45,7 +45,8 @@ def maps_of(weights, x, last):
 
 
 @pytest.mark.parametrize(
-    ("layer", "module", "pool", "size"), [(None, 32, 4, 0), ("conv1_2", 5, 3, 40), ("conv3_1", 16, 1, 48)]
+    ("layer", "module", "pool", "size"),
+    [(None, 26, 4, 0), ("conv4_3", 32, 4, 0), ("conv1_2", 5, 3, 40), ("conv3_1", 16, 1, 48)],
 )
 def test_rows_are_a_forward_pass(run, layer, module, pool, size):
     path = extract(run, layer=layer, pool=pool, size=size, **EXACT)
@@ -61,12 +62,12 @@ def test_rows_are_a_forward_pass(run, layer, module, pool, size):
     assert found.keys == list(data.keys)
     np.testing.assert_array_equal(found.targets, data.targets)
     assert found.valid.all()
-    assert found.attributes["layer"] == (layer or "conv4_3")
+    assert found.attributes["layer"] == (layer or "conv4_1")
     assert found.attributes["fingerprint"] == data.fingerprint
     assert str(side) in found.attributes["transform"]
     made = record(run, "scenes")
     assert made["result"] == {"rows": 40, "dim": found.rows.shape[1]}
-    assert made["config"]["layer"] == (layer or "conv4_3")
+    assert made["config"]["layer"] == (layer or "conv4_1")
     assert made["broken"] == []
 
 
