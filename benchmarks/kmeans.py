@@ -1,6 +1,7 @@
 """k-means on the CPU beside its peers, as in reference/kmeans.md §3: same data, start, iterations, all points.
 
 Run as `python benchmarks/kmeans.py [--quick] [--repeats 5] [--threads 2] [--only relu-1024] [--methods exact,faiss]`.
+`--features FILE --k 200,1000` takes the rows of a feature file instead, as the cluster stage sees them (length 1).
 Methods are interleaved, so that a busy machine hits all alike; the median counts. `faiss.SuperKmeans` and `superkmeans`
 take no start and are not exact; scikit-learn does one more assignment. Inertia is measured in float64 by one exact
 pass for every method. Peers that are not installed are left out.
@@ -10,7 +11,8 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,26 +32,29 @@ CASES: dict[str, Case] = {
 }
 
 
-def make(kind: str, n: int, d: int) -> np.ndarray:
+def blocks(kind: str, n: int, d: int, size: int = 8192) -> Iterator[np.ndarray]:
+    """Rows of one kind, (size, d) float32 at a time."""
     rng = np.random.default_rng(0)
-    if kind == "unif":
-        return rng.random((n, d), dtype=np.float32)
     components, inner = (500, d) if kind == "gmm" else (300, 128)
     weights = np.arange(1, components + 1) ** -0.5
     chosen = rng.choice(components, n, p=weights / weights.sum())
     scale = np.full(inner, 1.0) if kind == "gmm" else np.arange(1, inner + 1) ** -0.5
     centres = rng.standard_normal((components, inner)) * scale * (0.5 if kind == "gmm" else 1.0)
     mix = rng.standard_normal((inner, d), dtype=np.float32)
+    for start in range(0, n, size):
+        part = chosen[start : start + size]
+        if kind == "unif":
+            yield rng.random((len(part), d), dtype=np.float32)
+            continue
+        latent = (centres[part] + rng.standard_normal((len(part), inner)) * scale).astype(np.float32)
+        noise = np.float32(0.5) * rng.standard_normal((len(part), d), dtype=np.float32) if kind == "relu" else None
+        yield latent if noise is None else np.maximum(latent @ mix - 0.5 + noise, 0)
+
+
+def make(kind: str, n: int, d: int) -> np.ndarray:
     data = np.empty((n, d), np.float32)
-    for start in range(0, n, 8192):
-        part = slice(start, min(n, start + 8192))
-        count = part.stop - part.start
-        latent = (centres[chosen[part]] + rng.standard_normal((count, inner)) * scale).astype(np.float32)
-        if kind == "gmm":
-            data[part] = latent
-        else:
-            noise = rng.standard_normal((count, d), dtype=np.float32)
-            data[part] = np.maximum(latent @ mix - 0.5 + 0.5 * noise, 0)
+    for number, block in enumerate(blocks(kind, n, d)):
+        data[number * 8192 : number * 8192 + len(block)] = block
     return data
 
 
@@ -153,11 +158,21 @@ def inertia(data: np.ndarray, centroids: np.ndarray) -> float:
     return float(exact_engine().scan(rows, centroids, lambda done: None).distances.sum(dtype=np.float64))
 
 
+def stored(path: Path) -> np.ndarray:
+    from ktransfer.cluster.rows import rows_of
+    from ktransfer.features import open_features
+
+    rows = rows_of(open_features(path), None, True)
+    return rows.read(0, rows.count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rows, a quarter of the clusters, 8 it")
     parser.add_argument("--repeats", type=int, default=0, help="5 when not given, 1 with --quick")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--features", type=Path, help="a feature file instead of made rows")
+    parser.add_argument("--k", default="200,1000", help="numbers of clusters for --features")
     parser.add_argument("--only", default=",".join(CASES), help="cases, with commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods, with commas; faiss is the yardstick")
     options = parser.parse_args()
@@ -169,12 +184,16 @@ def main() -> None:
     faiss.omp_set_num_threads(options.threads)
     print(f"{options.threads} threads; load before {os.getloadavg()[0]:.1f}; faiss {faiss.__version__}", flush=True)
     repeats = options.repeats or (1 if options.quick else 5)
-    for name in options.only.split(","):
-        kind, n, d, k = CASES[name]
-        iterations = 20
-        if options.quick:
-            n, k, iterations = n // 10, k // 4, 8
-        data = make(kind, n, d)
+    iterations = 8 if options.quick else 20
+    for name in (options.k if options.features else options.only).split(","):
+        if options.features:
+            data, k = stored(options.features), int(name)
+        else:
+            kind, n, d, k = CASES[name]
+            if options.quick:
+                n, k = n // 10, k // 4
+            data = make(kind, n, d)
+        n, d = data.shape
         start = data[np.random.default_rng(1).choice(n, k, replace=False)].copy()
         seconds: dict[str, list[float]] = {}
         quality: dict[str, float] = {}
@@ -192,7 +211,7 @@ def main() -> None:
                     continue
                 seconds.setdefault(method, []).append(time.perf_counter() - began)
                 quality[method] = inertia(data, centroids)
-        print(f"\n{name}: {kind}, n={n} D={d} k={k}, {iterations} iterations, median of {repeats}", flush=True)
+        print(f"\n{name}: n={n} D={d} k={k}, {iterations} iterations, median of {repeats}", flush=True)
         yardstick = statistics.median(seconds.get("faiss", [float("nan")]))
         for method, times in seconds.items():
             median = statistics.median(times)

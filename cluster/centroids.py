@@ -1,4 +1,4 @@
-"""`clusters.h5`: the centroids, how they came about, and what features they belong to (DESIGN §4)."""
+"""`clusters.h5`: the centroids, how they came about, and what features they belong to."""
 
 import io
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_centroids(
     with h5py.File(image, "w") as file:
         file["centroids"] = found.centroids
         file["counts"] = found.counts
-        for name in ("objective", "empties", "splits", "moved"):
+        for name in ("objective", "empties", "splits", "moved", "attempts"):
             file[name] = np.asarray(getattr(found, name))
         if projection is not None:
             for name, value in zip(Projection._fields, projection, strict=True):
@@ -55,13 +55,61 @@ def write_centroids(
                 "normalise": normalise,
                 "final_objective": found.final_objective,
                 "points": f"trained on {found.points_used} of {found.points_total}",
+                "points_used": found.points_used,
+                "points_total": found.points_total,
+                "start": found.start,
                 "seed": found.seed,
+                "attempt": found.attempt,
+                "dissolved": found.dissolved,
+                "spherical": found.spherical,
+                "bytes_read": found.bytes_read,
                 "engine": found.engine,
                 "version": found.version,
             }
             | {name: str(features.attributes.get(name)) for name in SOURCE}
         )
     files.write_bytes(path, image.getvalue())
+
+
+def read_start(path: Path, k: int, dim: int | None, normalise: bool) -> NDArray[np.float32]:
+    """(k, d) float32 centroids to start from: a .npy of floats, or a clusters.h5 made without a PCA.
+
+    A .npy is taken as it is: its numbers must be in the space of the rows after PCA and scaling.
+
+    Args:
+        path: the file.
+        k: centroids wanted.
+        dim: numbers of a row as k-means sees it; None: not known yet.
+        normalise: whether rows are scaled to length 1.
+
+    Raises:
+        UsageError: not such a file, another shape, NaN or infinity, or centroids of differently prepared rows.
+    """
+    if path.suffix == ".h5":
+        found = read_centroids(path)
+        if found.projection is not None:
+            raise UsageError(f"--start {path}: its centroids lie along the axes of its own PCA; give one without --pca")
+        if found.normalise != normalise:
+            raise UsageError(
+                f"--start {path}: made {'with' if found.normalise else 'without'} --normalise; do the same"
+            )
+        given: NDArray[Any] = found.centroids
+    else:
+        try:
+            given = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(given, np.ndarray):
+                raise ValueError("an archive")
+        except (OSError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--start {path}: not a .npy file of centroids ({reason})") from error
+    wanted = f"({k}, {'d' if dim is None else dim})"
+    if given.ndim != 2 or len(given) != k or dim not in (None, given.shape[1]) or given.dtype.kind != "f":
+        raise UsageError(f"--start {path}: {given.dtype} of shape {given.shape}, must be floats of shape {wanted}")
+    with np.errstate(over="ignore"):
+        centroids = np.ascontiguousarray(given, np.float32)
+    if not np.isfinite(centroids).all():
+        raise UsageError(f"--start {path}: holds NaN, infinity or numbers beyond float32; give finite centroids")
+    return centroids
 
 
 def read_centroids(path: Path) -> Centroids:
@@ -78,7 +126,10 @@ def read_centroids(path: Path) -> Centroids:
             centroids: NDArray[np.float32] = np.asarray(file["centroids"], np.float32)
             projection = None
             if "pca" in file:
-                projection = Projection(*(np.asarray(file[f"pca/{name}"]) for name in Projection._fields))
+                parts: dict[str, Any] = {name: np.asarray(data) for name, data in file["pca"].items()}
+                # Files from before there was whitening have no scale.
+                parts.setdefault("scale", np.ones(parts["components"].shape[1], np.float32))
+                projection = Projection(**{name: parts[name] for name in Projection._fields})
             source = {name: str(attributes[name]) for name in SOURCE}
             return Centroids(centroids, projection, bool(attributes["normalise"]), source)
     except (OSError, KeyError, ValueError) as error:

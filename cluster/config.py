@@ -40,14 +40,42 @@ class ClusterConfig:
     )
     k: int = option(2000, "number of clusters", low=1)
     iterations: int = option(20, "at most so many; fewer if no label moves", low=1)
+    algorithm: str = option(
+        "lloyd",
+        "lloyd: k-means on all rows; two-level: in sqrt(k) groups first, for a k of 100,000 and more; minibatch: "
+        "centroids move after each batch, for a first look",
+        choices=("lloyd", "two-level", "minibatch"),
+    )
+    refine: int = option(0, "iterations of lloyd after two-level", low=0)
+    batch_rows: int = option(4096, "rows of a batch of minibatch", low=1)
     pca: int = option(0, "project onto so many principal components before; 0: none", low=0)
+    whiten: bool = option(False, "scale each principal component to variance 1; needs --pca")
     normalise: bool = option(True, "scale each row (after the PCA) to length 1")
+    spherical: bool = option(False, "k-means by cosine: centroids of length 1 too")
+    start: str = option(
+        "random",
+        "random: distinct rows; kmeans++: spread out, on a sample; kmeans-parallel: spread out, on all rows; "
+        "or a file of centroids (.npy, or a clusters.h5)",
+    )
+    start_sample: int = option(
+        0, "random rows that kmeans++ looks at, held in memory; 0: 64 for each cluster, at most 1 GiB", low=0
+    )
+    redo: int = option(1, "cluster from so many starts and keep the best", low=1)
+    min_size: int = option(
+        0, "least rows of a cluster; smaller ones are filled from the heaviest, or dissolved at the end", low=0
+    )
     seed: int = option(0, "the start is a function of it", low=0, high=SEED_LIMIT)
+    stability: bool = option(False, "cluster again from another seed and record how far both agree; twice the time")
+    quality_rows: int = option(2000, "rows whose silhouette and margin are recorded", low=1, high=20_000)
+    sheet: int = option(12, "clusters whose 16 nearest pictures are drawn (clusters.png); 0: none", low=0, high=100)
     engine: str = option(
         "auto",
         "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
         choices=("auto", "faiss", "exact"),
         execution=True,
+    )
+    memory: float = option(
+        0.0, "GB of memory for a process; what does not fit is streamed; 0: 3/4 of what is free", low=0, execution=True
     )
     overwrite: bool = option(False, "make the stage again", execution=True)
 
@@ -59,6 +87,7 @@ class AssignConfig:
     Clusters of one data set may label another, as in the paper.
     """
 
+    balanced: bool = option(False, "clusters of equal size, n / k rounded down or up, at the least sum of squares")
     features: str | None = option(None, "a feature file; the one that was clustered when not given", execution=True)
     data: str | None = option(
         None, "label these pictures instead (their features are extracted as the others were)", execution=True
@@ -68,5 +97,8 @@ class AssignConfig:
         "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
         choices=("auto", "faiss", "exact"),
         execution=True,
+    )
+    memory: float = option(
+        0.0, "GB of memory for a process; what does not fit is streamed; 0: 3/4 of what is free", low=0, execution=True
     )
     overwrite: bool = option(False, "make the stage again", execution=True)

@@ -20,11 +20,13 @@ class Rows:
         count: n.
         dim: d.
         read: (start, stop) -> (stop - start, d) float32, finite, the same numbers at every call.
+        weights: (n,) float64 > 0, how much each row counts in means and objective; all alike when None.
     """
 
     count: int
     dim: int
     read: Callable[[int, int], NDArray[np.float32]]
+    weights: NDArray[np.float64] | None = None
 
 
 class Pass(NamedTuple):
@@ -33,14 +35,24 @@ class Pass(NamedTuple):
     Attributes:
         labels: (n,) int32 in [0, k), the nearest centroid.
         distances: (n,) float32, squared Euclidean distance to it.
-        sums: (k, d) float64, the rows of each cluster added up.
-        counts: (k,) int64.
+        sums: (k, d) float64, the rows of each cluster added up, each times its weight.
+        counts: (k,) int64, rows.
     """
 
     labels: NDArray[np.int32]
     distances: NDArray[np.float32]
     sums: NDArray[np.float64]
     counts: NDArray[np.int64]
+
+
+def empty_pass(rows: Rows, centroids: NDArray[np.float32]) -> Pass:
+    """Room for what a look at all rows yields."""
+    return Pass(
+        np.empty(rows.count, np.int32),
+        np.empty(rows.count, np.float32),
+        np.zeros(centroids.shape),
+        np.zeros(len(centroids), np.int64),
+    )
 
 
 class Engine(NamedTuple):
@@ -73,19 +85,14 @@ def faiss_engine() -> Engine:
         if gpus:
             index = faiss.index_cpu_to_all_gpus(index)
         index.add(centroids - origin)
-        found = Pass(
-            np.empty(rows.count, np.int32),
-            np.empty(rows.count, np.float32),
-            np.zeros(centroids.shape),
-            np.zeros(len(centroids), np.int64),
-        )
+        found = empty_pass(rows, centroids)
         for start, stop in blocks(rows.count, rows.dim):
             block = rows.read(start, stop)
             labels = _nearest(index, block, centroids, origin)
             gap = block - centroids[labels]
             found.labels[start:stop] = labels
             found.distances[start:stop] = np.einsum("ij,ij->i", gap, gap, dtype=np.float64)
-            add_rows(found.sums, block, labels)
+            add_rows(found.sums, block, labels, None if rows.weights is None else rows.weights[start:stop])
             tick(stop - start)
         found.counts[:] = np.bincount(found.labels, minlength=len(centroids))
         return found
@@ -123,10 +130,16 @@ def _nearest(
     return labels
 
 
-def add_rows(sums: NDArray[np.float64], block: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-    """Add each row to the sum of its cluster, in row order."""
+def add_rows(
+    sums: NDArray[np.float64],
+    block: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    weights: NDArray[np.float64] | None = None,
+) -> None:
+    """Add each row, times its weight, to the sum of its cluster, in row order."""
+    weighed: Any = block if weights is None else block * weights[:, None]
     order = np.argsort(labels, kind="stable")
     ranked = labels[order]
     edges = [0, *(np.flatnonzero(np.diff(ranked)) + 1).tolist(), len(order)]
     for begin, end in pairwise(edges):
-        sums[ranked[begin]] += np.add.reduce(block[order[begin:end]], axis=0, dtype=np.float64)
+        sums[ranked[begin]] += np.add.reduce(weighed[order[begin:end]], axis=0, dtype=np.float64)

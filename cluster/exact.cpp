@@ -25,6 +25,11 @@
 // by more than the doubt of all these terms together cannot be the nearest, nor tie with it. Centroids are means, so r_c is
 // small, and a few dozen leading directions of the *centroids* exclude most pairs. Any previous labels are right.
 //
+// PAIR BOUND. Where no few directions hold the centroids, a dense pass leaves q(x, c) <= scale |x - c|^2 for every pair, as
+// float16 rounded towards zero. Later, when c has gone to c' with |c' - c| <= m(c), the triangle inequality says
+// |x - c'| >= |x - c| - m(c), so c' can be nearest or tie only if sqrt(q / scale) <= r(x) + m(c), where r(x) is at least the
+// distance to the row's previous centroid, where that is now, and the width of a tie. Reading q costs two bytes a pair.
+//
 // Threads take runs of rows; each row is computed by one thread in one order, so their number changes no byte.
 
 #include <cstdint>
@@ -46,7 +51,7 @@ namespace {
 constexpr int64_t CHUNK = 256;  // exact.py counts on it
 constexpr double TIE = 1e-12;
 
-// The fields mirror `Job` in exact.py.
+// The fields mirror `Job` in native.py.
 struct Job {
     int64_t rows, d, k, p;
     const float* x;          // rows x d
@@ -56,12 +61,16 @@ struct Job {
     const float* centroids;  // k x d, centred
     const float* packed;     // panels of what is multiplied: centroids, their projections, or the basis
     const float* bias;       // k, padded with -inf to whole panels
+    uint16_t* bounds;        // rows x k (whole panels), float16: scaled lower bounds of squared distances, or none
+    const float* moved;      // k (whole panels): how far each centroid is from where it was then, scaled, rounded up
     float* projected;        // rows x (p + 2): coefficients, norm of the rest, norm of the row
     const int64_t* order;    // the order in which rows are worked on
+    const double* weights;   // rows, or none: all are 1
     int32_t* labels;         // rows: previous ones where a bound uses them, then the answer
     float* distances;        // rows
     double* sums;            // k x d
     float longest, dense_error, dot_error, filter_error, rest_error, tiny, floor;
+    float scale;             // of the bounds, an even power of two
     double widest;           // the largest |c - middle|^2
 
     float doubt(float length, float error) const {
@@ -69,6 +78,8 @@ struct Job {
         return 2 * error * (length * longest + longest * longest / 2) +
                float(TIE) * (length * length + longest * longest) + tiny;
     }
+    // What |x|^2 - 2 s may be wrong by as a squared distance, and the width of a tie.
+    float distance_doubt(float length) const { return 2 * doubt(length, dense_error) + 3 * dot_error * length * length; }
 };
 
 template <class F>
@@ -82,7 +93,7 @@ void in_threads(int threads, F work) {
 }  // namespace
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 constexpr int W = 8, MR = 6;
 typedef uint16_t Word;
@@ -93,14 +104,19 @@ static inline float fold(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 #define SUM(v) fold((__m256)(v))
+#define STORE_HALF(p, v) \
+    _mm_storeu_si128((__m128i*)(p), _mm256_cvtps_ph((__m256)(v), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC))
+#define LOAD_HALF(p) V(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p))))
 #include "exact_kernels.hpp"
 #undef NOT_LESS
 #undef SUM
+#undef STORE_HALF
+#undef LOAD_HALF
 }  // namespace avx2
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 namespace avx512 {
 constexpr int W = 16, MR = 12;
 typedef uint32_t Word;
@@ -110,15 +126,20 @@ static inline float fold(__m512 v) {
     return avx2::fold(_mm256_add_ps(halves[0], halves[1]));
 }
 #define SUM(v) fold((__m512)(v))
+#define STORE_HALF(p, v) \
+    _mm256_storeu_si256((__m256i*)(p), _mm512_cvtps_ph((__m512)(v), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC))
+#define LOAD_HALF(p) V(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)(p))))
 #include "exact_kernels.hpp"
 #undef NOT_LESS
 #undef SUM
+#undef STORE_HALF
+#undef LOAD_HALF
 }  // namespace avx512
 #pragma GCC pop_options
 
 namespace {
 
-enum Kind { DENSE, FILTERED, PROJECT };
+enum Kind { DENSE, FILTERED, PROJECT, PAIRED, GUESS };
 
 template <class T>
 T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t count) {
@@ -129,22 +150,26 @@ T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t c
 
 #define RUN(SET)                                                                                                     \
     using namespace SET;                                                                                             \
-    const int64_t width = kind == FILTERED ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;                      \
+    const int64_t width = kind == FILTERED || kind == GUESS ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;                      \
     std::atomic<int64_t> next{0}, dots{0};                                                                           \
     std::atomic<bool> full{false};                                                                                   \
     in_threads(threads, [&](int) {                                                                                   \
         std::vector<std::unique_ptr<void, decltype(&std::free)>> all;                                                \
         Scratch s{room<float>(all, ROWS * width),      room<float>(all, ROWS * GROUP), room<float>(all, job.d),      \
-                  room<Best>(all, ROWS),               room<float>(all, ROWS),         room<Bits>(all, ROWS * panels), \
-                  room<int64_t>(all, ROWS),            room<float>(all, job.k),        room<int32_t>(all, job.k)};   \
+                  room<Best>(all, ROWS),               room<float>(all, ROWS),         room<float>(all, ROWS),       \
+                  room<Bits>(all, ROWS * panels),      room<int64_t>(all, ROWS),       room<float>(all, job.k + 4),  \
+                  room<int32_t>(all, job.k)};                                                                        \
         for (auto& part : all)                                                                                       \
             if (!part) full = true;                                                                                  \
         if (full) return;                                                                                            \
         for (int64_t start; (start = next.fetch_add(ROWS)) < job.rows;) {                                            \
             const int64_t count = std::min<int64_t>(ROWS, job.rows - start);                                         \
             for (int64_t i = 0; i < count; i++) s.places[i] = job.order ? job.order[start + i] : start + i;          \
-            dots += kind == DENSE ? dense(s, job, count)                                                             \
-                                  : kind == FILTERED ? filtered(s, job, count) : project(s, job, count);             \
+            dots += kind == DENSE      ? dense(s, job, count)                                                        \
+                    : kind == FILTERED ? filtered(s, job, count)                                                     \
+                    : kind == PAIRED   ? paired(s, job, count)                                                       \
+                    : kind == GUESS    ? guess(s, job, count)                                                        \
+                                       : project(s, job, count);                                                     \
         }                                                                                                            \
     });                                                                                                              \
     return full ? -1 : int64_t(dots);
@@ -153,7 +178,7 @@ T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t c
 
 extern "C" {
 
-// 2: AVX-512, 1: AVX2 with FMA, 0: neither.
+// 2: AVX-512, 1: AVX2 with FMA, 0: neither. Processors with AVX2 convert float16 as well.
 int ktransfer_level() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -206,10 +231,11 @@ void ktransfer_update(int level, int threads, const Job* given) {
         for (int64_t i = edge(start), end = edge(stop); i < end; i++) {
             const int64_t at = job.order[i];
             double* sum = job.sums + int64_t(job.labels[at]) * job.d;
+            const double weight = job.weights ? job.weights[at] : 1;
             if (level == 2)
-                avx512::add(sum, job.x + at * job.d, job.d);
+                avx512::add(sum, job.x + at * job.d, weight, job.d);
             else
-                avx2::add(sum, job.x + at * job.d, job.d);
+                avx2::add(sum, job.x + at * job.d, weight, job.d);
         }
     });
 }

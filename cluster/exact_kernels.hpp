@@ -1,6 +1,6 @@
 // The kernels of exact.cpp. Included once for each instruction set, inside a namespace and under the matching
-// `#pragma GCC target`, with W (floats in a vector), MR (rows in a tile), NOT_LESS (lanes where !(s < t)) and SUM (of the
-// lanes, pairwise) defined.
+// `#pragma GCC target`, with W (floats in a vector), MR (rows in a tile), NOT_LESS (lanes where !(s < t)), SUM (of the
+// lanes, pairwise), STORE_HALF and LOAD_HALF (float16, rounded towards zero) defined.
 // Nothing from the standard library is instantiated here: code compiled for AVX-512 must not leak into shared templates.
 
 typedef float V __attribute__((vector_size(4 * W)));
@@ -35,6 +35,25 @@ static inline float dot(const float* x, const float* y, int64_t n) {
     float sum = 0;
     for (; i < n; i++) sum += x[i] * y[i];
     return SUM((a + b) + (c + d)) + sum;
+}
+
+// The products of x with four others at once, so that x is loaded once. Longest chain: n / (2 W) + 7, + W for the tail.
+static inline void dot4(const float* x, const float* const y[4], int64_t n, float out[4]) {
+    V a[4] = {}, b[4] = {};
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        const V x0 = load(x + i), x1 = load(x + i + W);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
+            a[q] += x0 * load(y[q] + i);
+            b[q] += x1 * load(y[q] + i + W);
+        }
+    }
+    for (int q = 0; q < 4; q++) {
+        float sum = 0;
+        for (int64_t j = i; j < n; j++) sum += x[j] * y[q][j];
+        out[q] = SUM(a[q] + b[q]) + sum;
+    }
 }
 
 // |c - o|^2 - 2 (x - o).(c - o), each difference taken in double.
@@ -80,21 +99,23 @@ struct Scratch {
     float* partial;  // ROWS x GROUP scores between chunks of columns
     float* row;      // d: one centred row
     Best* best;      // ROWS
-    float* limit;    // ROWS: what FILTER must reach
+    float* limit;    // ROWS: what FILTER must reach; |x|^2 less all errors for KEEP
+    float* lengths;  // ROWS: |x|
     Bits* bits;      // ROWS x panels: which centroids did
     int64_t* places; // ROWS: rows of the block
     float* scores;   // k: exact scores of the survivors of one row
     int32_t* survivors;
 };
 
-enum Sink { STORE, TOP, FILTER };
+enum Sink { STORE, TOP, KEEP, FILTER };
 
 // Scores of up to ROWS packed rows with all k centroids: x.c + bias(c).
-// STORE writes them; TOP keeps the two best of each row in registers; FILTER keeps a bit where !(score < limit).
+// STORE writes them; TOP keeps the two best of each row in registers; KEEP does so too, and writes scaled lower bounds of
+// the squared distances as float16; FILTER keeps a bit where !(score < limit).
 // Chains of additions are CHUNK long inside a chunk of columns, plus one for each chunk and one for the bias.
 template <Sink sink>
 static void scores(const Scratch& s, int64_t rows, int64_t d, int64_t k, const float* packed, const float* bias,
-                   float* out, int64_t stride) {
+                   float* out = nullptr, int64_t stride = 0, uint16_t* bounds = nullptr, float scale = 0) {
     const int64_t panels = (k + NR - 1) / NR, per = GROUP / NR;
     I lanes;
     for (int i = 0; i < W; i++) lanes[i] = i;
@@ -141,7 +162,7 @@ static void scores(const Scratch& s, int64_t rows, int64_t d, int64_t k, const f
                             if (i + r < rows)
                                 for (int64_t c = 0; c < NR && p * NR + c < k; c++)
                                     out[(i + r) * stride + p * NR + c] = c < W ? s0[c] : s1[c - W];
-                        } else if (sink == TOP) {
+                        } else if (sink == TOP || sink == KEEP) {
                             Best& row = s.best[i + r];
                             const I up0 = s0 > row.first;
                             V first = up0 ? s0 : row.first, second = up0 ? row.first : s0;
@@ -151,6 +172,12 @@ static void scores(const Scratch& s, int64_t rows, int64_t d, int64_t k, const f
                             row.index = up1 ? at1 : (up0 ? at0 : row.index);
                             row.first = up1 ? s1 : first;
                             row.second = lost > second ? lost : second;
+                            if (sink == KEEP && i + r < rows) {
+                                const V most = splat(s.limit[i + r]), unit = splat(scale);
+                                uint16_t* to = bounds + s.places[i + r] * panels * NR + p * NR;
+                                STORE_HALF(to, (most - 2 * s0) * unit);
+                                STORE_HALF(to + W, (most - 2 * s1) * unit);
+                            }
                         } else {
                             const V limit = splat(s.limit[i + r]);
                             s.bits[(i + r) * panels + p] = Bits(NOT_LESS(s0, limit) | (NOT_LESS(s1, limit) << W));
@@ -187,19 +214,23 @@ static int32_t finish(const Scratch& s, const Job& job, int64_t i, float length,
     centre(x, job.origin, job.d, s.row);
     int64_t count = 0;
     float best = -__builtin_inff();
-    // The proof leaves at least one; numbers beyond float32 may leave none, and then nothing was proved.
-    bool none = true;
-    for (int64_t p = 0; p < panels; p++) none &= !s.bits[i * panels + p];
-    for (int64_t p = 0; none && p < panels; p++) s.bits[i * panels + p] = Bits(~Bits(0));
     for (int64_t p = 0; p < panels; p++)
         for (Bits bits = s.bits[i * panels + p]; bits; bits &= bits - 1) {
             const int64_t c = p * NR + __builtin_ctz(bits);
-            if (c >= job.k) break;
-            const float score = dot(s.row, job.centroids + c * job.d, job.d) + job.bias[c];
-            if (score > best) best = score;
-            s.scores[count] = score;
-            s.survivors[count++] = int32_t(c);
+            if (c < job.k) s.survivors[count++] = int32_t(c);
         }
+    // The proof leaves at least one; numbers beyond float32 may leave none, and then nothing was proved.
+    if (!count)
+        while (count < job.k) s.survivors[count] = int32_t(count), count++;
+    for (int64_t q = 0; q < count; q += 4) {
+        const float* four[4];
+        for (int64_t t = 0; t < 4; t++) four[t] = job.centroids + s.survivors[q + t < count ? q + t : q] * job.d;
+        dot4(s.row, four, job.d, s.scores + q);
+    }
+    for (int64_t q = 0; q < count; q++) {
+        s.scores[q] += job.bias[s.survivors[q]];
+        if (s.scores[q] > best) best = s.scores[q];
+    }
     dots += count;
     // Written so that NaN and infinity (rows near the limits of float32) are decided in float64 as well.
     const float limit = best - job.doubt(length, job.dot_error);
@@ -220,44 +251,89 @@ static int32_t finish(const Scratch& s, const Job& job, int64_t i, float length,
     return s.survivors[0];
 }
 
+// The best two scores over all lanes, and where the best is.
+static inline void winner(const Best& row, float& first, float& second, int32_t& index) {
+    first = row.first[0], second = row.second[0], index = row.index[0];
+    for (int lane = 1; lane < W; lane++) {
+        const float f = row.first[lane], g = row.second[lane];
+        if (f > first) {
+            second = first > g ? first : g;
+            first = f;
+            index = row.index[lane];
+        } else if (f > second) {
+            second = f;
+        }
+    }
+}
+
+// Labels to begin with where there are none: the centroid of the largest projected bound.
+static int64_t guess(const Scratch& s, const Job& job, int64_t rows) {
+    pack_rows(s, rows, job.p + 1, job.projected, job.p + 2, nullptr);
+    const V low = splat(-__builtin_inff());
+    for (int64_t i = 0; i < ROWS; i++) s.best[i] = Best{low, low, I{}};
+    scores<TOP>(s, rows, job.p + 1, job.k, job.packed, job.bias);
+    for (int64_t i = 0; i < rows; i++) {
+        float first, second;
+        winner(s.best[i], first, second, job.labels[s.places[i]]);
+    }
+    return 0;
+}
+
 // Every pair in float32, the best two of each row kept; rows whose best two are too close are looked at again.
 static int64_t dense(const Scratch& s, const Job& job, int64_t rows) {
     pack_rows(s, rows, job.d, job.x, job.d, job.origin);
     const V low = splat(-__builtin_inff());
     for (int64_t i = 0; i < ROWS; i++) s.best[i] = Best{low, low, I{}};
-    scores<TOP>(s, rows, job.d, job.k, job.packed, job.bias, nullptr, 0);
+    for (int64_t i = 0; i < rows; i++) {
+        centre(job.x + s.places[i] * job.d, job.origin, job.d, s.row);
+        const float square = dot(s.row, s.row, job.d);
+        s.lengths[i] = __builtin_sqrtf(square);
+        s.limit[i] = square - job.distance_doubt(s.lengths[i]);
+    }
+    if (job.bounds)
+        scores<KEEP>(s, rows, job.d, job.k, job.packed, job.bias, nullptr, 0, job.bounds, job.scale);
+    else
+        scores<TOP>(s, rows, job.d, job.k, job.packed, job.bias);
     int64_t open = 0, dots = 0;
     for (int64_t i = 0; i < rows; i++) {
-        const Best& row = s.best[i];
-        float first = row.first[0], second = row.second[0];
-        int32_t index = row.index[0];
-        for (int lane = 1; lane < W; lane++) {
-            const float f = row.first[lane], g = row.second[lane];
-            if (f > first) {
-                second = first > g ? first : g;
-                first = f;
-                index = row.index[lane];
-            } else if (f > second) {
-                second = f;
-            }
-        }
-        job.labels[s.places[i]] = index;
-        centre(job.x + s.places[i] * job.d, job.origin, job.d, s.row);
-        const float length = __builtin_sqrtf(dot(s.row, s.row, job.d));
-        const float doubt = job.doubt(length, job.dense_error);
+        float first, second;
+        winner(s.best[i], first, second, job.labels[s.places[i]]);
+        const float doubt = job.doubt(s.lengths[i], job.dense_error);
         if (!(first - second > doubt)) {
             s.limit[open] = first - doubt;
+            s.lengths[open] = s.lengths[i];
             s.places[open++] = s.places[i];
         }
     }
     if (open) {
         pack_rows(s, open, job.d, job.x, job.d, job.origin);
-        scores<FILTER>(s, open, job.d, job.k, job.packed, job.bias, nullptr, 0);
-        for (int64_t i = 0; i < open; i++) {
-            centre(job.x + s.places[i] * job.d, job.origin, job.d, s.row);
-            const float length = __builtin_sqrtf(dot(s.row, s.row, job.d));
-            job.labels[s.places[i]] = finish(s, job, i, length, dots);
+        scores<FILTER>(s, open, job.d, job.k, job.packed, job.bias);
+        for (int64_t i = 0; i < open; i++) job.labels[s.places[i]] = finish(s, job, i, s.lengths[i], dots);
+    }
+    return dots;
+}
+
+// Only the pairs that the bounds of an earlier dense pass do not exclude (PAIR BOUND in exact.cpp).
+static int64_t paired(const Scratch& s, const Job& job, int64_t rows) {
+    const int64_t panels = (job.k + NR - 1) / NR;
+    const float unit = __builtin_sqrtf(job.scale);
+    int64_t dots = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = s.places[i];
+        const int32_t mine = job.labels[at];
+        centre(job.x + at * job.d, job.origin, job.d, s.row);
+        const float square = dot(s.row, s.row, job.d), length = __builtin_sqrtf(square);
+        const float own = dot(s.row, job.centroids + mine * job.d, job.d) + job.bias[mine];
+        const float most = square - 2 * own + job.distance_doubt(length);
+        const V radius = splat(__builtin_sqrtf(most > 0 ? most : 0) * unit * (1 + 4 * 0x1p-24f));
+        const uint16_t* from = job.bounds + at * panels * NR;
+        for (int64_t p = 0; p < panels; p++, from += NR) {
+            const V r0 = radius + load(job.moved + p * NR), r1 = radius + load(job.moved + p * NR + W);
+            const V grown = splat(1 + 4 * 0x1p-24f);
+            s.bits[i * panels + p] = Bits(NOT_LESS(r0 * r0 * grown, LOAD_HALF(from)) |
+                                          (NOT_LESS(r1 * r1 * grown, LOAD_HALF(from + W)) << W));
         }
+        job.labels[at] = finish(s, job, i, length, dots);
     }
     return dots;
 }
@@ -273,7 +349,7 @@ static int64_t filtered(const Scratch& s, const Job& job, int64_t rows) {
         s.limit[i] = own - job.doubt(job.projected[at * stride + width], job.filter_error);
     }
     pack_rows(s, rows, width, job.projected, stride, nullptr);
-    scores<FILTER>(s, rows, width, job.k, job.packed, job.bias, nullptr, 0);
+    scores<FILTER>(s, rows, width, job.k, job.packed, job.bias);
     int64_t dots = 0;
     for (int64_t i = 0; i < rows; i++) {
         const int64_t at = s.places[i];
@@ -314,6 +390,6 @@ static void distances(const Job& job, int64_t start, int64_t stop) {
     }
 }
 
-static void add(double* sum, const float* x, int64_t d) {
-    for (int64_t j = 0; j < d; j++) sum[j] += x[j];
+static void add(double* sum, const float* x, double weight, int64_t d) {
+    for (int64_t j = 0; j < d; j++) sum[j] += weight * x[j];
 }

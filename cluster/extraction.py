@@ -27,7 +27,7 @@ DEFAULT_LAYERS = {"alexnet": "conv4", "alexnet_bn": "conv4", "vgg16": "conv4_1",
 
 
 def extract(run: str | Path, **options: Any) -> Path:
-    """Write the features of every picture of a data set to `run/features/NAME.h5` (DESIGN §4).
+    """Write the features of every picture of a data set to `run/features/NAME.h5` (docs/architecture.md).
 
     Args:
         run: the run folder.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Fields = dict[str, Any]  # of a job: numbers, and C-contiguous arrays
 
-DENSE, FILTERED, PROJECT = range(3)
+DENSE, FILTERED, PROJECT, PAIRED, GUESS = range(5)
 
 
 class Job(ctypes.Structure):
@@ -19,13 +19,11 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("rows", "d", "k", "p")),
-        *(
-            (name, c_void_p)
-            for name in ("x", "origin", "middle", "raw", "centroids", "packed", "bias", "projected", "order")
-        ),
-        *((name, c_void_p) for name in ("labels", "distances", "sums")),
+        *((name, c_void_p) for name in ("x", "origin", "middle", "raw", "centroids", "packed", "bias")),
+        *((name, c_void_p) for name in ("bounds", "moved", "projected", "order")),
+        *((name, c_void_p) for name in ("weights", "labels", "distances", "sums")),
         *((name, c_float) for name in ("longest", "dense_error", "dot_error", "filter_error", "rest_error", "tiny")),
-        ("floor", c_float),
+        *((name, c_float) for name in ("floor", "scale")),
         ("widest", c_double),
     )
 
@@ -61,10 +59,10 @@ def pack(level: int, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     return packed
 
 
-def pad(level: int, bias: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(k,) padded to whole panels with -inf, so that what is not there never wins."""
+def pad(level: int, values: NDArray[np.float32], beyond: float = -np.inf) -> NDArray[np.float32]:
+    """(k,) padded to whole panels; a bias of -inf never wins."""
     panel = library().ktransfer_panel(level)
-    return np.concatenate([bias, np.full(-len(bias) % panel, -np.inf, np.float32)])
+    return np.concatenate([values, np.full(-len(values) % panel, beyond, np.float32)])
 
 
 def run(level: int, threads: int, kind: int, fields: Fields) -> int:

@@ -6,33 +6,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.errors import UsageError
-from ktransfer.features import Features
+from ktransfer.features import Features, valid_rows
 from ktransfer.progress import bar
 
 from .engine import BLOCK_NUMBERS
 
+FLAT = 1e-6  # share of the largest variance below which there is only the rounding of float32 products to be whitened
+
 
 class Projection(NamedTuple):
-    """A PCA without whitening.
+    """A PCA.
 
     Attributes:
         mean: (d,) float32.
         components: (d, p) float32, orthonormal columns by falling variance; the largest number of each is positive.
         explained: (p,) float64, the share of the total variance that each component holds.
+        scale: (p,) float32, what each coordinate is multiplied by: 1, or 1 / its deviation to whiten.
     """
 
     mean: NDArray[np.float32]
     components: NDArray[np.float32]
     explained: NDArray[np.float64]
+    scale: NDArray[np.float32]
 
 
-def fit_projection(features: Features, dim: int) -> Projection:
-    """The first `dim` principal components of the valid rows.
+def fit_projection(features: Features, dim: int, whiten: bool = False) -> Projection:
+    """The first `dim` principal components of the valid rows; `whiten`: coordinates of variance 1 (divided by n).
 
     Memory: three d x d float64 matrices. Products of a block are float32, their sum over blocks float64.
 
     Raises:
-        UsageError: unless 1 <= dim <= d and dim < number of valid rows.
+        UsageError: unless 1 <= dim <= d and dim < number of valid rows; to whiten, a component without variance.
     """
     places = np.flatnonzero(features.valid)
     count, columns = len(places), features.rows.shape[1]
@@ -47,9 +51,10 @@ def fit_projection(features: Features, dim: int) -> Projection:
     shift = np.asarray(features.rows[spread]).mean(axis=0, dtype=np.float64).astype(np.float32)
     total = np.zeros(columns)
     scatter = np.zeros((columns, columns))
+    read = valid_rows(features)
     with bar(count, "PCA", "rows") as shown:
         for start in range(0, count, size):
-            block = features.rows[places[start : start + size]].astype(np.float32) - shift
+            block = read(start, min(start + size, count)).astype(np.float32) - shift
             total += block.sum(axis=0, dtype=np.float64)
             scatter += block.T @ block
             shown.update(len(block))
@@ -60,11 +65,23 @@ def fit_projection(features: Features, dim: int) -> Projection:
     components: NDArray[np.float64] = vectors[:, ::-1][:, :dim]
     # eigh leaves the sign open.
     components = components * np.sign(components[np.abs(components).argmax(axis=0), np.arange(dim)])
-    share = np.maximum(values[::-1][:dim], 0) / max(float(np.trace(scatter)), np.finfo(np.float64).tiny)
-    return Projection((shift + rest).astype(np.float32), np.ascontiguousarray(components, np.float32), share)
+    variances = np.maximum(values[::-1][:dim], 0)
+    share = variances / max(float(np.trace(scatter)), np.finfo(np.float64).tiny)
+    varied = int((variances > FLAT * variances[0]).sum())
+    if whiten and varied < dim:
+        raise UsageError(
+            f"--whiten: only {varied} of {dim} components vary: give --pca {max(varied, 1)} or no --whiten"
+        )
+    scale = 1 / np.sqrt(variances) if whiten else np.ones(dim)
+    return Projection(
+        (shift + rest).astype(np.float32),
+        np.ascontiguousarray(components, np.float32),
+        share,
+        scale.astype(np.float32),
+    )
 
 
 def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """(b, d) float32 rows as (b, p) float32 coordinates around the mean."""
-    projected = (rows - projection.mean) @ projection.components
+    projected = (rows - projection.mean) @ projection.components * projection.scale
     return projected.astype(np.float32, copy=False)

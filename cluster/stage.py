@@ -1,6 +1,7 @@
 """The cluster and assign stages: features in, centroids and pseudo-labels out."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,31 +9,44 @@ from typing import Any
 
 import numpy as np
 
-from ktransfer import files
-from ktransfer.config import build
+from ktransfer import files, ranks
+from ktransfer.config import build, nearest
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.features import Features, open_features
 from ktransfer.labels import write_labels
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, input_hash, read_record
+from ktransfer.run import begin, done_record, input_hash
 
-from .centroids import Centroids, read_centroids, write_centroids
+from .balanced import assign_balanced
+from .centroids import read_centroids, read_start, write_centroids
 from .config import AssignConfig, ClusterConfig
-from .engine import Rows
-from .engines import choose_engine
+from .engine import Engine, Rows
 from .extraction import check as check_extract
 from .extraction import extract
-from .kmeans import assign_rows, check_features, kmeans, load_state, save_state
-from .projection import Projection, fit_projection, project
-from .quality import quality, summary
+from .findings import check_features
+from .hierarchy import two_level
+from .kmeans import Clustering, assign_rows, kmeans, refuse_sizes
+from .minibatch import minibatch_kmeans
+from .projection import fit_projection
+from .quality import quality, sparkline, summary
+from .ranks import open_rows
+from .record import derived_seed, make_record, record_summary, survey, write_record
+from .redo import best_of
+from .rows import plan_memory
+from .sheet import pictures_of, save_sheet
+from .sources import data_of, features_path, labelled_features, pretext_data, refuse_mismatch
+from .starts import STARTS, start_of
+
+OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", "work")
 
 
 def cluster(run: str | Path, **options: Any) -> Path:
     """k-means on all features of the run; they are extracted first where they are missing (paper §3.2).
 
     Args:
-        run: the run folder; the stage writes `run/clusters/clusters.h5`.
+        run: the run folder; the stage writes `clusters.h5`, `quality.json` and, where it has the pictures,
+            `clusters.png` below `run/clusters`.
         options: the fields of `ClusterConfig`.
 
     Raises:
@@ -40,11 +54,15 @@ def cluster(run: str | Path, **options: Any) -> Path:
     """
     run = Path(run)
     config = check_cluster(run, options)
-    path = _features_path(run, config) or extract(run, data=config.data)
+    path = features_path(run, config) or extract(run, data=config.data)
     features = open_features(path)
     inputs = {"features": input_hash(path)}
-    config = replace(config, features=str(path), data=config.data or _data_of(run, path))
-    with begin(run, "clusters", "cluster", config, inputs, ["clusters.h5", "work"], config.overwrite, "cpu") as step:
+    start = config.start
+    if start not in STARTS:
+        inputs["start"] = input_hash(Path(start))
+        start = f"file of SHA-256 {inputs['start']}"
+    config = replace(config, features=str(path), data=config.data or data_of(run, path))
+    with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, "cpu") as step:
         file = step.folder / "clusters.h5"
         if step.done:
             return file
@@ -54,33 +72,36 @@ def cluster(run: str | Path, **options: Any) -> Path:
             f"cluster: {findings.rows} rows of {findings.columns} numbers, {findings.distinct} distinct, "
             f"{findings.constant} columns constant"
         )
-        projection = fit_projection(features, config.pca) if config.pca else None
-        state = work / "kmeans.npz"
-        found = kmeans(
-            rows_of(features, projection, config.normalise),
-            config.k,
-            config.iterations,
-            config.seed,
-            on_iteration=partial(save_state, state),
-            state=load_state(state) if state.is_file() else None,
-            engine=choose_engine(config.engine),
-            points_total=len(features.valid),
-        )
+        given = _given_start(config, config.pca or findings.columns)
+        projection = fit_projection(features, config.pca, config.whiten) if config.pca else None
+        rows, engine = open_rows(features, projection, config.normalise, config.k, config.engine, config.memory)
+        clustered = _clusterer(config, rows, engine, given, len(features.valid), work)
+        found = replace(clustered(seed=config.seed), start=start)
         write_centroids(file, found, projection, config.normalise, features)
+        second = clustered(seed=derived_seed(config.seed), name="stability") if config.stability else None
+        judged = _judge(step.folder, config, features, rows, found, second)
         sizes = np.sort(found.counts)
         step.finish(
-            [file],
+            [file, *judged],
             result={
                 "points": f"trained on {found.points_used} of {found.points_total}",
                 "objective": found.objective,
                 "sizes": {"min": int(sizes[0]), "median": float(np.median(sizes)), "max": int(sizes[-1])},
                 "empties": found.empties,
                 "splits": found.splits,
+                "moved": found.moved,
+                "dissolved": found.dissolved,
+                "start": found.start,
+                "attempts": found.attempts,
+                "attempt": found.attempt,
+                "engine": f"{found.engine}, {found.version}",
+                "bytes_read": found.bytes_read,
+                "seconds": [round(seconds, 3) for seconds in found.seconds],
             },
         )
         files.remove(work)
         say(
-            f"cluster: done; k = {config.k}, trained on {found.points_used} of {found.points_total} rows, "
+            f"cluster: done; k = {len(sizes)}, trained on {found.points_used} of {found.points_total} rows, "
             f"{len(found.objective)} iterations; sizes {sizes[0]} / {np.median(sizes):g} / {sizes[-1]} "
             f"(min / median / max), {sum(found.splits)} splits; {file}"
         )
@@ -105,26 +126,30 @@ def assign(run: str | Path, **options: Any) -> Path:
     clustered = Path(made["config"]["features"])
     if not clustered.is_file():  # the run folder was moved
         clustered = run / "features" / clustered.name
-    path = _labelled_features(run, config, clustered)
+    path = labelled_features(run, config, clustered)
     features = open_features(path)
-    _refuse_mismatch(features, path, centroids, centroids_path)
-    spec = config.data or _data_of(run, path)
+    refuse_mismatch(features, path, centroids, centroids_path)
+    spec = config.data or data_of(run, path)
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
     with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, "cpu") as step:
         if step.done:
             return step.folder / names[0]
-        labels, distances = assign_rows(
-            rows_of(features, centroids.projection, centroids.normalise),
-            centroids.centroids,
-            choose_engine(config.engine),
+        k = len(centroids.centroids)
+        rows, engine = open_rows(
+            features, centroids.projection, centroids.normalise, k, config.engine, config.memory, "assign"
         )
+        if config.balanced:
+            even = assign_balanced(rows, centroids.centroids)
+            labels, distances = even.labels, even.distances
+            say(f"assign: equal sizes; cost {even.cost:.8g}, the least possible is at least {even.bound:.8g}")
+        else:
+            labels, distances = assign_rows(rows, centroids.centroids, engine)
         everywhere = np.full(len(features.valid), -1, np.int32)
         everywhere[features.valid] = labels
         far = np.full(len(features.valid), np.nan, np.float32)
         far[features.valid] = distances
-        k = len(centroids.centroids)
         fingerprint = str(features.attributes["fingerprint"])
         write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
         result = quality(everywhere, features.targets, k)
@@ -140,24 +165,75 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         UsageError: one line for what is wrong.
     """
     config = build(ClusterConfig, options, "cluster")
+    dim = config.pca or None
+    if config.whiten and not config.pca:
+        raise UsageError("--whiten: needs the principal components; give --pca too")
+    if config.spherical and not config.normalise:
+        raise UsageError("--spherical: needs rows of length 1; leave --no-normalise away")
+    _refuse_foreign_settings(config)
+    if 0 < config.start_sample < config.k:
+        raise UsageError(f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give more")
+    if config.start not in STARTS and (config.redo > 1 or config.stability):
+        raise UsageError(f"--start {config.start}: --redo and --stability need starts that differ; leave them away")
     coming = {"pretext", "extract"} & set(pending or ())
-    path = None if coming and not config.features else _features_path(run, config)
+    path = None if coming and not config.features else features_path(run, config)
     if path:
         features = open_features(path)
         count = int(features.valid.sum())
-        dim = features.rows.shape[1]
-        if config.pca > min(dim, count - 1):
-            raise UsageError(
-                f"--pca {config.pca}: the features have {dim} numbers and {count} rows; give a smaller one"
-            )
+        columns = features.rows.shape[1]
+        dim = dim or columns
+        if config.pca > columns:
+            raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
+    elif ranks.count() > 1:
+        raise UsageError(
+            f"torchrun: the features are not there yet; first, in one process: ktransfer --run {run} extract"
+        )
     elif pending:
-        spec = config.data or _pretext_data(run)
+        spec = config.data or pretext_data(run)
         count = len(open_dataset(spec)) if spec else config.k
     else:
         count = len(check_extract(run, {"data": config.data})[1])
     if config.k > count:
         raise UsageError(f"--k {config.k}: more clusters than the {count} pictures; give a smaller --k")
+    if config.pca >= count:
+        raise UsageError(f"--pca {config.pca}: must be below the number of pictures, {count}; give a smaller one")
+    refuse_sizes(config.k, config.min_size, count)
+    if path:
+        plan_memory(features, config.k, dim or columns, config.memory)
+    _given_start(config, dim)
     return config
+
+
+def _clusterer(
+    config: ClusterConfig, rows: Rows, engine: Engine, start: np.ndarray | None, total: int, work: Path
+) -> Callable[..., Clustering]:
+    """(seed, name) -> Clustering by the algorithm of the settings; it goes on where the files of NAME in `work` say."""
+    common: dict[str, Any] = {"engine": engine, "points_total": total}
+    if config.algorithm == "two-level":
+        return partial(two_level, rows, config.k, config.iterations, work=work, refine=config.refine, **common)
+
+    def begun(seed: int) -> np.ndarray:
+        return start_of(config.start, rows, config.k, seed, config.start_sample, engine) if start is None else start
+
+    if config.algorithm == "minibatch":
+        once = partial(minibatch_kmeans, batch_rows=config.batch_rows, **common)
+    else:
+        once = partial(kmeans, min_size=config.min_size, spherical=config.spherical, **common)
+    once = partial(once, rows, config.k, config.iterations)
+    return partial(best_of, config.redo, rows, begun, once, work=work, spherical=config.spherical)
+
+
+def _refuse_foreign_settings(config: ClusterConfig) -> None:
+    """UsageError where settings are given that the algorithm does not have."""
+    foreign = {
+        "lloyd": ("refine", "batch_rows"),
+        "two-level": ("batch_rows", "start", "start_sample", "redo", "min_size", "spherical"),
+        "minibatch": ("refine", "min_size", "spherical"),
+    }
+    for name in foreign[config.algorithm]:
+        if getattr(config, name) != getattr(ClusterConfig, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--algorithm {config.algorithm}: has no --{flag}; leave that away or take another one")
 
 
 def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> AssignConfig:
@@ -171,6 +247,10 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
         raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
     if config.features:
         open_features(Path(config.features))
+    if config.data and ranks.count() > 1:
+        raise UsageError(
+            "torchrun: assign --data extracts features in one process; make them first, and give the file by --features"
+        )
     if config.data:
         open_dataset(config.data)
     if "cluster" not in (pending or ()):
@@ -178,91 +258,41 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
     return config
 
 
-def rows_of(features: Features, projection: Projection | None, normalise: bool) -> Rows:
-    """The valid rows as k-means sees them: float32, after the PCA, of length 1; read by blocks, never copied whole."""
-    places = np.flatnonzero(features.valid)
+def _judge(
+    folder: Path,
+    config: ClusterConfig,
+    features: Features,
+    rows: Rows,
+    found: Clustering,
+    second: Clustering | None,
+) -> list[Path]:
+    """Write the quality record, and the sheet where there are pictures; the files that were written."""
+    seen = survey(rows, found, config.quality_rows)
+    record = make_record(found, seen, second)
+    written = [folder / "quality.json"]
+    write_record(written[0], record)
+    say(f"cluster: {record_summary(record)}; {written[0]}")
+    if sys.stderr.isatty():
+        say(f"cluster: sizes by doublings: {sparkline(record['sizes']['histogram'])}")
+    pictures = pictures_of(config.data, features) if config.sheet else None
+    if pictures is not None:
+        written.append(folder / "clusters.png")
+        places = np.flatnonzero(features.valid)
+        save_sheet(written[1], pictures, places, found.labels, seen.distances, len(found.counts), config.sheet)
+    return written
 
-    def read(start: int, stop: int) -> np.ndarray:
-        chosen = places[start:stop]
-        whole = len(chosen) and chosen[-1] - chosen[0] + 1 == len(chosen)
-        block = features.rows[chosen[0] : chosen[-1] + 1] if whole else features.rows[chosen]
-        rows = np.asarray(block, np.float32)
-        if projection is not None:
-            rows = project(projection, rows)
-        if normalise:
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        return np.ascontiguousarray(rows, np.float32)
 
-    dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
-    return Rows(len(places), dim, read)
-
-
-def _features_path(run: Path, config: ClusterConfig) -> Path | None:
-    """The feature file that is given, or that of the pictures in the run; None where it is still to be made.
+def _given_start(config: ClusterConfig, dim: int | None) -> np.ndarray | None:
+    """The centroids of a file that --start names, rows having `dim` numbers if that is known; None for a way to start.
 
     Raises:
-        UsageError: the run's features come from a teacher that was trained anew since.
+        UsageError: neither a file nor a way to start, or a file that does not fit.
     """
-    if config.features:
-        return Path(config.features)
-    found = {path: open_features(path) for path in sorted((run / "features").glob("*.h5"))}
-    spec = config.data or _pretext_data(run)
-    if spec:
-        fingerprint = open_dataset(spec).fingerprint
-        found = {
-            path: features for path, features in found.items() if features.attributes["fingerprint"] == fingerprint
-        }
-    if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
-        raise UsageError(f"cluster: the run has several feature files; choose one with --features: {names}")
-    for path, features in found.items():
-        made = read_record(run, "features", path.stem)
-        teacher = run / "pretext" / "model.safetensors"
-        own = made is not None and not made["config"]["teacher"] and teacher.is_file()
-        if own and features.attributes["teacher"] != input_hash(teacher):
-            raise UsageError(
-                f"{path}: comes from an older teacher; make it again: ktransfer --run {run} extract --overwrite"
-            )
-        return path
-    return None
-
-
-def _pretext_data(run: Path) -> str | None:
-    record = read_record(run, "pretext", "pretext")
-    return record["config"]["data"] if record else None
-
-
-SAME = ("teacher", "layer", "pool", "size", "l2", "dtype", "precision")  # what comparable features have in common
-
-
-def _labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
-    if config.features:
-        return Path(config.features)
-    if not config.data:
-        return clustered
-    record = read_record(run, "features", clustered.stem) if clustered.parent == run / "features" else None
-    if record is None:
+    if config.start in STARTS:
+        return None
+    path = Path(config.start)
+    if not path.is_file():
         raise UsageError(
-            f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
-            "known; extract these pictures alike and give the file with --features"
+            f"--start {config.start}: no such file; {nearest(config.start, STARTS)}, or a file of centroids"
         )
-    data = open_dataset(config.data)
-    taken = read_record(run, "features", data.name)
-    # Many data sets are called "train".
-    name = None if not taken or taken["inputs"]["data"] == data.fingerprint else f"{data.name}-{data.fingerprint[:8]}"
-    return extract(run, data=config.data, name=name, **{key: record["config"][key] for key in SAME})
-
-
-def _data_of(run: Path, path: Path) -> str | None:
-    record = read_record(run, "features", path.stem) if path.parent == run / "features" else None
-    return record["config"]["data"] if record else None
-
-
-def _refuse_mismatch(features: Features, path: Path, centroids: Centroids, file: Path) -> None:
-    wrong = [
-        f"{name} is '{features.attributes.get(name)}', not '{value}'"
-        for name, value in centroids.source.items()
-        if features.attributes.get(name) != value
-    ]
-    if wrong:
-        raise UsageError(f"{path}: not made as the features behind {file}: {'; '.join(wrong)}; extract them alike")
+    return read_start(path, config.k, dim, config.normalise)

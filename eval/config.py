@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from ktransfer.config import option
-from ktransfer.training.options import TrainOptions
+from ktransfer.training.options import LoopOptions
 
 
 @dataclass(frozen=True)
-class EvalConfig(TrainOptions):
+class EvalConfig(LoopOptions):
     """Judge the run's network by linear probes, beside the same with random weights.
 
-    Protocol linear/1, after Zhang et al. (docs/choices.md). The probes take their learning rates from --lrs, not --lr.
+    Protocol linear/1, after Zhang et al. (docs/choices.md).
     """
 
     labelled: str | None = option(
@@ -27,7 +27,13 @@ class EvalConfig(TrainOptions):
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
     lrs: str = option("0.0003,0.001,0.003,0.01", "learning rates to choose from, separated by commas")
-    cache: float = option(20.0, "GB of disk that the maps of the layers may take while it runs", low=0, execution=True)
+    dtype: str = option("float16", "how the maps of the layers are kept", choices=("float16", "float32"))
+    cache: float = option(
+        20.0,
+        "GB of disk that the maps may take while it runs; where they need more, each epoch computes them anew",
+        low=0,
+        execution=True,
+    )
     epochs: int = option(30, "passes over the training part", low=1)
     batch: int = option(128, "pictures a step", low=2)
     weight_decay: float = option(1e-4, "weight decay of the probes", low=0)

@@ -6,7 +6,9 @@ learning rate chosen on a tenth of the training part, which the probes do not le
 """
 
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from ktransfer import networks, rng
 from ktransfer.augment import centre_crop
 from ktransfer.config import nearest
 from ktransfer.dataset import Dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import StageError, UsageError
 from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken, reasons
-from ktransfer.progress import bar
+from ktransfer.pictures import Pictures, check_broken, readable, reasons
+from ktransfer.progress import bar, say
 from ktransfer.training import loop
+from ktransfer.training.loop import Source
 
 from .config import EvalConfig
 from .probe import Layer, Probes, Views, hold_out, optimiser, predictions, probe_loss, scores
@@ -33,6 +36,9 @@ HELD_OUT = 0.1
 GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
 NUMBERS = 9216  # about what those grids give; for all other layers
 FORWARD_BATCH = 64
+SAMPLE = 4096  # pictures on which the channels are standardised
+Pooled = Callable[[Tensor, Tensor], Tensor]
+"""(b, 3, s, s) uint8 pictures and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def judge(
         folder: for what is written on the way; all of it is removed at the end.
 
     Returns:
-        {"network": ..., "layers": {name: {"top1": ..., "lr": ..., ...}}}.
+        {"task", "arch", "width", "layers": {name: {"top1": ..., "lr": ..., ...}}, "broken": [picture and reason, ...]}.
     """
     train, test = parts
     model = _model(arm, config.seed).to(device).eval()
@@ -62,18 +68,31 @@ def judge(
     paths = networks.layers(arm.network, model)
     chosen = {layer.name: paths[layer.name] for layer in layers}
 
-    views = [
-        _cached(folder / f"train-{mirror}.h5", model, arm.network, layers, chosen, train, config, device, mirror)
-        for mirror in (False, True)
-    ]
-    tested = Views([_cached(folder / "test.h5", model, arm.network, layers, chosen, test, config, device, False)])
+    pooled = partial(_pooled, model, arm.network, layers, chosen, config, device)
+    side, numbers = round(arm.network.size * 8 / 7), layers[-1].stop
+    if map_bytes(layers, parts, config) <= config.cache * 1e9:
+        views = [
+            _cached(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
+            for mirror in (False, True)
+        ]
+        plain: Source = Views(views[:1])
+        of_test = _cached(folder / "test.h5", pooled, numbers, side, test, config, False)
+        tested: Source = Views([of_test])
+        source: Source = Views(views)
+        broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
+    else:
+        gigabytes = map_bytes(layers, parts, config) / 1e9
+        say(f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew")
+        pictures = [Pictures(data, side, config.workers) for data in parts]
+        for part in pictures:
+            readable(part, torch.arange(len(part.dataset)), config.max_broken)
+        source = Computed(pooled, pictures[0], 2, config.dtype)
+        plain, tested = (Computed(pooled, part, 1, config.dtype) for part in pictures)
+        broken = [part.broken for part in pictures]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
 
-    source = Views(views)
     targets = torch.from_numpy(train.targets).long().to(device)
-    sample = learning[:4096]
-    maps = torch.from_numpy(views[0].rows[sample[torch.from_numpy(views[0].valid)[sample]].numpy()]).float()
-    probes = Probes(layers, rates(config), len(train.classes), maps).to(device)
+    probes = Probes(layers, rates(config), len(train.classes), _sample(plain, learning[:SAMPLE], numbers)).to(device)
 
     def batches(epoch: int) -> Tensor:
         order = loop.epoch_batches(learning, config.batch, config.seed, epoch)
@@ -83,7 +102,7 @@ def judge(
     adjust = optimiser(probes, config.momentum, config.weight_decay)
     loop.fit(probes, probe_loss(targets, 2), source, batches, config, folder, device, f"probe {arm.name}", None, adjust)
 
-    held_answers, held_rows = predictions(probes, Views(views[:1]), held, config.batch, device)
+    held_answers, held_rows = predictions(probes, plain, held, config.batch, device)
     held_right = (held_answers == torch.from_numpy(train.targets)[held_rows].long()).double().mean(1)
     test_answers, test_rows = predictions(probes, tested, torch.arange(len(test)), config.batch, device)
     wanted = torch.from_numpy(test.targets)[test_rows].long()
@@ -99,7 +118,22 @@ def judge(
             **scores(test_answers[place * len(probes.rates) + best], wanted),
         }
     shutil.rmtree(folder)
-    return {"task": arm.network.task, "arch": arm.network.arch, "width": arm.network.width, "layers": found}
+    return {
+        "task": arm.network.task,
+        "arch": arm.network.arch,
+        "width": arm.network.width,
+        "layers": found,
+        "broken": [
+            f"{data.name}/{data.keys[row]}: {reason}"
+            for data, rows in zip(parts, broken, strict=True)
+            for row, reason in rows.items()
+        ],
+    }
+
+
+def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
+    """Bytes of the maps of all pictures: two views of the training part, one of the test part."""
+    return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)
 
 
 def rates(config: EvalConfig) -> list[float]:
@@ -131,6 +165,8 @@ def choose_layers(model: nn.Module, network: Network, names: str | None) -> list
         chosen = list(GRIDS)
     else:
         chosen = list(known)[:: max(1, len(known) // 5)][-5:]
+    if not chosen:
+        raise UsageError(f"--size {network.size}: no layer of {network.arch} leaves a map; give a larger --size")
     wrong = [name for name in chosen if name not in known]
     if wrong:
         raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
@@ -154,38 +190,82 @@ def _model(arm: Arm, seed: int) -> nn.Module:
     return networks.load(arm.weights, arm.network)
 
 
-def _cached(
-    path: Path,
+@torch.no_grad()
+def _pooled(
     model: nn.Module,
     network: Network,
     layers: list[Layer],
     paths: dict[str, str],
-    data: Dataset,
     config: EvalConfig,
     device: torch.device,
-    mirror: bool,
+    pixels: Tensor,
+    mirrored: Tensor,
+) -> Tensor:
+    """The maps of all layers, averaged to their grids, in one pass over the trunk (see `Pooled`)."""
+    squares = centre_crop(pixels.to(device), network.size)
+    squares = torch.where(mirrored[:, None, None, None].to(device), squares.flip(-1), squares)
+    with loop.autocast(config, device):
+        maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
+    pooled = [F.adaptive_avg_pool2d(maps[layer.name].float(), layer.grid).flatten(1) for layer in layers]
+    return torch.cat(pooled, dim=1).cpu()
+
+
+def _cached(
+    path: Path, pooled: Pooled, numbers: int, side: int, data: Dataset, config: EvalConfig, mirror: bool
 ) -> Features:
-    """The pooled maps of all layers of every picture, in one pass over the trunk, kept on disk and resumable."""
+    """The maps of every picture (`numbers` each, of squares of `side` pixels), kept on disk and resumable."""
     if path.is_file():
         return open_features(path)
-    writer = create_or_resume(
-        path, data.keys, data.targets, layers[-1].stop, "float16", {"fingerprint": data.fingerprint}
-    )
-    pictures = Pictures(data, round(network.size * 8 / 7), config.workers, cache_bytes=0)
+    writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
+    pictures = Pictures(data, side, config.workers, cache_bytes=0)
     rows = torch.arange(writer.rows_done, len(data))
-    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown, torch.no_grad():
+    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown:
         for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
-            squares = centre_crop(pixels.to(device), network.size)
-            squares = squares.flip(-1) if mirror else squares
-            with loop.autocast(config, device):
-                maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
-            pooled = [F.adaptive_avg_pool2d(maps[layer.name].float(), layer.grid).flatten(1) for layer in layers]
-            features = torch.where(valid[:, None], torch.cat(pooled, dim=1).cpu(), 0.0)
+            features = torch.where(valid[:, None], pooled(pixels, torch.full((len(chosen),), mirror)), 0.0)
             writer.write(int(chosen[0]), features.numpy(), valid.numpy())
             shown.update(len(chosen))
-    check_broken(reasons(data, writer.valid(), pictures.size), len(data), config.max_broken, data)
+    check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
+
+
+class Computed:
+    """The maps that `Views` reads, computed when they are asked for and rounded as they would be kept.
+
+    They depend on what else is in a batch by no more than the rounding of the trunk's sums.
+    """
+
+    def __init__(self, pooled: Pooled, pictures: Pictures, views: int, dtype: str) -> None:
+        self.pooled, self.pictures, self.count = pooled, pictures, views
+        self.dtype = torch.float16 if dtype == "float16" else torch.float32
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
+
+        Raises:
+            StageError: a number is not finite, or does not fit float16.
+        """
+        wanted = list(rows)
+        read = self.pictures.batches(part // self.count for part in wanted)
+        for coded, (_, pixels, valid, wait) in zip(wanted, read, strict=True):
+            maps = self.pooled(pixels, coded % self.count == 1).to(self.dtype).float()
+            maps[~valid] = 0
+            if not maps.isfinite().all():
+                raise StageError(
+                    "maps are not finite, or exceed 65504, the largest float16: give eval --dtype float32 --overwrite, "
+                    "or check the weights of the network"
+                )
+            yield coded, maps, valid, wait
+
+
+def _sample(source: Source, rows: Tensor, numbers: int) -> Tensor:
+    """(m, d) float32 maps of those of (n,) rows whose pictures are not broken."""
+    maps, count = torch.empty(len(rows), numbers), 0
+    for _, part, valid, _ in source.batches(iter(rows.split(FORWARD_BATCH))):
+        kept = part[valid]
+        maps[count : count + len(kept)] = kept
+        count += len(kept)
+    return maps[:count]
 
 
 def resized(network: Network, size: int, stride: int) -> Network:

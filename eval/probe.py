@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ktransfer import rng
 from ktransfer.features import Features
-from ktransfer.training.loop import Batch
+from ktransfer.training.loop import Batch, Source
 
 Z95 = 1.959964
 
@@ -105,7 +105,9 @@ def optimiser(probes: Probes, momentum: float, weight_decay: float) -> torch.opt
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
-def predictions(probes: Probes, source: Views, rows: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def predictions(
+    probes: Probes, source: Source, rows: Tensor, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(probes, m) int64 predicted classes and the (m,) rows they are for: the valid ones."""
     answers: list[Tensor] = []
     kept: list[Tensor] = []

@@ -16,7 +16,7 @@ from ktransfer.run import begin, done_record, input_hash, need_disk, read_record
 from ktransfer.training import loop
 
 from .config import EvalConfig
-from .linear import PROTOCOL, Arm, choose_layers, judge, rates, resized
+from .linear import PROTOCOL, Arm, choose_layers, judge, map_bytes, rates, resized
 from .table import to_csv, to_markdown
 
 RANDOM = "random"
@@ -56,19 +56,22 @@ def evaluate(run: str | Path, **options: Any) -> Path:
             "settings": result_settings(config),
             "arms": {},
         }
+        broken: dict[str, None] = {}  # in order, each once
         for arm in arms:
             work = step.folder / "work" / arm.name
             kept = work.with_name(f"{arm.name}.json")
             if not kept.is_file():  # judged before an interruption
                 files.write_json(kept, judge(arm, parts, config, work, device))
-            result["arms"][arm.name] = files.read_json(kept)
+            judged = files.read_json(kept)
+            broken |= dict.fromkeys(judged.pop("broken", []))
+            result["arms"][arm.name] = judged
         files.write_json(report, result)
         files.write_text(step.folder / "linear.csv", to_csv(result))
         files.write_text(step.folder / "linear.md", to_markdown(result))
-        step.finish([step.folder / name for name in names])
+        step.finish([step.folder / name for name in names], broken=list(broken))
         files.remove(step.folder / "work")
         print(to_markdown(result))
-        say(f"eval: done; {report}")
+        say(f"eval: done; {len(broken)} broken pictures; {report}")
         return report
 
 
@@ -95,17 +98,12 @@ def check(
     if network.task.startswith("jigsaw"):
         size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
     config = replace(config, size=config.size or size, stride=config.stride or stride)
-    network = resized(network, config.size, config.stride)
-    layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
-    needed = 2 * layers[-1].stop * (2 * len(parts[0]) + len(parts[1]))
-    if needed > config.cache * 1e9:
-        raise UsageError(
-            f"--cache {config.cache}: the maps need {needed / 1e9:.1f} GB; allow more, or name fewer --layers"
-        )
-    need_disk(run, needed, "eval")
     for arm in _arms(run, config, coming):
         if arm.weights:
-            choose_layers(networks.build(arm.network, 0, "check"), arm.network, config.layers)
+            layers = choose_layers(networks.build(arm.network, 0, "check"), arm.network, config.layers)
+            needed = map_bytes(layers, parts, config)
+            if needed <= config.cache * 1e9:
+                need_disk(run, needed, "eval")
     return config, parts
 
 

@@ -7,9 +7,9 @@ rooms, and it imports them only when they are called.
 import dataclasses
 import errno
 import importlib
-import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,26 +19,13 @@ import click
 
 from ktransfer import __version__
 from ktransfer.config import build, kind, read_toml
-from ktransfer.errors import KTransferError, UsageError
+from ktransfer.errors import KTransferError, Stopped, UsageError
+from ktransfer.stages import STAGES, Call, complete, function, inherit_data, plan, refuse_changes, settings
 
-# Stage -> (module of its settings, their class, module of its function, function, its check).
-STAGES = {
-    "pretext": ("ktransfer.pretext.config", "PretextConfig", "ktransfer.pretext.stage", "pretext", "check"),
-    "extract": ("ktransfer.cluster.config", "ExtractConfig", "ktransfer.cluster.extraction", "extract", "check"),
-    "cluster": ("ktransfer.cluster.config", "ClusterConfig", "ktransfer.cluster.stage", "cluster", "check_cluster"),
-    "assign": ("ktransfer.cluster.config", "AssignConfig", "ktransfer.cluster.stage", "assign", "check_assign"),
-    "retrain": ("ktransfer.retrain.config", "RetrainConfig", "ktransfer.retrain.stage", "retrain", "check"),
-    "eval": ("ktransfer.eval.config", "EvalConfig", "ktransfer.eval.stage", "evaluate", "check"),
-}
-INHERIT_DATA = {"extract": "data", "cluster": "data", "retrain": "data", "eval": "labelled"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-Call = tuple[str, dict[str, Any]]
-
-
-def settings(stage: str) -> Any:
-    """The dataclass of a stage's settings; imports nothing heavy."""
-    module, name, *_ = STAGES[stage]
-    return getattr(importlib.import_module(module), name)
+SHARED = ("cluster", "assign")  # stages that several processes carry out together
+LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
+STOPPED = "stopped; nothing is lost. This goes on where it was: ktransfer"
 
 
 @click.group(chain=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -64,35 +51,76 @@ def cli(run_folder: Path | None, file: Path | None, recipe: str | None, debug: b
 @cli.result_callback()
 def carry_out(
     calls: list[Call | None], run_folder: Path | None, file: Path | None, recipe: str | None, debug: bool
-) -> None:
-    """Check all stages of the line, then run them in order."""
+) -> int:
+    """Check all stages of the line, then run them in order; the exit code.
+
+    Under torchrun the first process does, and the others serve it.
+    """
     wanted = [call for call in calls if call is not None]
     if not wanted:
-        return
+        return 0
     if run_folder is None:
         raise UsageError(f"{wanted[0][0]}: no run folder given; name one: ktransfer --run runs/mine {wanted[0][0]} ...")
-    if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
-        raise UsageError("torchrun: several processes are not supported yet; start ktransfer itself, once")
+    from ktransfer import ranks
+
+    if ranks.started() > 1:
+        _refuse_several(wanted)
+    with ranks.joined():
+        if not ranks.leads():
+            serve: Callable[[], int] = importlib.import_module("ktransfer.cluster.ranks").serve
+            return serve()
+        with ranks.leading():
+            _carry_out(wanted, run_folder, file, recipe)
+    return 0
+
+
+def _refuse_several(wanted: list[Call]) -> None:
+    for stage, _ in wanted:
+        if stage not in SHARED:
+            raise UsageError(
+                f"torchrun: {stage} does not work in several processes yet ({' and '.join(SHARED)} do); "
+                "start ktransfer itself, once, for it"
+            )
+
+
+def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: str | None) -> None:
+    from ktransfer import ranks
+
+    wanted = calls
     tables = _tables(file, recipe)
     wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
-    wanted = _complete(wanted, run_folder, tables)
-    _inherit_data(wanted)
+    inherit_data(wanted)
+    wanted = complete(wanted, run_folder, tables)
+    if ranks.count() > 1:
+        _refuse_several(wanted)
     for stage, given in wanted:
         pictures = Path(given.get("data") or ".")
         if given.get("data") and pictures.is_dir() and run_folder.resolve().is_relative_to(pictures.resolve()):
             raise UsageError(
                 f"--run {run_folder}: lies inside the pictures of {stage}, {pictures}; choose another folder"
             )
-    pending: dict[str, Any] = {}  # stage -> its settings, for the checks of the stages after it
-    for stage, given in wanted:
-        check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
-        checked = check(run_folder, given, pending)
-        pending[stage] = checked[0] if isinstance(checked, tuple) else checked
-    from ktransfer.run import locked
+    line = plan(wanted, run_folder)
+    refuse_changes(line, run_folder)
+    from ktransfer.run import FOLDERS, locked, read_record
 
+    def records() -> list[Any]:
+        return [read_record(run_folder, FOLDERS[planned.stage], planned.step) for planned in line]
+
+    before = records()
     with locked(run_folder):
-        for stage, given in wanted:
-            getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][3])(run_folder, **given)
+        try:
+            for planned in line:
+                function(planned.stage)(run_folder, **planned.given)
+        except KeyboardInterrupt as error:
+            same = {planned.stage for planned, old, new in zip(line, before, records(), strict=True) if old == new}
+            words = click.get_current_context().obj
+            raise Stopped(f"{STOPPED} {_to_go_on(words, calls, same)}") from error
+
+
+def _to_go_on(words: list[str], calls: list[Call], same: set[str]) -> str:
+    """The command that goes on after Ctrl-C: `--overwrite` stays for the stages that were not begun (`same`)."""
+    kept = iter([stage in same for stage, given in calls if given.get("overwrite")])
+    return shlex.join(word for word in words if word != "--overwrite" or next(kept, True))
 
 
 def _tables(file: Path | None, recipe: str | None) -> dict[str, dict[str, Any]]:
@@ -119,49 +147,6 @@ def _recipe(name: str) -> Path:
     if name not in names:
         raise UsageError(f"--recipe {name}: valid: {', '.join(names)}")
     return folder / f"{name}.toml"
-
-
-def _inherit_data(wanted: list[Call]) -> None:
-    """Pictures named once in a line serve the stages after."""
-    latest: str | None = None
-    for stage, given in wanted:
-        if given.get("data"):
-            latest = given["data"]
-        if latest and stage in INHERIT_DATA:
-            given.setdefault(INHERIT_DATA[stage], latest)
-
-
-def _complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) -> list[Call]:
-    """Add the stages that others run first: `assign` before `retrain`, and an `extract` that has its own settings."""
-    found: list[Call] = []
-    for stage, given in wanted:
-        before = [name for name, _ in found]
-        anew = any(name == "pretext" and options.get("overwrite") for name, options in found)
-        if (
-            stage == "cluster"
-            and (anew or "extract" in tables)
-            and "extract" not in before
-            and not given.get("features")
-        ):
-            found.append(("extract", tables.get("extract", {}) | ({"overwrite": True} if anew else {})))
-        told = "assign" in tables or "cluster" in before
-        there = "assign" in before or (not told and _assigned(run))
-        asks = given.get("arch") == "list"
-        if stage == "retrain" and not given.get("labels") and not there and not asks:
-            again = any(name == "cluster" and options.get("overwrite") for name, options in found)
-            found.append(("assign", tables.get("assign", {}) | {"overwrite": again}))
-        found.append((stage, given))
-    return found
-
-
-def _assigned(run: Path) -> bool:
-    """Whether the run's pseudo-labels, of whatever pictures, belong to its centroids."""
-    from ktransfer.run import input_hash, read_record
-
-    made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
-    if not made or made["state"] != "done" or not centroids.is_file():
-        return False
-    return bool(made["inputs"]["centroids"] == input_hash(centroids))
 
 
 def _stage_command(stage: str) -> click.Command:
@@ -207,12 +192,18 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
 
     found = permutations.from_file(source) if source else permutations.generate(count, min_distance, seed)
     facts = permutations.summarise(found)
+    if out:
+        try:
+            permutations.write(out, found)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from error
     click.echo(f"{facts.count} permutations of {facts.tiles} tiles")
     click.echo(f"Hamming distance: min {facts.min_distance}, mean {facts.mean_distance:.4f}")
     click.echo("pairs at each distance: " + ", ".join(f"{key}: {value}" for key, value in facts.histogram.items()))
     click.echo(f"sha256 {facts.sha256}")
     if out:
-        permutations.write(out, found)
         click.echo(f"written to {out}")
 
 
@@ -254,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     show: Callable[[], None] = traceback.print_exc if "--debug" in words else lambda: None
     try:
-        result = cli.main(args=words, prog_name="ktransfer", standalone_mode=False)
+        result = cli.main(args=words, prog_name="ktransfer", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -265,8 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         show()
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        again = shlex.join(word for word in words if word != "--overwrite")
-        return _fail(f"stopped; nothing is lost. This goes on where it was: ktransfer {again}", 130)
+        return _fail(f"{STOPPED} {shlex.join(words)}", 130)
     except OSError as error:
         show()
         remedy = "make room and give the same command again" if error.errno in FULL else "give the same command again"
@@ -278,6 +268,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    from ktransfer import ranks
+
+    if not ranks.leads():
+        time.sleep(LAST_WORDS)
+        return code
     for line in message.splitlines():
         click.echo(f"ktransfer: {line}", err=True)
     return code

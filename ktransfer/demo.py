@@ -1,6 +1,6 @@
 """`ktransfer demo`: the whole chain on the embedded data set, and the table that it is all for.
 
-Beside the front door the one place that knows all rooms: it does what a user's commands would do, and shows them.
+It does what a user's commands would do, and shows them.
 """
 
 import shlex
@@ -9,24 +9,14 @@ from typing import Any
 
 import click
 
-from ktransfer.cluster import assign, cluster, extract
-from ktransfer.eval import evaluate
-from ktransfer.pretext import pretext
 from ktransfer.progress import say
-from ktransfer.retrain import retrain
-from ktransfer.run import read_record
+from ktransfer.run import FOLDERS, read_record
+from ktransfer.stages import function
 
 SIZE = 96
 CLUSTERS = 50
 
-STAGES = {
-    "pretext": pretext,
-    "extract": extract,
-    "cluster": cluster,
-    "assign": assign,
-    "retrain": retrain,
-    "eval": evaluate,
-}
+STEPS = {"extract": "scenes", "eval": "linear"}  # in stage.json; those of the other stages have the stage's name
 PUZZLE = {"permutations": 100, "epochs": 34, "batch": 64, "lr": 0.05}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.5}
 LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 20, "crop": 0.3}
@@ -58,7 +48,7 @@ def run_demo(out: Path, images: int = 2000) -> None:
     ]
     for run, stage, options in line:
         say(f"\n$ {in_words(run, stage, options)}")
-        STAGES[stage](run, **options)
+        function(stage)(run, **options)
     click.echo("\n".join(_times(line)))
 
 
@@ -69,13 +59,11 @@ def in_words(run: Path, stage: str, options: dict[str, Any]) -> str:
 
 
 def _times(line: list[tuple[Path, str, dict[str, Any]]]) -> list[str]:
-    folders = {"extract": "features", "cluster": "clusters", "assign": "clusters"}
     rows = ["", f"{'stage':24} {'seconds':>8}  files"]
     total = 0.0
     for run, stage, _ in line:
-        folder = folders.get(stage, stage)
-        step = {"extract": "scenes", "eval": "linear"}.get(stage, stage)
-        record = read_record(run, folder, step)
+        folder = FOLDERS[stage]
+        record = read_record(run, folder, STEPS.get(stage, stage))
         assert record is not None
         total += record["seconds"]
         files = ", ".join(str(run / folder / name) for name in record["outputs"])

@@ -17,5 +17,11 @@ class StageError(KTransferError):
     """A stage failed while it ran (exit code 1): what earlier stages wrote stays whole."""
 
 
+class Stopped(KTransferError):
+    """Ctrl-C between two steps: the run can go on, and the message says how."""
+
+    exit_code = 130
+
+
 class BrokenPicture(KTransferError):
     """One picture cannot be read; the message is the reason that is recorded for it."""

@@ -1,4 +1,4 @@
-"""The feature file: one row per picture, written so that a killed extraction goes on where it was (DESIGN §4).
+"""The feature file: one row per picture, written so that a killed extraction goes on where it was.
 
 HDF5 writes the whole header first, with every byte of data already allocated; after that rows are plain bytes at a
 known offset. So nothing but rows changes on disk while a run lives, and no HDF5 handle crosses a fork.
@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ DTYPES = ("float16", "float32")
 _PROGRESS = ".progress"
 _SAVE_SECONDS = 1.0
 HEADER_BYTES = 2**14  # more than HDF5 and the attributes need
+_GAP = 64  # invalid rows in a row that are read with the valid ones around them
 
 Attribute = str | int | float
 
@@ -87,9 +89,11 @@ class Writer:
         if len(bad):
             key = self._keys[start + int(bad[0])]
             if np.isfinite(wide[bad[0]]).all():
-                raise StageError(f"the features of {key!r} exceed 65504, the largest float16: use --dtype float32")
+                raise StageError(
+                    f"the features of {key!r} exceed 65504, the largest float16: give --dtype float32 --overwrite"
+                )
             raise StageError(
-                f"the features of {key!r} are not finite (NaN or infinity): check the weights of the teacher"
+                f"the features of {key!r} are not finite (NaN or infinity): check the weights of the network"
             )
         with _disk_errors(self._path):
             self._put(self._features_at + start * self._dim * self._dtype.itemsize, rows.tobytes())
@@ -227,8 +231,56 @@ def open_features(path: Path) -> Features:
     return Features(path, rows, valid, targets, attributes)
 
 
+def valid_rows(features: Features) -> Callable[[int, int], NDArray[Any]]:
+    """(start, stop) -> (b, d): those of the valid rows, counted without the broken ones, in the file's dtype.
+
+    The file is read, not mapped: mapped pages would count as this process's memory, and a file that is cut off
+    meanwhile would kill the process. `Features.rows` that are no memory map are given as they are, without a copy where
+    all are valid. Several threads may read at once.
+
+    Raises:
+        StageError: when called, the file is shorter than it was.
+    """
+    read = _reader(features)
+    if features.valid.all():
+        return read
+    places = np.flatnonzero(features.valid)
+
+    def read_valid(start: int, stop: int) -> NDArray[Any]:
+        chosen = places[start:stop]
+        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > _GAP) + 1)
+        blocks = [read(int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs if len(run)]
+        return np.concatenate(blocks) if blocks else read(0, 0)
+
+    return read_valid
+
+
+def _reader(features: Features) -> Callable[[int, int], NDArray[Any]]:
+    stored = features.rows
+    if not isinstance(stored, np.memmap):
+        return lambda start, stop: stored[start:stop]
+    handle = os.open(features.path, os.O_RDONLY)
+    width, offset = stored.shape[1] * stored.dtype.itemsize, int(stored.offset)
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        block = np.empty((stop - start, stored.shape[1]), stored.dtype)
+        room = block.reshape(-1).view(np.uint8).data
+        done = 0
+        while done < len(room):
+            got = os.preadv(handle, [room[done:]], offset + start * width + done)
+            if not got:
+                raise StageError(
+                    f"{features.path}: was cut off while it was read; extract the features again with --overwrite"
+                )
+            done += got
+        return block
+
+    weakref.finalize(read, os.close, handle)
+    return read
+
+
 def _check_layout(path: Path, file: Any) -> None:
-    """UsageError unless the data sets and attributes are those of DESIGN §4."""
+    """UsageError unless the data sets and attributes are those of docs/architecture.md, Files on disk."""
     import h5py
 
     def wrong(rule: str) -> UsageError:

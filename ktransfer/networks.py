@@ -142,10 +142,10 @@ def trunk(network: Network) -> Network:
 
 @contextmanager
 def fitting(network: Network) -> Iterator[None]:
-    """Turn torch's complaint about an input that is too small into a line for people (UsageError)."""
+    """Turn torch's complaint about the size of an input into a line for people (UsageError)."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             f"--size {network.size}: {network.arch} does not take pictures so small ({reason}); give a larger --size"
@@ -219,7 +219,9 @@ def layers(network: Network, model: nn.Module) -> dict[str, str]:
     hooks = [
         module.register_forward_hook(
             lambda _m, _i, out, path=f"{prefix}{name}": (
-                maps.update({path: path}) if isinstance(out, Tensor) and out.ndim == 4 and out.shape[-1] > 1 else None
+                maps.update({path: path})
+                if isinstance(out, Tensor) and out.ndim == 4 and _channels_first(model, out).shape[-1] > 1
+                else None
             )
         )
         for name, module in parent.named_children()
@@ -242,7 +244,9 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor) -> dict[
     """
     found: dict[str, Tensor] = {}
     hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out}))
+        model.get_submodule(path).register_forward_hook(
+            lambda _m, _i, out, name=name: found.update({name: _channels_first(model, out)})
+        )
         for name, path in paths.items()
     ]
     try:
@@ -251,6 +255,11 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor) -> dict[
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _channels_first(model: nn.Module, maps: Tensor) -> Tensor:
+    """(batch, channels, h, w), also of a Swin transformer, whose blocks hand over (batch, h, w, channels)."""
+    return maps.permute(0, 3, 1, 2) if isinstance(model, zoo.SwinTransformer) else maps
 
 
 def normalise(pixels: Tensor, how: str) -> Tensor:

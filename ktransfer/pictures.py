@@ -218,10 +218,10 @@ def _cores() -> int:
 
 
 def _default_cache_bytes() -> int:
-    return _available_bytes() // 4 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return available_bytes() // 4 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; inside a container no more than it is allowed."""
     try:
         table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

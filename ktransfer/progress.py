@@ -1,4 +1,4 @@
-"""Progress bars and lines on stderr; stdout is for results."""
+"""Progress bars and lines on stderr, of the first process where there are several; stdout is for results."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -7,12 +7,15 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ktransfer import ranks
+
 T = TypeVar("T")
 
 
 def bar(total: int, label: str, unit: str = "pictures", done: int = 0) -> "tqdm[Any]":
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
-    return tqdm(total=total, initial=done, desc=label, unit=f" {unit}", delay=0.5, dynamic_ncols=True, smoothing=0.1)
+    look = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
+    return tqdm(total=total, initial=done, desc=label, disable=not ranks.leads(), **look)
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str = "pictures") -> Iterator[T]:
@@ -31,4 +34,5 @@ def say_once(line: str) -> None:
 
 def say(line: str) -> None:
     """One line for people, above any bar."""
-    tqdm.write(line, file=sys.stderr)
+    if ranks.leads():
+        tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The run folder: what each step was made of, whether it is done, and a lock (docs/architecture.md, DESIGN §4).
+"""The run folder: what each step was made of, whether it is done, and a lock (docs/architecture.md).
 
 `STAGE/stage.json` maps each step of a stage to its record; a stage has one step, but for `features` (one per data set)
 and `clusters` (`cluster` and `assign`).
@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,15 @@ from ktransfer.progress import say
 
 RECORD = "stage.json"
 NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
+FOLDERS = {
+    "pretext": "pretext",
+    "extract": "features",
+    "cluster": "clusters",
+    "assign": "clusters",
+    "retrain": "retrain",
+    "eval": "eval",
+}
+"""Stage -> its folder in a run."""
 _locks: dict[Path, int] = {}
 
 
@@ -108,6 +117,7 @@ def begin(
     Raises:
         UsageError: the step exists with other settings or inputs, and `overwrite` was not given.
     """
+    outputs = list(outputs)
     with locked(run):
         folder = run / stage
         old = read_record(run, stage, name)
@@ -115,8 +125,12 @@ def begin(
             for output in outputs:
                 files.remove(folder / output)
             old = None
-        if old:
-            _refuse_changes(run, folder, name, old, result_settings(config), inputs)
+        found = changes(run, stage, name, config, inputs) if old else []
+        if found and old and leaves_nothing(folder, old):
+            say(f"{name}: begins anew, as nothing was made yet ({'; '.join(found)})")
+            old = None
+        elif found:
+            raise refusal(run, stage, name, found)
         if old and old["state"] == "done":
             say(f"{name}: done before, skipped ({folder})")
             yield Step(run, folder, name, old, done=True)
@@ -128,6 +142,7 @@ def begin(
             "config": asdict(config),
             "inputs": inputs,
             "outputs": {},
+            "writes": outputs,
             "versions": versions(),
             "device": device,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -229,24 +244,54 @@ def _save(folder: Path, name: str, record: dict[str, Any]) -> None:
     files.write_json(folder / RECORD, _read(folder) | {name: record})
 
 
-def _refuse_changes(
-    run: Path, folder: Path, name: str, old: dict[str, Any], settings: dict[str, Any], inputs: dict[str, str]
-) -> None:
-    changes = [
-        f"{key.replace('_', '-')} was {old['config'].get(key)!r}, is {settings.get(key)!r}"
+def changes(
+    run: Path, stage: str, name: str, config: Any, inputs: Mapping[str, str], partly: bool = False
+) -> list[str]:
+    """What keeps a step from being skipped or resumed: a phrase for each changed setting, input or output.
+
+    Args:
+        stage: the folder of the step.
+        inputs: as for `begin`; `partly`: those that are known before the line starts.
+
+    Returns:
+        Nothing where there is no such step yet.
+    """
+    old = read_record(run, stage, name)
+    if old is None:
+        return []
+    settings, before, known = result_settings(config), old["config"], old["inputs"]
+    found = [
+        f"{key.replace('_', '-')} was {before.get(key)!r}, is {settings[key]!r}"
         for key in sorted(settings)
-        if old["config"].get(key) != settings.get(key)
+        if before.get(key) != settings[key]
     ]
-    known = old["inputs"]
-    changes += [f"{key} changed" for key in sorted(inputs | known) if known.get(key) != inputs.get(key)]
-    changes += [
+    compared = inputs if partly else inputs | known
+    found += [f"{key} changed" for key in sorted(compared) if known.get(key) != inputs.get(key)]
+    folder = run / stage
+    return found + [
         f"{folder / output} is missing or changed"
         for output, facts in old["outputs"].items()
         if not (folder / output).is_file() or (folder / output).stat().st_size != facts["bytes"]
     ]
-    if changes:
-        command = {"features": "extract", "eval": "eval"}.get(folder.name, name)
-        raise UsageError(
-            f"{name} in {run} was made otherwise: {'; '.join(changes)}. Give {command} --overwrite to make it again, "
-            "or choose another --run"
+
+
+def leaves_nothing(folder: Path, old: dict[str, Any]) -> bool:
+    """Whether an unfinished step has written none of its files, so that a change throws nothing away."""
+    return old["state"] != "done" and not any((folder / name).exists() for name in old.get("writes", ["."]))
+
+
+def refusal(run: Path, stage: str, name: str, found: list[str]) -> UsageError:
+    """The error for a step that exists and was made otherwise, as `found` by `changes`."""
+    old = read_record(run, stage, name)
+    own = FOLDERS.get(name) == stage  # else a data set or a protocol
+    command = name if own else next((key for key, folder in FOLDERS.items() if folder == stage), name)
+    if old and old["state"] != "done":
+        why = f" ({' '.join(old['error'].split())})" if old["error"] else ""
+        return UsageError(
+            f"{name} in {run} is unfinished{why} and was begun otherwise: {'; '.join(found)}. Give {command} "
+            "--overwrite to drop what it has and begin anew, the old settings to go on, or choose another --run"
         )
+    return UsageError(
+        f"{name} in {run} was made otherwise: {'; '.join(found)}. Give {command} --overwrite to make it again, "
+        "or choose another --run"
+    )

@@ -25,7 +25,10 @@ class PretextConfig(TrainOptions):
         None, "take them from this file (the authors' .bin layout) instead", execution=True
     )
     colour: str = option(
-        "paper", "paper: grey 70 %; released: grey 50 %, projected 25 %", choices=("paper", "released")
+        "paper",
+        "jigsawpp as in the paper: 70 % grey; released: 50 % grey, 25 % projected. jigsaw: 30 % grey; released: none, "
+        "and no shift of channels",
+        choices=("paper", "released"),
     )
     limit: int = option(0, "use the first N pictures of a seeded order; 0: all", low=0)
     held_out: float = option(0.05, "share of the pictures kept for measuring puzzle accuracy", low=0, high=0.5)

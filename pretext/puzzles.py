@@ -16,7 +16,7 @@ from ktransfer.errors import UsageError
 GRID = 3
 SLOTS = GRID * GRID
 
-COLOURS = {"paper": (0.7, 0.0), "released": (0.5, 0.25), "jigsaw": (0.3, 0.0)}
+COLOURS = {"paper": (0.7, 0.0), "released": (0.5, 0.25), "jigsaw": (0.3, 0.0), "plain": (0.0, 0.0)}
 """Share of pictures in grey and share under the colour projection; the rest keeps its colours."""
 
 PLAIN, GREY, PROJECTED = range(3)
@@ -82,6 +82,13 @@ class PuzzleConfig:
 
 JIGSAWPP = PuzzleConfig()
 JIGSAW = PuzzleConfig(occlusions=0, colour="jigsaw")
+PUZZLES = {
+    ("jigsawpp", "paper"): JIGSAWPP,
+    ("jigsawpp", "released"): PuzzleConfig(colour="released"),
+    ("jigsaw", "paper"): JIGSAW,
+    ("jigsaw", "released"): PuzzleConfig(shift=0, occlusions=0, colour="plain"),
+}
+"""Task and `--colour` -> how it is cut; the released Jigsaw neither greys pictures nor shifts their channels."""
 
 
 class Draws(NamedTuple):

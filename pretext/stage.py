@@ -26,10 +26,11 @@ from . import permutations as perms
 from .config import PretextConfig
 from .network import TILES, PuzzleNet
 from .preview import save_sheet
-from .puzzles import JIGSAW, JIGSAWPP, PuzzleConfig, Puzzles, make_puzzles
+from .puzzles import PUZZLES, PuzzleConfig, Puzzles, make_puzzles
 
 HELD_OUT_EPOCH = 2**32 - 1  # draws that no training epoch uses
 OVERFIT_STEPS = 400
+LEAST_TILE = 8
 
 
 def pretext(run: str | Path, **options: Any) -> Path:
@@ -113,7 +114,9 @@ def check(
     loop.choose_device(config)
     size = config.size or min(255, typical_short_side(data) // 3 * 3)
     _, tile, _ = _puzzle(config).geometry(size)
-    if tile < 8:
+    if tile < LEAST_TILE and config.tile:
+        raise UsageError(f"--tile {tile}: too small for any network; give at least {LEAST_TILE}")
+    if tile < LEAST_TILE:
         raise UsageError(
             f"--size {size}: tiles of {tile} pixels are too small for any network; give at least --size 33"
         )
@@ -139,9 +142,7 @@ _generated = lru_cache(perms.generate)  # a second each time, and the checks ask
 
 
 def _puzzle(config: PretextConfig) -> PuzzleConfig:
-    if config.task == "jigsaw":
-        return replace(JIGSAW, tile=config.tile)
-    return replace(JIGSAWPP, tile=config.tile, colour=config.colour)
+    return replace(PUZZLES[config.task, config.colour], tile=config.tile)
 
 
 def _split(data: Dataset, config: PretextConfig) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,14 @@ import pytest
 SCENES = "scenes:images=40,size=48"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index_of_its_own(tmp_path_factory):
+    """Keep the index of folders out of the user's own cache, in sub-processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory):
     from ktransfer.pretext import pretext

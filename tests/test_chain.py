@@ -18,7 +18,7 @@ STEPS = {"pretext": ["pretext"], "clusters": ["cluster", "assign"], "retrain": [
 # docs/architecture.md, "Files on disk".
 FILES = {
     "pretext": {"stage.json", "metrics.jsonl", "model.safetensors", "puzzles.png"},
-    "clusters": {"stage.json", "clusters.h5", "labels.csv", "labels.h5", "labels.bin"},
+    "clusters": {"stage.json", "clusters.h5", "clusters.png", "quality.json", "labels.csv", "labels.h5", "labels.bin"},
     "retrain": {"stage.json", "metrics.jsonl", "model.safetensors"},
     "eval": {"stage.json", "linear.json", "linear.csv", "linear.md"},
 }
@@ -33,7 +33,7 @@ def line(run, data, labelled=None, k=4, more=()):
 
 
 def whole(run, name):
-    """Every file of DESIGN §4 is there, nothing else is, and every step is done."""
+    """Every file of a run is there, nothing else is, and every step is done."""
     files = FILES | {"features": {"stage.json", f"{name}.h5"}}
     assert {path.name for path in run.iterdir()} == {*files, ".lock"}
     for stage, names in files.items():

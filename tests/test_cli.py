@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ktransfer import __version__, cli
+from ktransfer import run as runs
 from ktransfer.pretext import permutations
 from ktransfer.run import locked
 
@@ -128,6 +130,8 @@ MISUSES = [
     (["--run", "run", "cluster", "--pca", "100000", "--k", "4", "--overwrite"], "--pca 100000"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--tile", "17"], "17"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--size", "12"], "--size 12: tiles of 3 pixels are too small"),
+    (["--run", "new", *PUZZLE, "--data", "flat", "--tile", "7"], "--tile 7: too small for any network"),
+    (["--run", "new", *PUZZLE, "--data", "flat", "--overfit", "4", "cluster", "--k", "3"], "--overfit: a self-test"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--size", "-3"], "size = -3: must be at least 0"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--epochs", "many"], "'many' is not a valid integer"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--lr", "nan"], "lr = nan: must be a finite number"),
@@ -169,7 +173,7 @@ MISUSES = [
     (["--run", "run", *PROBE, "--lrs", "nan", "--overwrite"], "--lrs nan"),
     (["--run", "run", *PROBE, "--layers", "conv6", "--overwrite"], "--layers conv6: alexnet_bn has no such layer"),
     (["--run", "run", *PROBE, "--beside", "nowhere", "--overwrite"], "--run nowhere: holds no finished network"),
-    (["--run", "run", *PROBE, "--cache", "0.0000001", "--overwrite"], "allow more, or name fewer --layers"),
+    (["--run", "run", *PROBE, "--lr", "0.1", "--overwrite"], "No such option '--lr'"),
     (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "4", *TARGET, *PROBE], "flat has no folder train"),
     (["--run", "new", *PUZZLE, "--data", "pictures", "cluster", "--k", "4", *TARGET, *PROBE, "--layers", "conv6"],
      "--layers conv6: alexnet_bn has no such layer"),
@@ -195,6 +199,9 @@ MISUSES = [
     (["perms", "--min-distance", "12"], "minimum Hamming distance 12"),
     (["perms", "--read", "note.txt"], "no permutation file"),
     (["perms", "--read", "nowhere.bin"], "cannot be read"),
+    (["perms", "--count", "5", "--out", "note.txt/perms.bin"], "--out note.txt/perms.bin: cannot be written"),
+    (["perms", "--count", "5", "--out", "flat"], "--out flat: cannot be written (Is a directory)"),
+    (["scenes", "--out", "note.txt/scenes"], "cannot be written"),
     (["scenes"], "Missing option '--out'"),
     (["scenes", "--out", "flat", "--images", "20"], "flat"),
     (["scenes", "--out", "new", "--images", "0"], "0"),
@@ -311,6 +318,94 @@ def test_overwritten_teacher_does_not_pass_for_the_old_one(made, tmp_path, capsy
     capsys.readouterr()
     assert cli.main(["--run", str(run), "cluster", "--k", "4"]) == 2
     assert "older teacher" in capsys.readouterr().err
+
+
+LATER = [
+    ([*TARGET, "--lr", "0.5"], "retrain in run was made otherwise: lr was 0.01, is 0.5. Give retrain --overwrite"),
+    ([*TARGET, *PROBE, "--epochs", "2"], "epochs was 1, is 2. Give eval --overwrite"),
+    ([*TARGET, *PROBE, "--labelled", "other"], "linear in run was made otherwise: test changed; train changed"),
+    (["cluster", "--k", "3"], "cluster in run was made otherwise: k was 4, is 3"),
+]
+
+
+@pytest.mark.parametrize(("later", "why"), LATER, ids=[" ".join(words[-2:]) for words, _ in LATER])
+def test_changes_of_later_stages_are_refused_before_the_first_one_works(refused, made, later, why):
+    """The pretext stage would be made again, with the same outcome; nothing may happen to it."""
+    if not (made / "other").exists():
+        shutil.copytree(made / "pictures", made / "other")
+        draw(made / "other/val/class0/new.jpg", 7)
+        draw(made / "other/train/class0/new.jpg", 7)
+    line = ["--run", "run", *PUZZLE, "--data", "pictures", "--overwrite"]
+    assert why in refused(*line, *later)
+
+
+REMADE = [
+    ([*PUZZLE, "--seed", "1", "--data", "pictures", "--overwrite", "cluster", "--k", "4"],
+     "cluster in run was made otherwise: this line makes the extract stage anew. Give cluster --overwrite"),
+    (["cluster", "--k", "3", "--overwrite", *TARGET], "retrain in run was made otherwise: this line makes the assign"),
+    ([*TARGET, "--lr", "0.5", "--overwrite", *PROBE], "this line makes the retrain stage anew. Give eval --overwrite"),
+    ([*TARGET, "--lr", "0.5", "--overwrite", "eval"], "this line makes the retrain stage anew"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "why"), REMADE)
+def test_what_hangs_on_a_stage_made_otherwise_is_refused_before(refused, words, why):
+    assert why in refused("--run", "run", *words)
+
+
+def test_a_stage_made_again_as_it_was_keeps_the_later_ones(made, tmp_path, capsys):
+    run = copied(made, tmp_path)
+    before = (run / "clusters/clusters.h5").read_bytes()
+    assert cli.main(["--run", str(run), *whole(made)[2:-11], "--overwrite", *whole(made)[-11:]]) == 0
+    assert (run / "clusters/clusters.h5").read_bytes() == before
+    assert capsys.readouterr().err.count("done before, skipped") >= 3
+
+
+def test_a_self_test_is_no_change(made, capsys):
+    line = [word for word in whole(made) if word not in ("--run", str(made / "run"))]
+    line = line[: line.index("cluster")]
+    before = snapshot(made / "run")
+    cli.main(["--run", str(made / "run"), *line, "--overfit", "4", "--lr", "0.05"])
+    assert "overfit: step" in capsys.readouterr().err
+    assert snapshot(made / "run") == before
+
+
+def test_overwrite_stays_in_the_command_after_ctrl_c_where_it_is_still_to_be_done(made, tmp_path, capsys, monkeypatch):
+    """Stopped in any stage of a line that makes all again, the command that is printed ends where the line would."""
+    options = ["--seed", "1", "--overwrite"]
+    data = ["--data", str(made / "pictures")]
+    stages = [[*PUZZLE, *data], ["cluster", "--k", "3"], TARGET, PROBE]
+    wanted = ["--run", str(tmp_path / "whole"), *(word for stage in stages for word in (*stage, *options))]
+    assert cli.main(wanted) == 0
+    expected = results(tmp_path / "whole")
+    # `extract` is made by `cluster`, whose own overwriting is then still to come.
+    places = {"pretext": 3, "features": 3, "clusters": 2, "retrain": 1, "eval": 0}
+    finish = runs.Step.finish
+    for name, left in places.items():
+        run = tmp_path / name / "whole"
+        shutil.copytree(made / "run", run)
+        line = ["--run", str(run), *wanted[2:]]
+
+        def stop(self, outputs, name=name, **facts):
+            if self.folder.name == name:
+                raise KeyboardInterrupt
+            finish(self, outputs, **facts)
+
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(runs.Step, "finish", stop)
+            assert cli.main(line) == 130
+        last = capsys.readouterr().err.splitlines()[-1]
+        said = shlex.split(last[last.index("ktransfer --run") :])[1:]
+        assert said.count("--overwrite") == left
+        assert [word for word in said if word != "--overwrite"] == [word for word in line if word != "--overwrite"]
+        assert cli.main(said) == 0
+        assert results(run) == expected
+
+
+def results(run: Path) -> dict[str, bytes]:
+    names = ("stage.json", "metrics.jsonl", ".lock")
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in names}
 
 
 def copied(made: Path, tmp_path: Path) -> Path:

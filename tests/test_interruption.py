@@ -34,7 +34,7 @@ STEPS = {"extract": "train", "eval": "linear"}
 LAST = {
     "pretext": "model.safetensors",
     "extract": "train.h5",
-    "cluster": "clusters.h5",
+    "cluster": "clusters.png",
     "assign": "labels.bin",
     "retrain": "model.safetensors",
     "eval": "linear.md",
@@ -44,6 +44,8 @@ FINAL = (
     "pretext/puzzles.png",
     "features/train.h5",
     "clusters/clusters.h5",
+    "clusters/quality.json",
+    "clusters/clusters.png",
     "clusters/labels.csv",
     "clusters/labels.h5",
     "clusters/labels.bin",
@@ -198,7 +200,7 @@ def test_full_disk(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]
     for name in list(STAGES)[list(STAGES).index(stage) :]:
         forget(folder / "mine", name)
     before = artefacts(folder / "mine")
-    assert len(before) == {"pretext": 0, "extract": 2, "cluster": 3, "assign": 4, "retrain": 7, "eval": 8}[stage]
+    assert len(before) == {"pretext": 0, "extract": 2, "cluster": 3, "assign": 6, "retrain": 9, "eval": 10}[stage]
     # No file but small ones can be written: that is how a full disk looks from inside.
     assert launch(folder.name, chain(), largest=4000) == 1
     said = (pictures / "log").read_text()

@@ -171,6 +171,21 @@ def test_layers_of_torchvisions_networks_are_maps():
     assert all(value.ndim == 4 and value.shape[-1] > 1 for value in maps.values())
 
 
+def test_maps_of_a_swin_transformer_have_their_channels_first():
+    network = Network("swin_t", size=64, classes=4)
+    model = networks.build(network, 0, "t").eval()
+    found = networks.layers(network, model)
+    assert list(found) == [f"features.{number}" for number in range(8)]
+    x = noise(2, 3, 64, 64)
+    maps = networks.feature_maps(model, found, x)
+    assert [value.shape[1] for value in maps.values()] == [96, 96, 192, 192, 384, 384, 768, 768]
+    assert [value.shape[-1] for value in maps.values()] == [16, 16, 8, 8, 4, 4, 2, 2]
+    with torch.no_grad():
+        convolution = model.features[0][0](x)
+    plain = F.layer_norm(convolution.permute(0, 2, 3, 1), (96,), eps=1e-5).permute(0, 3, 1, 2)
+    torch.testing.assert_close(maps["features.0"].detach(), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_an_unknown_layer_leaves_no_hooks():
     model = networks.build(TINY, 0, "t").eval()
     with pytest.raises(RuntimeError):

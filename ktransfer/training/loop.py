@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ktransfer import files, rng
 from ktransfer.errors import StageError, UsageError
 from ktransfer.progress import bar, say
-from ktransfer.training.options import MachineOptions, TrainOptions
+from ktransfer.training.options import LoopOptions, MachineOptions, TrainOptions
 
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
@@ -99,7 +99,7 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def rate(step: int, total: int, options: TrainOptions) -> float:
+def rate(step: int, total: int, options: LoopOptions) -> float:
     """The factor on the learning rate at `step` of `total` steps (0 <= step < total), in [0, 1]."""
     warm = round(options.warmup * total)
     if step < warm:
@@ -123,7 +123,7 @@ def fit(
     loss: Loss,
     pictures: Source,
     batches: Callable[[int], Tensor],
-    options: TrainOptions,
+    options: LoopOptions,
     folder: Path,
     device: torch.device,
     label: str,
@@ -137,13 +137,15 @@ def fit(
         folder: where `checkpoint/` and `metrics.jsonl` go.
         label: the stage's name, on the bar and in the seeds.
         evaluate: called after each epoch with the model in evaluation mode.
-        optimiser: SGD of `options` when not given; its rates are scaled by the schedule.
+        optimiser: SGD of `options`, which are TrainOptions, when not given; its rates are scaled by the schedule.
 
     Raises:
         StageError: the loss is not finite.
     """
     model.to(device).to(memory_format=torch.channels_last)
-    optimiser = optimiser or sgd(model, options, device)
+    if optimiser is None:
+        assert isinstance(options, TrainOptions)
+        optimiser = sgd(model, options, device)
     base_rates = [group["lr"] for group in optimiser.param_groups]
     per_epoch = len(batches(0))
     total = per_epoch * options.epochs
@@ -266,7 +268,7 @@ class Log:
         count = values.pop("count")
         means = {name: value / max(1.0, count) for name, value in values.items()}
         if not math.isfinite(means["loss"]):
-            raise StageError(f"the loss is {means['loss']} at step {step}; try a lower --lr")
+            raise StageError(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
         speed = {
             "lr": lr,
             "pictures_per_second": round(count / seconds, 1),

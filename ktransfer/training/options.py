@@ -25,12 +25,11 @@ class MachineOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions(MachineOptions):
+class LoopOptions(MachineOptions):
     """The settings of the training loop. Stages inherit them and choose their own defaults."""
 
     epochs: int = option(90, "passes over the pictures", low=1)
     batch: int = option(256, "pictures a step", low=2)
-    lr: float = option(0.01, "learning rate after the warm-up", low=0)
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
     schedule: str = option(
@@ -43,3 +42,10 @@ class TrainOptions(MachineOptions):
         """Refuse what is not installed when the command starts."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError("--tensorboard: is not installed; pip install 'ktransfer[report]'")
+
+
+@dataclass(frozen=True)
+class TrainOptions(LoopOptions):
+    """Those of a training with one learning rate."""
+
+    lr: float = option(0.01, "learning rate after the warm-up", low=0)

@@ -10,8 +10,7 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from ktransfer.cluster import assign, cluster, extract
-from ktransfer.cluster import stage as module
+from ktransfer.cluster import assign, cluster, extract, redo
 from ktransfer.cluster.centroids import read_centroids
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import UsageError
@@ -160,7 +159,18 @@ def test_too_many_clusters_are_refused_before_anything_is_made(run, planted, tmp
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(("options", "words"), [({"pca": 9}, "--pca 9: the features have 8 numbers"), ({"k": 0}, "k")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pca": 9}, "--pca 9: the features have 8 numbers"),
+        ({"k": 0}, "k"),
+        ({"whiten": True}, "--whiten: needs the principal components"),
+        ({"spherical": True, "normalise": False}, "--spherical: needs rows of length 1"),
+        ({"start": "kmeans+"}, r"--start kmeans\+: no such file; did you mean 'kmeans\+\+'"),
+        ({"start": "kmeans++", "start_sample": 3}, "--start-sample 3: fewer rows than the 4 clusters"),
+        ({"start": "x.npy", "redo": 2}, "--redo and --stability need starts that differ"),
+    ],
+)
 def test_other_misuse(tmp_path, planted, options, words):
     with pytest.raises(UsageError, match=words):
         cluster(tmp_path / "new", features=str(planted[0]), **({"k": 4} | options))
@@ -311,22 +321,197 @@ def test_a_moved_run_still_labels(run, tmp_path):
     assert len(table(moved)) == 40
 
 
-def test_interrupted_clustering_gives_the_same_bytes(tmp_path, planted, monkeypatch):
-    options = {"features": str(planted[0]), "k": 12, "pca": 4, "iterations": 8}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"redo": 3, "start": "kmeans++", "iterations": 3},
+        {"redo": 3, "start": "kmeans-parallel", "min_size": 12, "spherical": True, "seed": 2, "iterations": 2},
+    ],
+)
+def test_interrupted_clustering_gives_the_same_bytes(tmp_path, planted, monkeypatch, more):
+    options = {"features": str(planted[0]), "k": 12, "pca": 4, "iterations": 5} | more
+    save, stop, count = redo.save_state, 0, 0
+
+    def killed(path, state):
+        nonlocal count
+        save(path, state)
+        count += 1
+        if count == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(redo, "save_state", killed)
     expected = cluster(tmp_path / "whole", **options).read_bytes()
-    save = module.save_state
-
-    for stop in (1, 3):
+    result = records(tmp_path / "whole")["cluster"]["result"]
+    for stop in range(1, count + 1):
+        count = 0
         run = tmp_path / f"killed{stop}"
-
-        def killed(path, state, stop=stop):
-            save(path, state)
-            if len(state.objective) == stop:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, "save_state", killed)
+        with pytest.raises(KeyboardInterrupt):
             cluster(run, **options)
         assert not (run / "clusters" / "clusters.h5").exists()
         assert cluster(run, **options).read_bytes() == expected
         assert not (run / "clusters" / "work").exists()
+        again = records(run)["cluster"]["result"]
+        assert {**again, "seconds": 0} == {**result, "seconds": 0}
+
+
+def test_killed_again_and_again(tmp_path, planted, monkeypatch):
+    options = {"features": str(planted[0]), "k": 12, "iterations": 3, "redo": 3}
+    expected = cluster(tmp_path / "whole", **options).read_bytes()
+    save, count = redo.save_state, 0
+
+    def killed(path, state):
+        nonlocal count
+        save(path, state)
+        count += 1
+        if count % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(redo, "save_state", killed)
+    for _ in range(40):
+        try:
+            file = cluster(tmp_path / "run", **options)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert file.read_bytes() == expected
+
+
+def test_redo_keeps_the_best(tmp_path, planted):
+    options = {"features": str(planted[0]), "k": 9, "iterations": 4}
+    alone = []
+    for attempt in range(4):
+        file = cluster(tmp_path / f"run{attempt}", seed=redo.attempt_seed(3, attempt), **options)
+        with h5py.File(file) as stored:
+            alone.append((stored.attrs["final_objective"], stored["centroids"][:].tobytes()))
+    assert len({objective for objective, _ in alone}) > 1
+    best = min(range(4), key=lambda attempt: alone[attempt][0])
+    file = cluster(tmp_path / "all", seed=3, redo=4, **options)
+    with h5py.File(file) as stored:
+        assert stored["attempts"][:].tolist() == [objective for objective, _ in alone]
+        assert stored.attrs["attempt"] == best
+        assert stored.attrs["final_objective"] == alone[best][0]
+        assert stored["centroids"][:].tobytes() == alone[best][1]
+        assert stored.attrs["seed"] == 3
+    result = records(tmp_path / "all")["cluster"]["result"]
+    assert result["attempts"] == [objective for objective, _ in alone]
+    assert (result["attempt"], result["start"], len(result["seconds"])) == (best, "random", len(result["objective"]))
+    counted = [records(tmp_path / f"run{attempt}")["cluster"]["result"]["bytes_read"] for attempt in range(4)]
+    assert result["bytes_read"] == sum(counted)
+    assert counted[0] == 4 * 8 * planted[2].sum() * 5
+
+
+def test_spherical_clusters_are_labelled_by_cosine(tmp_path, planted):
+    path, rows, valid, _ = planted
+    file = cluster(tmp_path, features=str(path), k=7, spherical=True, iterations=40)
+    assign(tmp_path)
+    centroids = read_centroids(file).centroids.astype(np.float64)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-6)
+    cosines = prepared(rows[valid], 0, True) @ centroids.T
+    np.testing.assert_array_equal(
+        read_labels(tmp_path / "clusters" / "labels.csv").labels[valid], cosines.argmax(axis=1)
+    )
+    for label, centroid in enumerate(centroids):
+        mean = prepared(rows[valid], 0, True)[cosines.argmax(axis=1) == label].sum(axis=0)
+        np.testing.assert_allclose(centroid, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_whitened_clusters_are_labelled_alike(tmp_path, planted, normalise):
+    path, rows, valid, _ = planted
+    file = cluster(tmp_path, features=str(path), k=7, pca=5, whiten=True, normalise=normalise, iterations=60)
+    assign(tmp_path)
+    made = read_centroids(file)
+    seen = PCA(5, svd_solver="full", whiten=True).fit_transform(rows[valid].astype(np.float64))
+    seen *= np.sqrt(valid.sum() / (valid.sum() - 1))
+    ours = (rows[valid] - made.projection.mean) @ made.projection.components * made.projection.scale
+    seen *= np.sign((ours * seen).sum(axis=0))
+    np.testing.assert_allclose(ours, seen, atol=1e-3)
+    if normalise:
+        seen /= np.linalg.norm(seen, axis=1, keepdims=True)
+    gaps = ((seen[:, None] - made.centroids[None].astype(np.float64)) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(read_labels(tmp_path / "clusters" / "labels.csv").labels[valid], gaps.argmin(axis=1))
+
+
+def test_a_pca_from_before_there_was_whitening_is_read(tmp_path, planted):
+    file = cluster(tmp_path, features=str(planted[0]), k=7, pca=5)
+    before = read_centroids(file)
+    with h5py.File(file, "r+") as stored:
+        del stored["pca/scale"]
+    again = read_centroids(file)
+    for mine, theirs in zip(again.projection, before.projection, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_no_cluster_is_smaller_than_asked(tmp_path, planted):
+    cluster(tmp_path, features=str(planted[0]), k=12, min_size=12)
+    assign(tmp_path)
+    labels = read_labels(tmp_path / "clusters" / "labels.h5")
+    result = records(tmp_path)["cluster"]["result"]
+    sizes = np.bincount(labels.labels[planted[2]], minlength=labels.k)
+    assert labels.k == 12 - result["dissolved"]
+    assert sizes.min() >= 12
+    assert result["sizes"]["min"] == sizes.min()
+    with pytest.raises(UsageError, match=r"--min-size 40: 12 clusters .* 480 rows, there are 188"):
+        cluster(tmp_path / "new", features=str(planted[0]), k=12, min_size=40)
+    assert not (tmp_path / "new").exists()
+
+
+def test_start_from_a_file(tmp_path, planted):
+    path, rows, valid, _ = planted
+    centres = np.random.default_rng(0).normal(size=(6, 8))
+    np.save(tmp_path / "centres.npy", centres)
+    options = {"features": str(path), "k": 6, "iterations": 30}
+    file = cluster(tmp_path / "run", start=str(tmp_path / "centres.npy"), **options)
+    seen = prepared(rows[valid], 0, True)
+    peer = KMeans(6, init=centres, n_init=1, max_iter=1, tol=0).fit(seen)
+    result = records(tmp_path / "run")["cluster"]
+    gaps = ((seen[:, None] - centres[None]) ** 2).sum(axis=2)
+    assert result["result"]["objective"][0] == pytest.approx(gaps.min(axis=1).sum(), rel=1e-5)
+    assert peer.inertia_ >= result["result"]["objective"][-1] * (1 - 1e-6)
+    assert result["result"]["start"].startswith("file of SHA-256 ")
+    with h5py.File(file) as stored:
+        assert stored.attrs["start"] == f"file of SHA-256 {result['inputs']['start']}"
+    # A clustering of ours goes on where it ended.
+    more = cluster(tmp_path / "more", start=str(file), **options)
+    np.testing.assert_allclose(read_centroids(more).centroids, read_centroids(file).centroids, atol=1e-6)
+    np.save(tmp_path / "centres.npy", centres + 1)
+    with pytest.raises(UsageError, match="start changed"):
+        cluster(tmp_path / "run", start=str(tmp_path / "centres.npy"), **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (np.zeros((5, 8)), r"float64 of shape \(5, 8\), must be floats of shape \(6, 8\)"),
+        (np.zeros((6, 7)), r"shape \(6, 7\)"),
+        (np.zeros(48), r"shape \(48,\)"),
+        (np.zeros((6, 8), int), "int64 of shape"),
+        (np.full((6, 8), np.nan), "NaN"),
+        (np.full((6, 8), 1e300), "beyond float32"),
+        (np.array([{}], object), "not a .npy file"),
+        (b"text", "not a .npy file"),
+        (b"", "not a .npy file"),
+        (None, "no such file; valid: kmeans"),
+    ],
+)
+def test_a_start_that_does_not_fit(tmp_path, planted, content, words):
+    file = tmp_path / "start.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.save(file, content)
+    with pytest.raises(UsageError, match=words) as caught:
+        cluster(tmp_path / "new", features=str(planted[0]), k=6, start=str(file))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_clustering_of_other_preparation_is_no_start(tmp_path, planted):
+    options = {"features": str(planted[0]), "k": 6}
+    turned = cluster(tmp_path / "pca", pca=8, **options)
+    with pytest.raises(UsageError, match="its own PCA"):
+        cluster(tmp_path / "new", start=str(turned), **options)
+    long = cluster(tmp_path / "long", normalise=False, **options)
+    with pytest.raises(UsageError, match="made without --normalise"):
+        cluster(tmp_path / "new", start=str(long), **options)

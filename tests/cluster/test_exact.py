@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktransfer.cluster import engine, engines, exact, native
+from ktransfer.cluster import bounds, engine, engines, exact, native
 from ktransfer.cluster.engine import Rows, faiss_engine
 from ktransfer.cluster.exact import exact_engine
 from ktransfer.cluster.kmeans import assign_rows, kmeans, load_state, save_state
@@ -64,11 +64,26 @@ def same(first, second, but=("seconds",)):
             assert left.tobytes() == right.tobytes() if isinstance(left, np.ndarray) else left == right, field.name
 
 
-def forced_bounds(monkeypatch, width):
-    """Bounds in `width` dimensions from the second pass on, whether they pay or not."""
-    monkeypatch.setattr(exact, "DENSE_COST", np.inf)
-    monkeypatch.setattr(exact, "CHOICE_WORK", np.inf)
-    monkeypatch.setattr(exact, "PREFIXES", (width,))
+def forced_bounds(monkeypatch, *widths):
+    """Bounds in so many dimensions from the first pass on, or of pairs from the second, whether they pay or not."""
+    values = {"DENSE_COST": 1e9, "CHOICE_WORK": 1e9, "PREFIXES": widths, "FIRST_PREFIX": 999, "HOPELESS": 1e9}
+    for name, value in values.items():
+        monkeypatch.setattr(bounds, name, value)
+    for name in ("FIRST_ROWS", "PAIR_ROWS"):
+        monkeypatch.setattr(bounds, name, 0)
+
+
+def kinds_of(monkeypatch):
+    """The kinds of the kernels that run from now on, with the full products that each one took."""
+    seen = []
+    run = native.run
+
+    def spy(*args):
+        seen.append((args[2], run(*args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(native, "run", spy)
+    return seen
 
 
 def steps(variant, data, start, count):
@@ -107,21 +122,26 @@ def test_every_shape_and_range(variant, seed, n, dim, share, kind):
     k = 1 + int(share * (n - 1))
     start = data[rng.permutation(n)[:k]]
     monkeypatch = pytest.MonkeyPatch()
-    forced_bounds(monkeypatch, max(1, dim // 2))
+    forced_bounds(monkeypatch, *([max(1, dim // 2)] if seed % 2 else []))
     with monkeypatch.context():
-        for found, centroids in steps(variant, data, start, 3):
+        for found, centroids in steps(variant, data, start, 4):
             check(found, data, centroids)
     monkeypatch.undo()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(("n", "d", "k"), [(400, 300, 37), (150, 530, 70), (700, 64, 33), (90, 1030, 90)])
-def test_columns_rows_and_centroids_beyond_one_tile(variant, n, d, k, monkeypatch):
+@pytest.mark.parametrize("by", ["projection", "pairs"])
+def test_columns_rows_and_centroids_beyond_one_tile(variant, n, d, k, by, monkeypatch):
     monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
-    forced_bounds(monkeypatch, d // 2)
+    forced_bounds(monkeypatch, *([min(d, k) // 2] if by == "projection" else []))
+    seen = kinds_of(monkeypatch)
     data = decaying(n, d)
-    for found, centroids in steps(variant, data, data[:k].copy(), 3):
+    for found, centroids in steps(variant, data, data[:k].copy(), 5):
         check(found, data, centroids)
+    if "level" in variant:
+        assert {native.FILTERED, native.GUESS} <= {kind for kind, _ in seen} or by == "pairs"
+        assert native.PAIRED in {kind for kind, _ in seen} or by == "projection"
 
 
 @needs_extension
@@ -136,7 +156,7 @@ def test_more_centroids_than_a_group(level):
 def test_directions_of_long_rows_are_the_leading_ones(k, d):
     matrix = np.random.default_rng(0).normal(size=(k, 40)) * np.arange(1, 41) ** -1.0
     matrix = (matrix @ np.linalg.qr(np.random.default_rng(1).normal(size=(d, 40)))[0].T).astype(np.float32)
-    found = exact._leading(matrix, 64).astype(np.float64)
+    found = bounds._leading(matrix, 64).astype(np.float64)
     rank = min(k, 40)
     assert rank <= found.shape[1] <= 64
     np.testing.assert_allclose(found.T @ found, np.eye(found.shape[1]), atol=1e-6)
@@ -145,9 +165,10 @@ def test_directions_of_long_rows_are_the_leading_ones(k, d):
 
 
 @needs_extension
-def test_any_memory_gives_the_same_labels(monkeypatch):
-    """The labels of the pass before are hints: wrong ones cost time, not exactness."""
-    forced_bounds(monkeypatch, 12)
+@pytest.mark.parametrize("widths", [(12,), ()])
+def test_any_memory_gives_the_same_labels(widths, monkeypatch):
+    """What a pass leaves for the next are hints: wrong ones cost time, not exactness."""
+    forced_bounds(monkeypatch, *widths)
     data = decaying(300, 30)
     rows = rows_of(data)
     scan = exact_engine().scan
@@ -163,10 +184,8 @@ def test_any_memory_gives_the_same_labels(monkeypatch):
 @needs_extension
 def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
     monkeypatch.setattr(engine, "BLOCK_NUMBERS", 2**22)
-    monkeypatch.setattr(exact, "CHOICE_WORK", np.inf)
-    dots = []
-    run = native.run
-    monkeypatch.setattr(native, "run", lambda *args: dots.append((args[2], run(*args))))
+    monkeypatch.setattr(bounds, "CHOICE_WORK", np.inf)
+    dots = kinds_of(monkeypatch)
     data = decaying(3000, 256)
     kmeans(rows_of(data), 200, 4, engine=exact_engine())
     kinds = [kind for kind, _ in dots]
@@ -179,9 +198,15 @@ def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
     assert "bounds in" in capsys.readouterr().err
     flat = np.random.default_rng(0).random((3000, 256), dtype=np.float32)
     dots.clear()
-    kmeans(rows_of(flat), 200, 4, engine=exact_engine())
+    kmeans(rows_of(flat), 200, 12, engine=exact_engine())
+    kinds = [kind for kind, _ in dots]
+    assert set(kinds) == {native.DENSE, native.PAIRED}
+    assert min(count for kind, count in dots if kind == native.PAIRED) < 0.1 * 3000 * 200
+    assert "bounds of pairs" in capsys.readouterr().err
+    monkeypatch.setattr(exact, "KEPT_BYTES", 0)
+    dots.clear()
+    kmeans(rows_of(flat), 200, 12, engine=exact_engine())
     assert {kind for kind, _ in dots} == {native.DENSE}
-    assert "dense" in capsys.readouterr().err
 
 
 @needs_extension
@@ -189,8 +214,8 @@ def test_the_bound_is_one():
     """Projected scores are never below exact ones by more than the doubt that the filter allows."""
     data = decaying(500, 200)
     centroids = np.stack([part.mean(axis=0) for part in np.array_split(data, 40)])
-    target = exact._target(centroids)
-    basis = exact.Basis(target.origin, exact._leading(target.centred, 24), 1e-6)
+    target = bounds.aim(centroids)
+    basis = bounds.Basis(target.origin, bounds._leading(target.centred, 24), 1e-6)
     level = LEVELS[-1]
     given = exact._fields(target, level)
     project, filtered = exact._filter_fields(target, basis, given, level)
@@ -200,11 +225,41 @@ def test_the_bound_is_one():
     c = centroids.astype(np.float64) - target.origin
     scores = x @ c.T - (c**2).sum(axis=1) / 2
     e_c = basis.error + 2 * 2.0**-24
-    bounds = projected[:, :25] @ exact._project_centroids(target, basis, e_c).T - (c**2).sum(axis=1) / 2
+    upper = projected[:, :25] @ exact._project_centroids(target, basis, e_c).T - (c**2).sum(axis=1) / 2
     longest = given["longest"]
     doubt = filtered["filter_error"] * (projected[:, 25:] * longest + longest**2 / 2)
-    assert (bounds >= scores - doubt).all()
+    assert (upper >= scores - doubt).all()
     np.testing.assert_allclose(projected[:, 25], np.linalg.norm(x, axis=1), rtol=1e-6)
+
+
+@needs_extension
+@pytest.mark.parametrize("level", LEVELS)
+def test_bounds_of_pairs_are_lower_ones(level):
+    data, centroids = decaying(300, 70), decaying(45, 70, seed=1)
+    target = bounds.aim(centroids)
+    fields = exact._fields(target, level)
+    width = len(fields["bias"])
+    kept = np.empty((300, width), np.uint16)
+    work = fields | {"packed": native.pack(level, target.centred), "bounds": kept, "scale": 4.0}
+    work |= {"rows": 300, "x": data, "labels": np.empty(300, np.int32)}
+    native.run(level, 1, native.DENSE, work)
+    squares = ((data[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
+    lower = kept.view(np.float16)[:, :45].astype(np.float64) / 4
+    assert (lower <= squares).all()
+    np.testing.assert_allclose(lower, squares, rtol=1e-3, atol=1e-2)
+
+
+@needs_extension
+def test_weights_count_as_often(monkeypatch):
+    data = decaying(200, 24)
+    weights = np.random.default_rng(0).integers(1, 5, 200).astype(float)
+    centroids = data[:20].copy()
+    for variant in VARIANTS:
+        weighed = Rows(200, 24, lambda start, stop: data[start:stop], weights)
+        found = exact_engine(**variant).scan(weighed, centroids, lambda done: None)
+        repeated = np.repeat(data, weights.astype(int), axis=0)
+        again = exact_engine(**variant).scan(rows_of(repeated), centroids, lambda done: None)
+        np.testing.assert_allclose(found.sums, again.sums, rtol=1e-12)
 
 
 @needs_extension
@@ -214,11 +269,11 @@ def test_threads_instruction_sets_blocks_and_cache_change_no_byte(monkeypatch):
     for threads, level in ((2, LEVELS[-1]), (1, LEVELS[0]), (3, LEVELS[0])):
         again = kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine(threads, level))
         same(first, again, but=("seconds", "engine"))
-    monkeypatch.setattr(exact, "PROJECTED_BYTES", 0)
+    monkeypatch.setattr(exact, "KEPT_BYTES", 0)
     same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine(2)))
     monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
     same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine()))
-    monkeypatch.setattr(exact, "DENSE_COST", 0)
+    monkeypatch.setattr(bounds, "DENSE_COST", 0)
     same(first, kmeans(rows_of(data), 60, 8, seed=2, engine=exact_engine()))
 
 
@@ -289,7 +344,7 @@ def test_engines_by_name(capsys):
 @needs_extension
 def test_no_memory_is_an_error_and_not_a_crash(monkeypatch):
     data = decaying(50, 8)
-    work = exact._fields(exact._target(data[:5]), LEVELS[-1]) | {"packed": native.pack(LEVELS[-1], data[:5])}
+    work = exact._fields(bounds.aim(data[:5]), LEVELS[-1]) | {"packed": native.pack(LEVELS[-1], data[:5])}
     work |= {"rows": 50, "x": data, "labels": np.empty(50, np.int32), "d": 2**55}
     with pytest.raises(MemoryError, match="scratch"):
         native.run(LEVELS[-1], 1, native.DENSE, work)

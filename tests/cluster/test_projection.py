@@ -67,3 +67,30 @@ def test_constant_rows_explain_nothing():
 def test_impossible_dimensions_are_refused(dim, valid):
     with pytest.raises(UsageError, match=f"--pca {dim} must be"):
         fit_projection(features_of(sample(), np.arange(600) < valid), dim)
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(0.0, np.float32), (0.0, np.float16), (1e3, np.float32)])
+def test_whitened_columns_have_variance_1(offset, dtype):
+    data = sample(offset, dtype)
+    features = features_of(data)
+    plain, found = fit_projection(features, 8), fit_projection(features, 8, whiten=True)
+    for name in ("mean", "components", "explained"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(found, name))
+    np.testing.assert_array_equal(plain.scale, np.ones(8))
+    mapped = project(found, data.astype(np.float32)).astype(np.float64)
+    np.testing.assert_allclose(np.cov(mapped.T, bias=True), np.eye(8), atol=2e-3)
+    peer = PCA(8, svd_solver="full", whiten=True).fit(data.astype(np.float64))
+    theirs = peer.transform(data.astype(np.float64)) * np.sqrt(600 / 599)
+    signs = np.sign((mapped * theirs).sum(axis=0))
+    np.testing.assert_allclose(mapped * signs, theirs, atol=1e-2)
+    assert project(found, data.astype(np.float32)).dtype == found.scale.dtype == np.float32
+
+
+def test_what_does_not_vary_is_not_whitened():
+    data = sample()
+    data[:, 3:] = data[:, :1]
+    with pytest.raises(UsageError, match=r"--whiten: only 3 of 5 components vary: give --pca 3"):
+        fit_projection(features_of(data), 5, whiten=True)
+    assert np.isfinite(fit_projection(features_of(data), 3, whiten=True).scale).all()
+    with pytest.raises(UsageError, match="only 0 of 2"):
+        fit_projection(features_of(np.full((9, 3), 2.0, np.float32)), 2, whiten=True)

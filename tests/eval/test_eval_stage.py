@@ -182,11 +182,25 @@ def test_runs_of_the_same_name(runs, tmp_path):
     assert result(runs / "random")["arms"]["random"]["task"] == "classes"
 
 
-def test_the_room_that_the_maps_need_is_checked_before(runs):
-    with pytest.raises(UsageError, match=r"--cache 1e-06: the maps need 0\.\d GB.*--layers") as caught:
-        evaluate(runs / "target", cache=1e-6, **FAST)
+def test_the_room_that_the_maps_need_is_checked_before(runs, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
+    with pytest.raises(UsageError, match=r"eval needs 0\.\d+ GB, but .* free; make room") as caught:
+        evaluate(runs / "target", **FAST)
     assert "\n" not in str(caught.value)
     assert not (runs / "target" / "eval").exists()
+    evaluate(runs / "target", cache=0.0, random=False, layers="conv5", **FAST)  # nothing is kept
+
+
+def test_broken_pictures_are_recorded_with_their_reason(runs, folder, tmp_path, capsys):
+    root = tmp_path / "root"
+    for part in ("train", "val"):
+        shutil.copytree(folder, root / part)
+    evaluate(runs / "target", labelled=str(root), max_broken=0.1, layers="conv5", **FAST)
+    broken = json.loads((runs / "target" / "eval" / "stage.json").read_text())["linear"]["broken"]
+    assert [line.split(": ")[0] for line in broken] == ["train/a/05.jpg", "val/a/05.jpg"]
+    assert all("picture" in line or "damaged" in line for line in broken)
+    assert "eval: done; 2 broken pictures" in capsys.readouterr().err
+    assert all("broken" not in arm for arm in result(runs / "target")["arms"].values())
 
 
 def test_other_size_and_stride_than_in_training(runs):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -40,7 +41,7 @@ def caught(monkeypatch):
 
     def watch_fit(probes, loss, source, batches, config, folder, device, *rest):
         seen.update(probes=probes, epochs=[batches(epoch) for epoch in range(3)])
-        seen["views"] = [np.array(view.rows) for view in source.views]
+        seen["views"] = [np.array(view.rows) for view in getattr(source, "views", [])]
         fit(probes, loss, source, batches, config, folder, device, *rest)
 
     def watch_predictions(probes, source, rows, *rest):
@@ -221,6 +222,12 @@ def test_grids_shrink_with_the_maps_and_other_networks_get_about_as_many_numbers
         choose_layers(networks.build(NETWORK, 0, "test"), replace(NETWORK, size=8), None)
 
 
+def test_a_network_that_leaves_no_maps():
+    network = Network("swin_t", size=4, classes=2)
+    with pytest.raises(UsageError, match=r"--size 4: no layer of swin_t leaves a map; give a larger --size"):
+        choose_layers(networks.build(network, 0, "test"), network, None)
+
+
 @pytest.mark.parametrize("lrs", ["", "a", "0.1,,0.2", "0.1,-1", "0", "nan", "inf"])
 def test_wrong_rates(lrs):
     with pytest.raises(UsageError, match="--lrs"):
@@ -296,6 +303,38 @@ def test_interrupted_probes_end_with_the_same_numbers(parts, tmp_path, monkeypat
     assert judge(arm(), parts, CONFIG, tmp_path / "work", CPU) == expected
 
 
+def test_maps_that_shall_not_be_kept_are_computed_to_the_same_numbers(folder, tmp_path, caught, capsys):
+    parts = labelled(folder, tmp_path)
+    network = replace(NETWORK, size=40)
+    config = replace(CONFIG, max_broken=0.05, epochs=3)
+    kept = judge(arm(network=network), parts, config, tmp_path / "kept", CPU)
+    weights = {key: value.clone() for key, value in caught["probes"].state_dict().items()}
+    capsys.readouterr()
+    computed = judge(arm(network=network), parts, replace(config, cache=0.0), tmp_path / "computed", CPU)
+    assert "over --cache: each epoch computes them anew" in capsys.readouterr().err
+    assert not (tmp_path / "computed").exists()
+    assert kept == computed and len(kept["broken"]) == 1
+    for key, value in caught["probes"].state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)
+
+
+def test_maps_too_large_for_float16_say_what_to_do(parts, tmp_path):
+    def loud(arm, seed):
+        model = networks.build(arm.network, seed, "eval/random")
+        model.conv1.bias.data.fill_(1e5)
+        model.bn1 = torch.nn.Identity()
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "_model", loud)
+        for cache in (20.0, 0.0):
+            with pytest.raises(StageError, match=r"65504, the largest float16: give .*--dtype float32 --overwrite"):
+                judge(arm(), parts, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
+        for cache in (20.0, 0.0):
+            wide = replace(CONFIG, cache=cache, dtype="float32", epochs=1, layers="conv1")
+            assert judge(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["layers"]["conv1"]["top1"] <= 1
+
+
 def labelled(folder, tmp_path):
     """The folder's pictures as a training part, its sound ones as a test part."""
     root = tmp_path / "labelled"
@@ -329,9 +368,9 @@ def test_a_finished_cache_is_used_as_it_is(parts, tmp_path):
     data, rows = counted(parts[0])
     model = networks.build(NETWORK, 0, "eval/random").eval()
     layers = choose_layers(model, NETWORK, "conv1")
-    paths = {"conv1": "relu1"}
+    pooled = partial(linear._pooled, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)
     for _ in range(2):
-        found = linear._cached(tmp_path / "x.h5", model, NETWORK, layers, paths, data, CONFIG, CPU, False)
+        found = linear._cached(tmp_path / "x.h5", pooled, layers[-1].stop, 64, data, CONFIG, False)
         assert isinstance(found, Features)
         assert len(rows) == 48
     assert open_features(tmp_path / "x.h5").attributes["fingerprint"] == data.fingerprint

@@ -190,6 +190,9 @@ def test_jigsaw_has_no_occlusions(tmp_path):
     assert stage._puzzle(config).occlusions == 0 and stage._puzzle(config).tile == 7
     config = replace(PretextConfig(), colour="released")
     assert (stage._puzzle(config).occlusions, stage._puzzle(config).colour) == (2, "released")
+    paper, released = (stage._puzzle(replace(PretextConfig(), task="jigsaw", colour=c)) for c in ("paper", "released"))
+    assert (paper.colour, paper.shift, released.colour, released.shift) == ("jigsaw", 2, "plain", 0)
+    assert released.occlusions == 0
 
 
 def some(count=12, permutations=30, size=48):

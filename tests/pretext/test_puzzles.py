@@ -151,7 +151,8 @@ def test_without_another_picture_nothing_is_occluded():
 
 
 @pytest.mark.parametrize(
-    ("colour", "grey", "projected"), [("paper", 0.7, 0), ("released", 0.5, 0.25), ("jigsaw", 0.3, 0)]
+    ("colour", "grey", "projected"),
+    [("paper", 0.7, 0), ("released", 0.5, 0.25), ("jigsaw", 0.3, 0), ("plain", 0, 0)],
 )
 def test_colours_have_their_shares_and_are_one_for_each_picture(colour, grey, projected):
     draws = drawn(PuzzleConfig(colour=colour))
@@ -268,7 +269,7 @@ def test_the_default_geometry(size, expected):
         ({"shift": -1}, 255, "shift -1"),
         ({"occlusions": 9}, 255, "0 to 8"),
         ({"occlusions": -1}, 255, "0 to 8"),
-        ({"colour": "sepia"}, 255, "paper, released, jigsaw"),
+        ({"colour": "sepia"}, 255, "paper, released, jigsaw, plain"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(settings_, size, says):

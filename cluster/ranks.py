@@ -1,0 +1,167 @@
+"""k-means over several processes: each looks at a contiguous share of the rows, the first leads (ktransfer/ranks.py).
+
+The leader's engine is wrapped: `scan` sends the centroids to all, adds up their sums in a fixed order and collects
+labels and distances. All else, from the start to the files, is the leader's work as with one process.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer import ranks
+from ktransfer.errors import StageError
+from ktransfer.features import Features, open_features
+from ktransfer.progress import say
+
+from .engine import Engine, Pass, Rows
+from .engines import choose_engine
+from .projection import Projection
+from .rows import plan_line, plan_memory, rows_of
+
+
+def open_rows(
+    features: Features,
+    projection: Projection | None,
+    normalise: bool,
+    k: int,
+    engine: str,
+    memory: float,
+    label: str = "cluster",
+) -> tuple[Rows, Engine]:
+    """The rows of a feature file and the engine for them, over all processes of the command; says the memory plan.
+
+    Args:
+        engine: its name.
+        memory: as for `plan_memory`.
+        label: of the line.
+
+    Raises:
+        UsageError: the memory does not suffice.
+        StageError: another process cannot open the same rows.
+    """
+    dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
+    plan = plan_memory(features, k, dim, memory)
+    say(f"{label}: {plan_line(plan)}{f'; so each of {ranks.count()} processes' if ranks.count() > 1 else ''}")
+    rows = rows_of(features, projection, normalise, plan.kept)
+    own = choose_engine(engine, plan.engine)
+    if ranks.count() == 1:
+        return rows, own
+    arrays: list[NDArray[Any]] = [] if projection is None else [*projection]
+    ranks.tell(
+        {
+            "do": "open",
+            "features": str(features.path.resolve()),
+            "facts": _facts(features),
+            "normalise": normalise,
+            "k": k,
+            "engine": engine,
+            "memory": memory,
+            "projection": [(array.shape, array.dtype.str) for array in arrays],
+        }
+    )
+    for array in arrays:
+        ranks.spread(np.ascontiguousarray(array))
+    ranks.agree(None)
+    return rows, over_ranks(own, rows)
+
+
+def over_ranks(engine: Engine, rows: Rows) -> Engine:
+    """The leader's engine when the others have opened the same `rows`: each scans its share, in the same contract.
+
+    The same centroids and number of processes give the same bytes. Other rows than these are the leader's own affair.
+    """
+    part = _part(rows)
+
+    def scan(given: Rows, centroids: NDArray[np.float32], tick: Callable[[int], object]) -> Pass:
+        if given is not rows:
+            return engine.scan(given, centroids, tick)
+        done = 0
+
+        def scaled(count: int) -> None:  # the bar counts all rows, this process sees its own
+            nonlocal done
+            before, done = done, done + count
+            tick(rows.count * done // part.count - rows.count * before // part.count)
+
+        ranks.tell({"do": "scan", "k": len(centroids)})
+        ranks.spread(np.ascontiguousarray(centroids, np.float32))
+        found = _scan(engine, part, centroids, scaled)
+        sums = ranks.total(np.column_stack([found.sums, found.counts]))
+        labels, distances = np.empty(rows.count, np.int32), np.empty(rows.count, np.float32)
+        labels[: part.count], distances[: part.count] = found.labels, found.distances
+        ranks.collect(labels, rows.count)
+        ranks.collect(distances, rows.count)
+        return Pass(labels, distances, np.ascontiguousarray(sums[:, :-1]), sums[:, -1].astype(np.int64))
+
+    return Engine(f"{engine.name}, {ranks.count()} processes", engine.version, scan)
+
+
+def serve() -> int:
+    """What the other processes do until the leader ends; the exit code that it gives."""
+    part, engine = None, None
+    while True:
+        order = ranks.hear()
+        if order["do"] == "end":
+            if order["code"]:
+                ranks.rest()
+            return int(order["code"])
+        try:
+            if order["do"] == "open":
+                part, engine = _open(order)
+            else:
+                assert part is not None and engine is not None
+                centroids = ranks.spread(np.empty((order["k"], part.dim), np.float32))
+                found = _scan(engine, part, centroids, lambda done: None)
+                ranks.total(np.column_stack([found.sums, found.counts]))
+                ranks.collect(found.labels, part.count)
+                ranks.collect(found.distances, part.count)
+        except ranks.Told:  # all know; the leader decides what comes next
+            continue
+
+
+def _open(order: dict[str, Any]) -> tuple[Rows, Engine]:
+    arrays = [ranks.spread(np.empty(shape, dtype)) for shape, dtype in order["projection"]]
+    error: Exception | None = None
+    try:
+        features = open_features(Path(order["features"]))
+        if _facts(features) != order["facts"]:
+            raise StageError(f"{features.path}: is another file here than where the first process runs; give it a copy")
+        projection = Projection(*arrays) if arrays else None
+        dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
+        plan = plan_memory(features, order["k"], dim, order["memory"])
+        opened = (
+            _part(rows_of(features, projection, order["normalise"], plan.kept)),
+            choose_engine(order["engine"], plan.engine),
+        )
+    except Exception as found:
+        error = found
+    ranks.agree(error)
+    return opened
+
+
+def _scan(engine: Engine, part: Rows, centroids: NDArray[np.float32], tick: Callable[[int], object]) -> Pass:
+    """The scan of this process's share, after which all know whether one of them failed."""
+    error: Exception | None = None
+    try:
+        found = engine.scan(part, centroids, tick)
+    except Exception as failure:
+        error = failure
+    ranks.agree(error)
+    return found
+
+
+def _part(rows: Rows) -> Rows:
+    first, last = ranks.share(rows.count)
+    weights = None if rows.weights is None else rows.weights[first:last]
+    return Rows(last - first, rows.dim, lambda start, stop: rows.read(first + start, first + stop), weights)
+
+
+def _facts(features: Features) -> dict[str, Any]:
+    return {
+        "rows": list(features.rows.shape),
+        "dtype": features.rows.dtype.str,
+        "valid": int(features.valid.sum()),
+        "attributes": features.attributes,
+    }

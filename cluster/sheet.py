@@ -1,0 +1,128 @@
+"""Clusters for the eye: the pictures nearest to some centroids."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ktransfer import files
+from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.errors import UsageError
+from ktransfer.features import Features
+from ktransfer.pictures import Pictures
+from ktransfer.progress import say
+
+NEAREST = 16
+SIDE = 64
+GAP = 3
+MARGIN = 14
+TEXT = 16
+_INK = (40, 40, 40)
+_PAPER = (255, 255, 255)
+_BLANK = (205, 205, 205)
+
+
+class Strip(NamedTuple):
+    """One cluster of a sheet.
+
+    Attributes:
+        caption: one line.
+        pixels: (m, 3, side, side) uint8, nearest first, 1 <= m <= `NEAREST`.
+        valid: (m,) bool, false where the picture could not be read.
+    """
+
+    caption: str
+    pixels: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+
+
+def spread_of_sizes(sizes: NDArray[np.int64], most: int) -> list[int]:
+    """At most `most` clusters that have rows, from the largest to the smallest at even steps of rank.
+
+    With three or more, and an odd number, the median is among them; the lower index goes first where sizes are equal.
+    """
+    ranked = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
+    steps = np.linspace(0, len(ranked) - 1, min(most, len(ranked)))
+    return [int(ranked[round(float(step))]) for step in steps]
+
+
+def nearest_members(
+    labels: NDArray[np.int32], distances: NDArray[np.float32], cluster: int, most: int = NEAREST
+) -> NDArray[np.int64]:
+    """The rows of a cluster that are nearest to its centroid, nearest first (the lower row where two are equally near).
+
+    Args:
+        labels: (n,) int32.
+        distances: (n,) float32, of each row to the centroid of its label.
+    """
+    members = np.flatnonzero(labels == cluster)
+    return members[np.argsort(distances[members], kind="stable")[:most]]
+
+
+def pictures_of(spec: str | None, features: Features) -> Dataset | None:
+    """The pictures behind the features, row for row; None where they cannot be had: a line says why."""
+    if not spec:
+        reason = "it is not known which pictures the features were made of; --data names them"
+    else:
+        try:
+            data = open_dataset(spec)
+        except UsageError as error:
+            reason = str(error)
+        else:
+            if data.fingerprint == features.attributes.get("fingerprint"):
+                return data
+            reason = f"{features.path} was not made of the pictures that {spec} holds now"
+    say(f"cluster: no picture sheet: {reason}")
+    return None
+
+
+def save_sheet(
+    path: Path,
+    data: Dataset,
+    places: NDArray[np.int64],
+    labels: NDArray[np.int32],
+    distances: NDArray[np.float32],
+    k: int,
+    most: int,
+) -> None:
+    """Write the `NEAREST` pictures of at most `most` clusters as PNG, whole or not at all.
+
+    Args:
+        path: the file.
+        data: all pictures.
+        places: (n,) int64, the picture of each clustered row.
+        labels: (n,) int32 in [0, k).
+        distances: (n,) float32, of each row to the centroid of its label.
+        k: number of clusters.
+        most: at least 1.
+    """
+    pictures = Pictures(data, SIDE, cache_bytes=0)
+    sizes = np.bincount(labels, minlength=k)
+    strips = []
+    for cluster in spread_of_sizes(sizes, most):
+        pixels, valid = pictures.batch(torch.from_numpy(places[nearest_members(labels, distances, cluster)]))
+        count = int(sizes[cluster])
+        caption = f"cluster {cluster}: {count:,} picture{'' if count == 1 else 's'}"
+        strips.append(Strip(caption, pixels.numpy(), valid.numpy()))
+    sheet = draw_sheet(strips)
+    files.write_whole(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def draw_sheet(strips: list[Strip]) -> Image.Image:
+    """An RGB picture with one row for each strip (at least one), its caption above; grey for an unreadable picture."""
+    side = strips[0].pixels.shape[-1]
+    width = NEAREST * (side + GAP) - GAP + 2 * MARGIN
+    height = TEXT + side + MARGIN
+    sheet = Image.new("RGB", (width, height * len(strips) + MARGIN), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for row, strip in enumerate(strips):
+        top = MARGIN + row * height
+        pen.text((MARGIN, top), strip.caption, fill=_INK)
+        for column, (pixels, valid) in enumerate(zip(strip.pixels, strip.valid, strict=True)):
+            picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            blank = Image.new("RGB", picture.size, _BLANK)
+            sheet.paste(picture if valid else blank, (MARGIN + column * (side + GAP), top + TEXT))
+    return sheet

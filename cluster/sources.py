@@ -1,0 +1,90 @@
+"""Which feature file a stage works on: the one given, or the one of the run that belongs to its pictures."""
+
+from pathlib import Path
+
+from ktransfer.dataset import open_dataset
+from ktransfer.errors import UsageError
+from ktransfer.features import Features, open_features
+from ktransfer.run import input_hash, read_record
+
+from .centroids import Centroids
+from .config import AssignConfig, ClusterConfig
+from .extraction import extract
+
+SAME = ("teacher", "layer", "pool", "size", "l2", "dtype", "precision")  # what comparable features have in common
+
+
+def features_path(run: Path, config: ClusterConfig) -> Path | None:
+    """The feature file that is given, or that of the pictures in the run; None where it is still to be made.
+
+    Raises:
+        UsageError: the run's features come from a teacher that was trained anew since.
+    """
+    if config.features:
+        return Path(config.features)
+    found = {path: open_features(path) for path in sorted((run / "features").glob("*.h5"))}
+    spec = config.data or pretext_data(run)
+    if spec:
+        fingerprint = open_dataset(spec).fingerprint
+        found = {
+            path: features for path, features in found.items() if features.attributes["fingerprint"] == fingerprint
+        }
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise UsageError(f"cluster: the run has several feature files; choose one with --features: {names}")
+    for path, features in found.items():
+        made = read_record(run, "features", path.stem)
+        teacher = run / "pretext" / "model.safetensors"
+        own = made is not None and not made["config"]["teacher"] and teacher.is_file()
+        if own and features.attributes["teacher"] != input_hash(teacher):
+            raise UsageError(
+                f"{path}: comes from an older teacher; make it again: ktransfer --run {run} extract --overwrite"
+            )
+        return path
+    return None
+
+
+def pretext_data(run: Path) -> str | None:
+    """The pictures that the teacher of the run learned from."""
+    record = read_record(run, "pretext", "pretext")
+    return record["config"]["data"] if record else None
+
+
+def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
+    """The feature file whose pictures get labels, made where it is missing; `clustered` when none is named.
+
+    Raises:
+        UsageError: how the clustered features were made is not known.
+    """
+    if config.features:
+        return Path(config.features)
+    if not config.data:
+        return clustered
+    record = read_record(run, "features", clustered.stem) if clustered.parent == run / "features" else None
+    if record is None:
+        raise UsageError(
+            f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
+            "known; extract these pictures alike and give the file with --features"
+        )
+    data = open_dataset(config.data)
+    taken = read_record(run, "features", data.name)
+    # Many data sets are called "train".
+    name = None if not taken or taken["inputs"]["data"] == data.fingerprint else f"{data.name}-{data.fingerprint[:8]}"
+    return extract(run, data=config.data, name=name, **{key: record["config"][key] for key in SAME})
+
+
+def data_of(run: Path, path: Path) -> str | None:
+    """The pictures of a feature file, None where it was not made in this run."""
+    record = read_record(run, "features", path.stem) if path.parent == run / "features" else None
+    return record["config"]["data"] if record else None
+
+
+def refuse_mismatch(features: Features, path: Path, centroids: Centroids, file: Path) -> None:
+    """UsageError where the features are not of the kind that was clustered."""
+    wrong = [
+        f"{name} is '{features.attributes.get(name)}', not '{value}'"
+        for name, value in centroids.source.items()
+        if features.attributes.get(name) != value
+    ]
+    if wrong:
+        raise UsageError(f"{path}: not made as the features behind {file}: {'; '.join(wrong)}; extract them alike")

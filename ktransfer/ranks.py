@@ -1,0 +1,247 @@
+"""Several processes of one command, as torchrun starts them: the first leads, the others serve it.
+
+The leader alone reads settings, holds the lock, writes and prints; what the others do for it is sent to them. So a
+stage needs no second version for many processes, and nothing can drift apart between them. Messages and numbers
+travel by gloo through the processes' main memory, whatever device they compute on.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.errors import KTransferError, StageError, Stopped, UsageError
+
+MEETING = timedelta(minutes=5)
+PATIENCE = timedelta(days=30)  # the others wait while the leader works alone
+_group: Any = None
+
+
+class Lost(StageError):
+    """Another process of the command ended without a word."""
+
+
+class Told(StageError):
+    """A failure that all processes know of; the leader's message is the one for people."""
+
+
+def started() -> int:
+    """How many processes torchrun started (WORLD_SIZE); 1 without it.
+
+    Raises:
+        UsageError: WORLD_SIZE is no number.
+    """
+    return _number("WORLD_SIZE", 1)
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints: the first, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def count() -> int:
+    """Processes that work together within `joined`; 1 outside."""
+    import torch.distributed as dist
+
+    return 1 if _group is None else int(dist.get_world_size(_group))
+
+
+def number() -> int:
+    """This one's, from 0; 0 leads."""
+    import torch.distributed as dist
+
+    return 0 if _group is None else int(dist.get_rank(_group))
+
+
+def here() -> int:
+    """Processes of this command on this machine."""
+    return _number("LOCAL_WORLD_SIZE", started()) if _group is not None else 1
+
+
+def share(rows: int, of: int | None = None) -> tuple[int, int]:
+    """[first, last) of the contiguous rows that process `of` (this one when not given) works on."""
+    who = number() if of is None else of
+    return rows * who // count(), rows * (who + 1) // count()
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Meet the other processes of this torchrun; nothing happens where there is one. Each gets one GPU of its machine.
+
+    Raises:
+        UsageError: the variables that torchrun sets are incomplete.
+        StageError: not all processes came.
+    """
+    global _group
+    world = started()
+    if world == 1:
+        yield
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start several processes by "
+            "torchrun --nproc-per-node N -m -- ktransfer ..., or unset WORLD_SIZE"
+        )
+    _choose_gpu()
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("gloo", timeout=MEETING)
+        # Another group, as the time for meeting is also the time that one may wait for a message.
+        _group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise StageError(
+            f"torchrun: the {world} processes did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); see that all were started, and that this address can be reached"
+        ) from error
+    yield
+    _group = None
+    dist.destroy_process_group()  # after an error the connections last until the process ends, as `rest` relies on
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """The leader's work within `joined`; at its end the others are sent home, with the exit code of an error."""
+    code = 0
+    try:
+        yield
+    except (Lost, Stopped):  # nobody to talk to, or in the middle of a talk: closed connections say enough
+        raise
+    except Exception as error:
+        code = error.exit_code if isinstance(error, KTransferError) else 1
+        with suppress(Lost):
+            _end(code)
+        raise
+    _end(code)
+
+
+def _end(code: int) -> None:
+    if count() > 1:
+        tell({"do": "end", "code": code})
+
+
+def tell(message: dict[str, Any]) -> None:
+    """The leader sends a message (JSON) to all others."""
+    data = np.frombuffer(json.dumps(message).encode(), np.uint8).copy()
+    spread(np.array([len(data)]))
+    spread(data)
+
+
+def hear() -> dict[str, Any]:
+    """Another process waits for the leader's next message."""
+    length = spread(np.zeros(1, np.int64))
+    found: dict[str, Any] = json.loads(spread(np.zeros(int(length[0]), np.uint8)).tobytes())
+    return found
+
+
+def rest() -> None:
+    """Outlast the leader: torchrun stops all others when one fails, and the leader is to say why before."""
+    with suppress(Lost):
+        hear()
+
+
+def spread(array: NDArray[Any], source: int = 0) -> NDArray[Any]:
+    """The array of process `source` for all; the others' are filled in place. Contiguous."""
+    import torch
+    import torch.distributed as dist
+
+    with _connection():
+        dist.broadcast(torch.from_numpy(array), source, group=_group)
+    return array
+
+
+def total(part: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of all processes' arrays, whole in the leader only; always added in the order of their numbers."""
+    import torch
+    import torch.distributed as dist
+
+    # Each process adds up one piece of the array; so no link carries more than twice the array.
+    size = -(-part.size // count())
+    sent = torch.zeros(count() * size, dtype=torch.float64)
+    sent[: part.size] = torch.from_numpy(part.reshape(-1))
+    came = torch.empty_like(sent)
+    with _connection():
+        dist.all_to_all_single(came, sent, group=_group)
+    first, *others = came.view(count(), size).unbind()
+    for other in others:
+        first += other
+    pieces = list(sent.view(count(), size).unbind()) if number() == 0 else None
+    with _connection():
+        dist.gather(first, pieces, dst=0, group=_group)
+    return sent[: part.size].numpy().reshape(part.shape)
+
+
+def collect(array: NDArray[Any], rows: int) -> None:
+    """The others send their `share` of `rows` to the leader, who holds an array of all of them."""
+    import torch
+    import torch.distributed as dist
+
+    with _connection():
+        if number():
+            if len(array):
+                dist.send(torch.from_numpy(array), 0, group=_group)
+            return
+        for other in range(1, count()):
+            first, last = share(rows, other)
+            if first < last:
+                dist.recv(torch.from_numpy(array[first:last]), other, group=_group)
+
+
+def agree(error: Exception | None) -> None:
+    """All processes learn whether one of them failed.
+
+    Raises:
+        UsageError, StageError: in the leader, the failure of the lowest number.
+        Told: in the others.
+    """
+    import torch
+    import torch.distributed as dist
+
+    line = b""
+    if error is not None:
+        said = str(error) if isinstance(error, KTransferError) else f"{type(error).__name__}: {error}"
+        line = (f"process {number()}: {said}" if number() else said).encode()
+    code = 0 if error is None else error.exit_code if isinstance(error, KTransferError) else 1
+    states = torch.zeros(count(), 2, dtype=torch.int64)
+    with _connection():
+        dist.all_gather_into_tensor(states, torch.tensor([[code, len(line)]]), group=_group)
+    for who, (failed, length) in enumerate(states.tolist()):
+        if failed:
+            text = np.frombuffer(line, np.uint8).copy() if who == number() else np.zeros(length, np.uint8)
+            said = spread(text, who).tobytes().decode()
+            if number():
+                raise Told(said) from error
+            raise (UsageError if failed == UsageError.exit_code else StageError)(said) from error
+
+
+@contextmanager
+def _connection() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(
+            "torchrun: another process of this command ended in the middle of the work (killed, or out of memory?); "
+            "nothing is lost: give the same command again"
+        ) from error
+
+
+def _choose_gpu() -> None:
+    """Leave this process one of the machine's GPUs, before anything has looked for them."""
+    import torch
+
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    if devices != [""]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[_number("LOCAL_RANK", 0) % len(devices)]
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise UsageError(f"{name} is '{text}', must be a number: torchrun sets it")
+    return int(text or default)

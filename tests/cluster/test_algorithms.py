@@ -1,0 +1,106 @@
+"""`cluster --algorithm` and `assign --balanced`: from features to files, killed and resumed, misused."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from ktransfer.cluster import assign, cluster, hierarchy, redo
+from ktransfer.cluster.centroids import read_centroids
+from ktransfer.errors import UsageError
+from ktransfer.features import create_or_resume
+from ktransfer.labels import read_labels
+
+
+@pytest.fixture
+def features(tmp_path):
+    """200 rows of 6 numbers in uneven blobs, every 17th broken."""
+    rng = np.random.default_rng(0)
+    classes = rng.choice(4, 200, p=[0.7, 0.1, 0.1, 0.1])
+    rows = (rng.normal(size=(4, 6))[classes] * 4 + rng.normal(size=(200, 6))).astype(np.float32)
+    said = {"teacher": "mine", "layer": "hog", "pooling": "none", "transform": "none", "fingerprint": "f"}
+    keys = [f"{row:03d}.jpg" for row in range(200)]
+    writer = create_or_resume(tmp_path / "mine.h5", keys, np.full(200, -1, np.int32), 6, "float32", said)
+    writer.write(0, rows, np.arange(200) % 17 != 3)
+    writer.finish()
+    return tmp_path / "mine.h5"
+
+
+CHOICES = (
+    {"algorithm": "two-level"},
+    {"algorithm": "two-level", "refine": 2, "stability": True},
+    {"algorithm": "minibatch", "batch_rows": 50},
+    {"algorithm": "minibatch", "batch_rows": 50, "redo": 2, "start": "kmeans++"},
+)
+
+
+@pytest.mark.parametrize("options", CHOICES)
+def test_from_features_to_labels_killed_after_every_state(tmp_path, features, monkeypatch, options):
+    settings = {"features": str(features), "k": 20, "iterations": 3, "sheet": 0} | options
+    expected = cluster(tmp_path / "whole", **settings)
+
+    class Killed(BaseException):
+        pass
+
+    def cut(module):
+        save = module.save_state
+
+        def once(path, state):
+            save(path, state)
+            if not path.stem.endswith("best"):  # that one is made again until the next attempt has begun
+                raise Killed
+
+        monkeypatch.setattr(module, "save_state", once)
+
+    cut(hierarchy)
+    cut(redo)
+    killed, file = 0, None
+    while file is None:
+        try:
+            file = cluster(tmp_path / "cut", **settings)
+        except Killed:
+            killed += 1
+            assert killed < 40
+    assert killed >= 4
+    assert file.read_bytes() == expected.read_bytes()
+    assert not (tmp_path / "cut" / "clusters" / "work").exists()
+    made = read_centroids(file)
+    assert made.centroids.shape == (20, 6)
+    labels = read_labels(assign(tmp_path / "cut")).labels
+    with h5py.File(file) as stored:
+        np.testing.assert_array_equal(stored["counts"], np.bincount(labels[labels >= 0], minlength=20))
+        assert stored["counts"][:].min() > 0
+
+
+def test_balanced_labels(tmp_path, features):
+    run = tmp_path / "run"
+    cluster(run, features=str(features), k=7, iterations=3, sheet=0)
+    plain = read_labels(assign(run)).labels
+    with pytest.raises(UsageError, match="balanced was False, is True"):
+        assign(run, balanced=True)
+    labels = read_labels(assign(run, balanced=True, overwrite=True)).labels
+    np.testing.assert_array_equal(labels == -1, np.arange(200) % 17 == 3)
+    rows = int((labels >= 0).sum())
+    assert set(np.bincount(labels[labels >= 0], minlength=7)) == {rows // 7, rows // 7 + 1}
+    assert np.bincount(plain[plain >= 0], minlength=7).max() > rows // 7 + 1
+    result = json.loads((run / "clusters" / "stage.json").read_text())["assign"]["result"]
+    assert (result["min"], result["max"]) == (rows // 7, rows // 7 + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"refine": 3}, "lloyd: has no --refine"),
+        ({"batch_rows": 9}, "lloyd: has no --batch-rows"),
+        ({"algorithm": "two-level", "redo": 2}, "two-level: has no --redo"),
+        ({"algorithm": "two-level", "start": "kmeans++"}, "two-level: has no --start"),
+        ({"algorithm": "minibatch", "min_size": 2}, "minibatch: has no --min-size"),
+        ({"algorithm": "minibatch", "refine": 1}, "minibatch: has no --refine"),
+        ({"algorithm": "mini"}, "must be one of lloyd, two-level, minibatch"),
+    ],
+)
+def test_settings_that_an_algorithm_does_not_have(tmp_path, features, options, words):
+    with pytest.raises(UsageError, match=words):
+        cluster(tmp_path / "run", features=str(features), k=7, **options)
+    assert not (tmp_path / "run").exists()
