@@ -41,6 +41,7 @@ class Target(NamedTuple):
         origin: (d,) float32, the middle of this pass or of an earlier one.
         centred: (k, d) float32, raw - origin.
         lengths: (k,) float64, squared norms of `centred`.
+        widest: the largest squared distance of a centroid to the middle.
     """
 
     raw: Floats
@@ -48,6 +49,7 @@ class Target(NamedTuple):
     origin: Floats
     centred: Floats
     lengths: Doubles
+    widest: float
 
 
 class Basis(NamedTuple):
@@ -123,7 +125,13 @@ def aim(centroids: Floats, origin: Floats | None = None) -> Target:
     middle = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
     origin = middle if origin is None else origin
     centred = raw - origin
-    return Target(raw, middle, origin, centred, np.einsum("ij,ij->i", centred, centred, dtype=np.float64))
+    lengths = _squares(centred)
+    widest = lengths if origin is middle else _squares(raw - middle)
+    return Target(raw, middle, origin, centred, lengths, float(widest.max()))
+
+
+def _squares(rows: Floats) -> Doubles:
+    return np.asarray(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
 
 
 def longest(target: Target) -> float:
@@ -137,30 +145,30 @@ def moved(now: Floats, then: Floats) -> Doubles:
     return far
 
 
-def choose(target: Target, memory: Memory) -> str:
+def choose(centroids: Floats, memory: Memory) -> str:
     """The kind of the coming pass: `projected`, `pairs`, `dense`, or `keeping` (dense, and bounds of pairs are kept).
 
     `memory.basis` and `memory.pairs` are brought up to date; a change of kind is told with its reason.
     """
-    n, k = memory.rows.count, len(target.raw)
+    n, k = memory.rows.count, len(centroids)
     if n < FIRST_ROWS and not memory.passes:
         return "dense"
+    if memory.basis is not None and memory.passes not in CHOOSE_AT:
+        return "projected"
     if memory.sample is None:
         memory.places, memory.sample = _sample(memory.rows)
     fits = 2 * n * k <= memory.room and n >= PAIR_ROWS
-    now = None
-    if memory.passes in CHOOSE_AT or (fits and memory.basis is None):
-        now = _distances(memory.sample, target)
-        labels = memory.labels[memory.places] if memory.passes else now.argmin(axis=1)
+    if not fits and memory.passes not in CHOOSE_AT:
+        return "dense"
+    target = aim(centroids)
+    now = _distances(memory.sample, target)
+    labels = memory.labels[memory.places] if memory.passes else now.argmin(axis=1)
     if memory.passes in CHOOSE_AT:
-        assert now is not None
         _choose_basis(target, memory, labels, DENSE_COST / 2 if fits and memory.passes else DENSE_COST)
     if memory.basis is not None:
         memory.pairs = memory.seen = None
         return "projected"
-    if now is None:
-        return "dense"
-    return _choose_pairs(target, memory, labels, now)
+    return _choose_pairs(target, memory, labels, now) if fits else "dense"
 
 
 def _sample(rows: Rows) -> tuple[NDArray[np.int64], Floats]:

@@ -50,6 +50,7 @@ namespace {
 
 constexpr int64_t CHUNK = 256;  // exact.py counts on it
 constexpr double TIE = 1e-12;
+constexpr int64_t CACHED = 1 << 19;  // bytes of rows that stay in a core's own cache beside all else
 
 // The fields mirror `Job` in native.py.
 struct Job {
@@ -151,6 +152,9 @@ T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t c
 #define RUN(SET)                                                                                                     \
     using namespace SET;                                                                                             \
     const int64_t width = kind == FILTERED || kind == GUESS ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;                      \
+    /* Rows are looked at several times under bounds, and should stay in the cache meanwhile. */                      \
+    const int64_t few = std::max<int64_t>(2, CACHED / (4 * job.d) / MR) * MR;                                        \
+    const int64_t step = kind == FILTERED || kind == PAIRED ? std::min<int64_t>(ROWS, few) : ROWS;                   \
     std::atomic<int64_t> next{0}, dots{0};                                                                           \
     std::atomic<bool> full{false};                                                                                   \
     in_threads(threads, [&](int) {                                                                                   \
@@ -162,8 +166,8 @@ T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t c
         for (auto& part : all)                                                                                       \
             if (!part) full = true;                                                                                  \
         if (full) return;                                                                                            \
-        for (int64_t start; (start = next.fetch_add(ROWS)) < job.rows;) {                                            \
-            const int64_t count = std::min<int64_t>(ROWS, job.rows - start);                                         \
+        for (int64_t start; (start = next.fetch_add(step)) < job.rows;) {                                            \
+            const int64_t count = std::min(step, job.rows - start);                                                  \
             for (int64_t i = 0; i < count; i++) s.places[i] = job.order ? job.order[start + i] : start + i;          \
             dots += kind == DENSE      ? dense(s, job, count)                                                        \
                     : kind == FILTERED ? filtered(s, job, count)                                                     \
@@ -214,16 +218,12 @@ void ktransfer_order(int64_t rows, int64_t k, const int32_t* labels, int64_t* or
     for (int64_t i = 0; i < rows; i++) order[at[size_t(labels[i])]++] = i;
 }
 
-// Distances to the labelled centroids, and the rows added to the sums of their clusters in the order of `order`, which
-// is sorted by label and, within a label, by row. So sums do not depend on blocks or threads.
+// The rows added to the sums of their clusters in the order of `order`, which is sorted by label and, within a label, by
+// row. So sums do not depend on blocks or threads.
 void ktransfer_update(int level, int threads, const Job* given) {
     const Job& job = *given;
     in_threads(threads, [&](int t) {
         const int64_t start = job.rows * t / threads, stop = job.rows * (t + 1) / threads;
-        if (level == 2)
-            avx512::distances(job, start, stop);
-        else
-            avx2::distances(job, start, stop);
         auto edge = [&](int64_t i) {
             while (i > 0 && i < job.rows && job.labels[job.order[i]] == job.labels[job.order[i - 1]]) i++;
             return i;

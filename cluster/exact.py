@@ -57,14 +57,12 @@ def exact_engine(
 def _scan(
     rows: Rows, centroids: Floats, tick: Callable[[int], object], memory: Memory, level: int, threads: int
 ) -> Pass:
-    target = aim(centroids)
     found = empty_pass(rows, centroids)
     k = len(centroids)
-    kind = choose(target, memory)
+    kind = choose(centroids, memory)
     if memory.passes:
         found.labels[:] = memory.labels
-    if memory.basis is not None:
-        target = aim(centroids, memory.basis.origin)
+    target = aim(centroids, memory.basis.origin if memory.basis else None)
     fields = _fields(target, level)
     work = {"projected": _by_projection, "pairs": _by_pairs}.get(kind, _by_products)(
         memory, target, fields, kind, level, threads
@@ -160,7 +158,7 @@ def _fields(target: Target, level: int) -> native.Fields:
         "k": k,
         "origin": target.origin,
         "middle": target.middle,
-        "widest": float(np.square(target.raw - target.middle, dtype=np.float64).sum(axis=1).max()),
+        "widest": target.widest,
         "raw": target.raw,
         "centroids": target.centred,
         "bias": native.pad(level, (-target.lengths / 2).astype(np.float32)),

@@ -11,7 +11,7 @@ typedef double D8 __attribute__((vector_size(64)));
 typedef float F8 __attribute__((vector_size(32), aligned(4)));
 
 constexpr int NR = 2 * W;          // centroids in a tile
-constexpr int ROWS = 16 * MR;      // rows that a thread handles at once
+constexpr int ROWS = 16 * MR;      // rows that a thread handles at once, at most
 constexpr int GROUP = 256;         // centroids whose partial scores are kept between chunks of columns
 typedef Word Bits;
 
@@ -279,6 +279,23 @@ static int64_t guess(const Scratch& s, const Job& job, int64_t rows) {
     return 0;
 }
 
+// The squared distance of row `at` to its centroid, while the row is still in the cache.
+static inline void measure(const Job& job, int64_t at) {
+    const float *x = job.x + at * job.d, *c = job.raw + int64_t(job.labels[at]) * job.d;
+    D8 sum[4] = {};
+    int64_t j = 0;
+    for (; j + 32 <= job.d; j += 32)
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
+            const D8 gap = __builtin_convertvector(*reinterpret_cast<const F8*>(x + j + 8 * q), D8) -
+                           __builtin_convertvector(*reinterpret_cast<const F8*>(c + j + 8 * q), D8);
+            sum[q] += gap * gap;
+        }
+    double square = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; j < job.d; j++) square += (double(x[j]) - c[j]) * (double(x[j]) - c[j]);
+    job.distances[at] = float(square);
+}
+
 // Every pair in float32, the best two of each row kept; rows whose best two are too close are looked at again.
 static int64_t dense(const Scratch& s, const Job& job, int64_t rows) {
     pack_rows(s, rows, job.d, job.x, job.d, job.origin);
@@ -299,7 +316,9 @@ static int64_t dense(const Scratch& s, const Job& job, int64_t rows) {
         float first, second;
         winner(s.best[i], first, second, job.labels[s.places[i]]);
         const float doubt = job.doubt(s.lengths[i], job.dense_error);
-        if (!(first - second > doubt)) {
+        if (first - second > doubt) {
+            measure(job, s.places[i]);
+        } else {  // NaN too
             s.limit[open] = first - doubt;
             s.lengths[open] = s.lengths[i];
             s.places[open++] = s.places[i];
@@ -308,7 +327,10 @@ static int64_t dense(const Scratch& s, const Job& job, int64_t rows) {
     if (open) {
         pack_rows(s, open, job.d, job.x, job.d, job.origin);
         scores<FILTER>(s, open, job.d, job.k, job.packed, job.bias);
-        for (int64_t i = 0; i < open; i++) job.labels[s.places[i]] = finish(s, job, i, s.lengths[i], dots);
+        for (int64_t i = 0; i < open; i++) {
+            job.labels[s.places[i]] = finish(s, job, i, s.lengths[i], dots);
+            measure(job, s.places[i]);
+        }
     }
     return dots;
 }
@@ -334,6 +356,7 @@ static int64_t paired(const Scratch& s, const Job& job, int64_t rows) {
                                           (NOT_LESS(r1 * r1 * grown, LOAD_HALF(from + W)) << W));
         }
         job.labels[at] = finish(s, job, i, length, dots);
+        measure(job, at);
     }
     return dots;
 }
@@ -354,6 +377,7 @@ static int64_t filtered(const Scratch& s, const Job& job, int64_t rows) {
     for (int64_t i = 0; i < rows; i++) {
         const int64_t at = s.places[i];
         job.labels[at] = finish(s, job, i, job.projected[at * stride + width], dots);
+        measure(job, at);
     }
     return dots;
 }
@@ -372,22 +396,6 @@ static int64_t project(const Scratch& s, const Job& job, int64_t rows) {
         to[job.p + 1] = __builtin_sqrtf(square);
     }
     return 0;
-}
-
-static void distances(const Job& job, int64_t start, int64_t stop) {
-    for (int64_t i = start; i < stop; i++) {
-        const float *x = job.x + i * job.d, *c = job.raw + int64_t(job.labels[i]) * job.d;
-        D8 sum = {};
-        int64_t j = 0;
-        for (; j + 8 <= job.d; j += 8) {
-            const D8 gap = __builtin_convertvector(*reinterpret_cast<const F8*>(x + j), D8) -
-                           __builtin_convertvector(*reinterpret_cast<const F8*>(c + j), D8);
-            sum += gap * gap;
-        }
-        double square = total(sum);
-        for (; j < job.d; j++) square += (double(x[j]) - c[j]) * (double(x[j]) - c[j]);
-        job.distances[i] = float(square);
-    }
 }
 
 static void add(double* sum, const float* x, double weight, int64_t d) {

@@ -253,10 +253,10 @@ def _iterate(
     found = engine.scan(rows, state.centroids, tick)
     empty = found.counts == 0
     weights = found.counts if rows.weights is None else np.bincount(found.labels, rows.weights, len(empty))
-    means = found.sums / np.where(empty, 1, weights)[:, None]
-    centroids = np.where(empty[:, None], state.centroids, means).astype(np.float32)
-    if spherical:
-        centroids = _unit(means, state.centroids)
+    means = found.sums  # in place: it is as large as two sets of centroids
+    means /= np.where(empty, 1, weights)[:, None]
+    centroids = _unit(means, state.centroids) if spherical else means.astype(np.float32)
+    centroids[empty] = state.centroids[empty]
     splits = _split(rows, centroids, found, np.flatnonzero(found.counts < max(min_size, 1)), min_size)
     if spherical and splits:
         centroids = _unit(centroids.astype(np.float64), centroids)

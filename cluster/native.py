@@ -78,7 +78,7 @@ def run(level: int, threads: int, kind: int, fields: Fields) -> int:
 
 
 def update(level: int, threads: int, fields: Fields) -> None:
-    """Distances of a block, and its rows added to `sums`."""
+    """The rows of a block, in the order of `order`, added to `sums`."""
     library().ktransfer_update(level, threads, byref(_job(fields)))
 
 
