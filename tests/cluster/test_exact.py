@@ -241,7 +241,7 @@ def test_bounds_of_pairs_are_lower_ones(level):
     width = len(fields["bias"])
     kept = np.empty((300, width), np.uint16)
     work = fields | {"packed": native.pack(level, target.centred), "bounds": kept, "scale": 4.0}
-    work |= {"rows": 300, "x": data, "labels": np.empty(300, np.int32)}
+    work |= {"rows": 300, "x": data, "labels": np.empty(300, np.int32), "distances": np.empty(300, np.float32)}
     native.run(level, 1, native.DENSE, work)
     squares = ((data[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
     lower = kept.view(np.float16)[:, :45].astype(np.float64) / 4
