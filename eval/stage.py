@@ -21,6 +21,7 @@ from .table import to_csv, to_markdown
 
 RANDOM = "random"
 FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
+PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of pictures
 
 
 def evaluate(run: str | Path, **options: Any) -> Path:
@@ -95,7 +96,7 @@ def check(
     coming = _coming(run, pending or {})
     network = coming or networks.describe(_final(run))
     size, stride = network.size, network.stride
-    if network.task.startswith("jigsaw"):
+    if network.task in PRETEXT:
         size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
     config = replace(config, size=config.size or size, stride=config.stride or stride)
     for arm in _arms(run, config, coming):

@@ -8,6 +8,8 @@ TASKS = {
     "random": "random weights",
     "jigsaw": "trained on Jigsaw",
     "jigsawpp": "trained on Jigsaw++",
+    "rotation": "trained on rotations",
+    "context": "trained on context",
     "pseudo-labels": "retrained on pseudo-labels",
     "classes": "trained on true labels",
 }

@@ -1,4 +1,4 @@
-"""The network that solves puzzles: one trunk for all nine tiles, and a head that sees them together."""
+"""The network that solves a task: one trunk for all tiles of an example, and a head that sees them together."""
 
 from dataclasses import replace
 
@@ -8,23 +8,22 @@ from torch import Tensor, nn
 from ktransfer import networks, rng
 from ktransfer.networks import Network, scaled
 
-TILES = 9
 
-
-class PuzzleHead(nn.Module):
+class TaskHead(nn.Module):
     """fc6 shared by the tiles, their concatenation, fc7 and fc8 (reference jigsawpp.md §2.1, §2.2).
 
-    (batch * 9, channels, h, w) -> (batch, permutations). Maps larger than 4x4 are max-pooled to 4x4.
+    (batch * tiles, channels, h, w) -> (batch, classes). Maps larger than 4x4 are max-pooled to 4x4.
     """
 
-    def __init__(self, maps: torch.Size, width: float, permutations: int, batch_norm: bool) -> None:
+    def __init__(self, maps: torch.Size, width: float, tiles: int, classes: int, batch_norm: bool) -> None:
         super().__init__()
+        self.tiles = tiles
         side = min(4, maps[-1])
         fc6, fc7 = scaled(1024, width), scaled(4096, width)
         self.pool = nn.AdaptiveMaxPool2d(side)
         self.fc6 = nn.Linear(maps[1] * side**2, fc6)
-        self.fc7 = nn.Linear(TILES * fc6, fc7)
-        self.fc8 = nn.Linear(fc7, permutations)
+        self.fc7 = nn.Linear(tiles * fc6, fc7)
+        self.fc8 = nn.Linear(fc7, classes)
         self.bn6: nn.Module = nn.BatchNorm1d(fc6) if batch_norm else nn.Identity()
         self.bn7: nn.Module = nn.BatchNorm1d(fc7) if batch_norm else nn.Identity()
 
@@ -32,23 +31,24 @@ class PuzzleHead(nn.Module):
         """See the class."""
         x = self.bn6(self.fc6(self.pool(maps).flatten(1))).relu()
         x = nn.functional.dropout(x, 0.5, self.training)
-        x = self.bn7(self.fc7(x.view(-1, TILES * x.shape[1]))).relu()
+        x = self.bn7(self.fc7(x.view(-1, self.tiles * x.shape[1]))).relu()
         logits: Tensor = self.fc8(nn.functional.dropout(x, 0.5, self.training))
         return logits
 
 
-class PuzzleNet(nn.Module):
-    """(batch, 9, 3, t, t) float32 tiles -> (batch, permutations) logits."""
+class TaskNet(nn.Module):
+    """(batch, tiles, 3, side, side) float32 -> (batch, classes) logits."""
 
-    def __init__(self, network: Network, tile: int, permutations: int, seed: int) -> None:
+    def __init__(self, network: Network, tiles: int, side: int, classes: int, seed: int) -> None:
         super().__init__()
         self.trunk = networks.build(replace(network, classes=0), seed, "pretext/trunk")
         with torch.no_grad():
-            maps = self.trunk.eval()(torch.zeros(1, 3, tile, tile)).shape
+            maps = self.trunk.eval()(torch.zeros(1, 3, side, side)).shape
         self.trunk.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.torch_seed(seed, "pretext/head", 0))
-            self.head = networks.he_init(PuzzleHead(maps, network.width, permutations, network.arch.endswith("_bn")))
+            batch_norm = network.arch.endswith("_bn")
+            self.head = networks.he_init(TaskHead(maps, network.width, tiles, classes, batch_norm))
 
     def forward(self, tiles: Tensor) -> Tensor:
         """See the class."""

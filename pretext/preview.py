@@ -1,4 +1,4 @@
-"""Puzzles for the eye: as the network sees them, and solved."""
+"""What a task makes of pictures, for the eye: as the network sees it, and solved."""
 
 from pathlib import Path
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ktransfer import files
 
+from .context import PLACES, Pairs
 from .puzzles import GRID, SLOTS, Puzzles
+from .rotation import TURNS, Rotations
 
 _FRAME = (230, 85, 13)
 _INK = (40, 40, 40)
@@ -32,7 +34,7 @@ def puzzle_sheet(puzzles: Puzzles) -> Image.Image:
     Returns:
         An RGB picture.
     """
-    tiles = [[_displayable(tile) for tile in puzzle] for puzzle in puzzles.tiles.float().cpu()]
+    tiles = puzzles.tiles.float().cpu()
     shown = max(puzzles.tiles.shape[-1], _LEAST)
     gap = max(shown // 20, 3)
     step = shown + gap
@@ -51,7 +53,7 @@ def puzzle_sheet(puzzles: Puzzles) -> Image.Image:
         for cell in range(SLOTS):
             _hatch(pen, *_place(solution, top, cell, step), shown)
         for slot in range(SLOTS):
-            picture = Image.fromarray(tiles[index][slot]).resize((shown, shown), Image.Resampling.NEAREST)
+            picture = _enlarged(tiles[index][slot], shown)
             x, y = _place(left, top, slot, step)
             sheet.paste(picture, (x, y))
             if occluded[index][slot]:
@@ -63,10 +65,66 @@ def puzzle_sheet(puzzles: Puzzles) -> Image.Image:
     return sheet
 
 
-def save_sheet(path: Path, puzzles: Puzzles) -> None:
-    """Write `puzzle_sheet` as PNG, whole or not at all."""
-    sheet = puzzle_sheet(puzzles)
+def rotation_sheet(rotations: Rotations) -> Image.Image:
+    """Draw the four rotations of each picture in a row, as the network sees them; the captions are the solution.
+
+    Args:
+        rotations: of b >= 1 pictures, on any device.
+
+    Returns:
+        An RGB picture.
+    """
+    side = max(rotations.tiles.shape[-1], _LEAST)
+    step = side + _MARGIN
+    sheet = Image.new("RGB", (TURNS * step + _MARGIN, len(rotations.corner) * (step + _TEXT) + _MARGIN), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, (tile, turns) in enumerate(zip(rotations.tiles.float().cpu(), rotations.label.tolist(), strict=True)):
+        left, top = index % TURNS * step + _MARGIN, index // TURNS * (step + _TEXT) + _MARGIN
+        pen.text((left, top), f"{90 * turns} degrees", fill=_INK)
+        sheet.paste(_enlarged(tile[0], side), (left, top + _TEXT))
+    return sheet
+
+
+def pair_sheet(pairs: Pairs) -> Image.Image:
+    """Draw pairs of patches, two in a row: on the left as the network sees them, on the right where they belong.
+
+    Args:
+        pairs: b >= 1 of them, on any device.
+
+    Returns:
+        An RGB picture.
+    """
+    shown = max(pairs.tiles.shape[-1], _LEAST)
+    gap = shown // 2
+    step = shown + gap
+    side = GRID * step - gap
+    width, height = 2 * step + side + 2 * _MARGIN, side + _TEXT + 2 * _MARGIN
+    columns = min(_COLUMNS, len(pairs.label))
+    sheet = Image.new("RGB", (width * columns, height * -(-len(pairs.label) // columns)), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, (tiles, label) in enumerate(zip(pairs.tiles.float().cpu(), pairs.label.tolist(), strict=True)):
+        left, top = index % columns * width + _MARGIN, index // columns * height + _MARGIN
+        solution = left + 2 * step
+        first, second = (_enlarged(tile, shown) for tile in tiles)
+        pen.text((left, top), "the first patch, and its neighbour", fill=_INK)
+        pen.text((solution, top), f"solution: {label}", fill=_INK)
+        sheet.paste(first, _place(left, top, GRID, step))
+        sheet.paste(second, _place(left, top, GRID + 1, step))
+        for cell in range(SLOTS):
+            _hatch(pen, *_place(solution, top, cell, step), shown)
+        row, column = PLACES[label]
+        sheet.paste(first, _place(solution, top, SLOTS // 2, step))
+        sheet.paste(second, _place(solution, top, GRID * row + column, step))
+    return sheet
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    """Write a sheet as PNG, whole or not at all."""
     files.write_whole(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def _enlarged(tile: Tensor, side: int) -> Image.Image:
+    return Image.fromarray(_displayable(tile)).resize((side, side), Image.Resampling.NEAREST)
 
 
 def _displayable(tile: Tensor) -> NDArray[np.uint8]:

@@ -7,31 +7,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ktransfer import rng
 from ktransfer.errors import UsageError
+
+from .tiles import GREY, PLAIN, PROJECTED, gather, normalise, recolour
 
 GRID = 3
 SLOTS = GRID * GRID
 
 COLOURS = {"paper": (0.7, 0.0), "released": (0.5, 0.25), "jigsaw": (0.3, 0.0), "plain": (0.0, 0.0)}
 """Share of pictures in grey and share under the colour projection; the rest keeps its colours."""
-
-PLAIN, GREY, PROJECTED = range(3)
-"""Values of `Draws.colour`."""
-
-# Six times the colour matrices, which are then whole numbers: float32 sums of them are exact in any order and on any
-# device, and normalising takes the factor out again. The projection removes the direction (-1, 2, -1).
-_SIXTHS = (
-    ((6, 0, 0), (0, 6, 0), (0, 0, 6)),
-    ((2, 2, 2), (2, 2, 2), (2, 2, 2)),
-    ((5, 2, -1), (2, 2, 2), (-1, 2, 5)),
-)
-
-# Added to the variance: a tenth of a grey level, squared, so that a constant tile becomes zeros.
-_EPSILON = (6 * 0.1) ** 2
 
 
 @dataclass(frozen=True)
@@ -154,6 +141,7 @@ def make_puzzles(
     size = pixels.shape[-1]
     drawn = draw(rows, other_ok, permutations, config, size, seed, epoch)
     tiles = cut(pixels, others, drawn, config.geometry(size)[1])
+    # As in the released code the channels are mixed after their shift.
     return Puzzles(normalise(recolour(tiles, drawn.colour)), *drawn)
 
 
@@ -193,35 +181,5 @@ def draw(
 
 def cut(pixels: Tensor, others: Tensor, draws: Draws, tile: int) -> Tensor:
     """The tiles as they are in the pictures: (b, 9, 3, tile, tile) uint8."""
-    batch, channels, size, _ = pixels.shape
-    device = pixels.device
-    picture = torch.arange(batch, device=device)[:, None] + batch * draws.occluded
-    plane = picture[:, :, None] * channels + torch.arange(channels, device=device)
-    y, x = draws.corner.unbind(-1)
-    first = (plane * size + y) * size + x
-    starts = first[..., None] + size * torch.arange(tile, device=device)
-    # Whole tile rows are gathered from overlapping windows: one index for `tile` bytes instead of one for each.
-    windows = torch.cat([pixels, others]).flatten().unfold(0, tile, 1)
-    return windows.index_select(0, starts.flatten()).view(*starts.shape, tile)
-
-
-def recolour(tiles: Tensor, colour: Tensor) -> Tensor:
-    """Colours by `Draws.colour`: (b, 9, 3, t, t) float32, exact, in sixths of a grey level.
-
-    Grey is the mean of the channels; the projection is I - aa'/a'a with a = (-1, 2, -1). As in the released code the
-    channels are mixed after their shift.
-    """
-    matrices = torch.tensor(_SIXTHS, dtype=torch.float32, device=tiles.device)[colour][..., None, None]
-    values = tiles.float()
-    mixed = matrices[:, :, :, 0] * values[:, :, :1]
-    for channel in (1, 2):
-        mixed.addcmul_(matrices[:, :, :, channel], values[:, :, channel : channel + 1])
-    return mixed
-
-
-def normalise(tiles: Tensor) -> Tensor:
-    """Each tile on its own: mean 0 and standard deviation 1 over its channels and pixels; a constant tile gives zeros.
-
-    The released code multiplies by 50 after this; here the scale stays 1, which is what today's initialisations expect.
-    """
-    return F.layer_norm(tiles, tiles.shape[2:], eps=_EPSILON)
+    picture = torch.arange(len(pixels), device=pixels.device)[:, None] + len(pixels) * draws.occluded
+    return gather(torch.cat([pixels, others]), picture, draws.corner, tile)

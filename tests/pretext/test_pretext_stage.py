@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -19,10 +18,11 @@ from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures
 from ktransfer.pretext import permutations as perms
-from ktransfer.pretext import pretext, stage
+from ktransfer.pretext import pretext, solving, stage, tasks
 from ktransfer.pretext.config import PretextConfig
-from ktransfer.pretext.network import PuzzleNet
+from ktransfer.pretext.network import TaskNet
 from ktransfer.pretext.puzzles import make_puzzles
+from ktransfer.pretext.tasks import open_task
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
 
@@ -80,7 +80,7 @@ def test_it_learns_32_puzzles_by_heart(tmp_path, capsys, arch, width):
 
 
 def test_what_cannot_learn_by_heart_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "OVERFIT_STEPS", 5)
+    monkeypatch.setattr(solving, "OVERFIT_STEPS", 5)
     with pytest.raises(StageError, match="not all puzzles solved in 5 steps"):
         pretext(tmp_path, **SMALL | {"overfit": 8, "lr": 0.0})
 
@@ -162,7 +162,7 @@ def test_done_is_skipped_changed_is_refused_and_overwrite_makes_the_same_bytes(f
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
-    real, calls = stage._loss, []
+    real, calls = solving.loss, []
 
     def stopping(*given, **named):
         calls.append(1)
@@ -171,7 +171,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(stage, "_loss", stopping)
+    monkeypatch.setattr(solving, "loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         pretext(tmp_path, **SMALL)
     assert record(tmp_path)["state"] == "running" and not (tmp_path / "pretext" / "model.safetensors").exists()
@@ -186,28 +186,29 @@ def test_jigsaw_has_no_occlusions(tmp_path):
     result = record(tmp_path)["result"]
     assert set(result) == {"held_out_accuracy", "held_out_puzzles", "held_out_accuracy_0_occluded"}
     assert networks.describe(weights).task == "jigsaw"
-    config = replace(PretextConfig(), task="jigsaw", tile=7)
-    assert stage._puzzle(config).occlusions == 0 and stage._puzzle(config).tile == 7
-    config = replace(PretextConfig(), colour="released")
-    assert (stage._puzzle(config).occlusions, stage._puzzle(config).colour) == (2, "released")
-    paper, released = (stage._puzzle(replace(PretextConfig(), task="jigsaw", colour=c)) for c in ("paper", "released"))
+    assert puzzle(task="jigsaw", tile=7).occlusions == 0 and puzzle(task="jigsaw", tile=7).tile == 7
+    assert (puzzle(colour="released").occlusions, puzzle(colour="released").colour) == (2, "released")
+    paper, released = (puzzle(task="jigsaw", colour=colour) for colour in ("paper", "released"))
     assert (paper.colour, paper.shift, released.colour, released.shift) == ("jigsaw", 2, "plain", 0)
     assert released.occlusions == 0
 
 
-def some(count=12, permutations=30, size=48):
+def puzzle(**options):
+    return open_task(replace(PretextConfig(), size=48, **options)).make.keywords["puzzle"]
+
+
+def some(count=12, **options):
     data = open_dataset(SCENES)
     rows = torch.arange(count)
-    pixels, valid = Pictures(data, size).batch(rows)
-    table = torch.from_numpy(perms.generate(permutations)).long()
-    make = partial(stage._puzzles, permutations=table, puzzle=stage._puzzle(PretextConfig()), seed=0)
-    return data, Batch(rows, pixels, valid, 3), make
+    pixels, valid = Pictures(data, 48).batch(rows)
+    task = open_task(replace(PretextConfig(), size=48, permutations=30, **options))
+    return data, Batch(rows, pixels, valid, 3), task
 
 
 def test_a_puzzle_takes_foreign_tiles_from_the_picture_that_follows():
-    _, batch, make = some()
-    found = make(batch)
-    table, config = make.keywords["permutations"], make.keywords["puzzle"]
+    _, batch, task = some()
+    found = task.make(batch)
+    table, config = task.make.keywords["permutations"], task.make.keywords["puzzle"]
     ok = torch.ones(11).bool()
     expected = make_puzzles(batch.pixels[:-1], batch.pixels[1:], batch.rows[:-1], ok, table, config, 0, 3)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
@@ -215,14 +216,14 @@ def test_a_puzzle_takes_foreign_tiles_from_the_picture_that_follows():
 
 
 def test_a_broken_picture_makes_no_puzzle_lends_no_tiles_and_changes_no_other():
-    _, batch, make = some()
-    whole = make(batch)
+    _, batch, task = some()
+    whole = task.make(batch)
     number = int(whole.occluded.sum(1)[:-1].argmax()) + 1  # the one before it would borrow its tiles
     valid = batch.valid.clone()
     valid[number] = False
     pixels = batch.pixels.clone()
     pixels[number] = 0
-    left = make(replace(batch, valid=valid, pixels=pixels))
+    left = task.make(replace(batch, valid=valid, pixels=pixels))
     kept = [row for row in range(11) if row != number]
     assert torch.equal(left.label, whole.label[kept])
     for place, row in enumerate(kept):
@@ -231,20 +232,21 @@ def test_a_broken_picture_makes_no_puzzle_lends_no_tiles_and_changes_no_other():
 
 
 def test_held_out_accuracy_is_counted_by_occluded_tiles():
-    data, _, make = some()
+    data, _, task = some()
     config = replace(PretextConfig(), batch=7, precision="float32")
     seen = []
 
     def readable(batch):
         """Puzzles whose tiles are the answer; a wrong one where one tile is occluded."""
-        puzzles = make(batch)
+        puzzles = task.make(batch)
         seen.append((puzzles.label, puzzles.occluded))
         wrong = puzzles.occluded.sum(1) == 1
         answer = torch.where(wrong, (puzzles.label + 1) % 30, puzzles.label)
         return puzzles._replace(tiles=nn.functional.one_hot(answer, 30).float())
 
     rows = torch.arange(40)
-    found = stage._accuracy(nn.Identity(), readable, Pictures(data, 48), rows, config, torch.device("cpu"))
+    seeing = replace(task, make=readable)
+    found = solving.accuracy(nn.Identity(), seeing, Pictures(data, 48), rows, config, torch.device("cpu"))
     occluded = torch.cat([part[1] for part in seen]).sum(1)
     assert set(found) == {"held_out_accuracy", "held_out_puzzles"} | {
         f"held_out_accuracy_{n}_occluded" for n in range(3)
@@ -253,29 +255,28 @@ def test_held_out_accuracy_is_counted_by_occluded_tiles():
     assert found["held_out_accuracy"] == pytest.approx((occluded != 1).double().mean().item())
     assert found["held_out_puzzles"] == 40
     first, seen[:] = list(seen), []
-    stage._accuracy(nn.Identity(), readable, Pictures(data, 48), rows, config, torch.device("cpu"))
+    solving.accuracy(nn.Identity(), seeing, Pictures(data, 48), rows, config, torch.device("cpu"))
     assert all(torch.equal(one[0], two[0]) for one, two in zip(first, seen, strict=True))
 
 
 def test_held_out_numbers_without_any_puzzle_are_left_out(tmp_path):
-    data, _, make = some()
-    make = partial(make, puzzle=replace(make.keywords["puzzle"], occlusions=0))
+    data, _, task = some(task="jigsaw")
     config, cpu = replace(PretextConfig(), precision="float32", batch=2), torch.device("cpu")
 
     def model(tiles):
         return torch.zeros(len(tiles), 30)
 
-    found = stage._accuracy(model, make, Pictures(data, 48), torch.arange(5), config, cpu)
+    found = solving.accuracy(model, task, Pictures(data, 48), torch.arange(5), config, cpu)
     assert set(found) == {"held_out_accuracy", "held_out_puzzles", "held_out_accuracy_0_occluded"}
-    assert stage._accuracy(model, make, Pictures(data, 48), torch.arange(0), config, cpu) == {}
+    assert solving.accuracy(model, task, Pictures(data, 48), torch.arange(0), config, cpu) == {}
 
     root = folder_of_pictures(tmp_path / "data", 6)
     for row in (4, 5):
         (root / f"{row:02}.jpg").write_text("broken")
     data = open_dataset(str(root))
-    found = stage._accuracy(model, make, Pictures(data, 48), torch.arange(6), config, cpu)
+    found = solving.accuracy(model, task, Pictures(data, 48), torch.arange(6), config, cpu)
     assert found["held_out_puzzles"] == 4
-    assert stage._accuracy(model, make, Pictures(data, 48), torch.tensor([4, 5]), config, cpu) == {}
+    assert solving.accuracy(model, task, Pictures(data, 48), torch.tensor([4, 5]), config, cpu) == {}
 
 
 def test_a_broken_picture_is_counted_and_borne_up_to_a_share(tmp_path):
@@ -324,7 +325,10 @@ def test_permutations_from_a_file(tmp_path):
     digest = record(tmp_path / "run")["inputs"]["permutations"]
     assert digest == perms.summarise(perms.generate(9, 5, seed=3)).sha256
     config = replace(PretextConfig(), permutation_file=str(path))
-    assert torch.equal(stage._permutations(config), torch.from_numpy(perms.generate(9, 5, seed=3)).long())
+    assert torch.equal(tasks._permutations(config), torch.from_numpy(perms.generate(9, 5, seed=3)).long())
+    perms.write(path, perms.generate(3, 2, tiles=4))
+    with pytest.raises(UsageError, match="holds 3 permutations of 4 tiles; a puzzle needs at least 2 of 9"):
+        pretext(tmp_path / "other", **SMALL | {"permutation_file": str(path)})
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UsageError, match="no permutation file"):
         pretext(tmp_path / "other", **SMALL | {"permutation_file": str(path)})
@@ -340,7 +344,10 @@ def test_permutations_from_a_file(tmp_path):
         ({"arch": "resnet18"}, "--arch resnet18: no such network"),
         ({"arch": "torchvision:vgg16"}, "no such network"),
         ({"tile": 17}, "tile 17 is larger than a cell of 16"),
-        ({"size": 24}, "tiles of 6 pixels are too small"),
+        ({"size": 24}, "tiles of 6 pixels are too small for any network; give at least --size 30"),
+        ({"tile": 7}, "--tile 7: too small"),
+        ({"colour": "projected"}, "--colour projected: --task jigsawpp takes paper or released"),
+        ({"task": "rotations"}, "must be one of jigsawpp, jigsaw, rotation, context"),
         ({"overfit": 41}, "40 pictures are too few"),
         ({"limit": 3}, "--limit 3: too few"),
         ({"device": "abacus"}, "--device abacus"),
@@ -365,8 +372,8 @@ def test_too_few_pictures(tmp_path):
 @pytest.mark.parametrize("arch", ["alexnet", "vgg16_bn"])
 def test_the_network_sees_all_nine_tiles_in_their_slots(arch):
     network = Network(arch, 0.1, 2, 144, normalise="picture")
-    model = PuzzleNet(network, 36, 20, seed=1).eval()
-    assert all(module.training for module in PuzzleNet(network, 36, 20, seed=1).modules())
+    model = TaskNet(network, 9, 36, 20, seed=1).eval()
+    assert all(module.training for module in TaskNet(network, 9, 36, 20, seed=1).modules())
     tiles = torch.randn(2, 9, 3, 36, 36, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(tiles)
@@ -386,8 +393,8 @@ def test_the_network_sees_all_nine_tiles_in_their_slots(arch):
 
 def test_full_sizes_of_the_head():
     with torch.random.fork_rng():
-        alexnet = PuzzleNet(Network("alexnet", 1.0, 2, 255), 64, 701, 0).head
+        alexnet = TaskNet(Network("alexnet", 1.0, 2, 255), 9, 64, 701, 0).head
     assert (alexnet.fc6.in_features, alexnet.fc6.out_features) == (256 * 3 * 3, 1024)
     assert (alexnet.fc7.in_features, alexnet.fc7.out_features, alexnet.fc8.out_features) == (9216, 4096, 701)
-    vgg = PuzzleNet(Network("vgg16_bn", 0.25, 2, 255), 64, 701, 0).head
+    vgg = TaskNet(Network("vgg16_bn", 0.25, 2, 255), 9, 64, 701, 0).head
     assert vgg.fc6.in_features == 128 * 4 * 4

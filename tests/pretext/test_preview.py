@@ -1,11 +1,13 @@
-"""The sheet of puzzles shows the tiles where they belong."""
+"""The sheets show the tiles as the network sees them, and where they belong."""
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ktransfer.pretext import preview
+from ktransfer.pretext.context import PLACES, ContextConfig, make_pairs
 from ktransfer.pretext.puzzles import PuzzleConfig, make_puzzles
+from ktransfer.pretext.rotation import RotationConfig, make_rotations
 
 FRAME = np.array(preview._FRAME)
 
@@ -17,6 +19,15 @@ def some(count, size=192, occlusions=2):
     order = torch.stack([torch.arange(9).roll(turn) for turn in range(1, 9)])
     config = PuzzleConfig(tile=size // 3, occlusions=occlusions)
     return make_puzzles(ramp, noise, torch.arange(count), torch.ones(count).bool(), order, config, 0, 0)
+
+
+def stretched(tile):
+    return ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def at(sheet, corner, side):
+    y, x = corner
+    return np.asarray(sheet)[y : y + side, x : x + side]
 
 
 def framed(sheet):
@@ -49,8 +60,7 @@ def test_seen_and_solved_grids_hold_the_tiles_at_their_places():
     top = preview._MARGIN + preview._TEXT
     solution = preview._MARGIN + 3 * step - gap + 6 * gap
     for slot in range(9):
-        tile = puzzles.tiles[0, slot]
-        expected = ((tile - tile.min()) / (tile.max() - tile.min()) * 255).round().byte().permute(1, 2, 0).numpy()
+        expected = stretched(puzzles.tiles[0, slot])
         for left, cell in ((preview._MARGIN, slot), (solution, int(puzzles.source[0, slot]))):
             y, x = top + cell // 3 * step, left + cell % 3 * step
             assert np.array_equal(sheet[y : y + side, x : x + side], expected)
@@ -65,8 +75,42 @@ def test_small_and_constant_tiles_can_be_drawn():
 
 def test_the_file_is_a_png_and_whole(tmp_path):
     puzzles = some(2)
-    preview.save_sheet(tmp_path / "new" / "puzzles.png", puzzles)
+    preview.save_sheet(tmp_path / "new" / "puzzles.png", preview.puzzle_sheet(puzzles))
     with Image.open(tmp_path / "new" / "puzzles.png") as picture:
         assert picture.format == "PNG"
         assert np.array_equal(np.asarray(picture), np.asarray(preview.puzzle_sheet(puzzles)))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["puzzles.png"]
+
+
+def test_the_rotations_of_a_picture_stand_in_a_row():
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    found = make_rotations(pixels, torch.arange(3), RotationConfig(64), 0, 0)
+    sheet = preview.rotation_sheet(found)
+    step = 64 + preview._MARGIN
+    for picture, turns in np.ndindex(3, 4):
+        y = preview._MARGIN + picture * (step + preview._TEXT) + preview._TEXT
+        corner = (y, preview._MARGIN + turns * step)
+        assert np.array_equal(at(sheet, corner, 64), stretched(found.tiles[4 * picture + turns, 0]))
+
+
+def test_a_pair_is_shown_side_by_side_and_in_its_places():
+    pixels = torch.randint(0, 256, (9, 3, 288, 288), generator=torch.Generator().manual_seed(0)).byte()
+    found = make_pairs(pixels, torch.arange(9), ContextConfig(64), 0, 0)
+    sheet = preview.pair_sheet(found)
+    step = 64 + 32
+    width, height = 2 * step + 3 * 64 + 2 * 32 + 2 * preview._MARGIN, 3 * 64 + 2 * 32 + preview._TEXT + 28
+    assert sheet.size == (2 * width, 5 * height)
+    for pair in range(9):
+        top, left = pair // 2 * height + preview._MARGIN + preview._TEXT, pair % 2 * width + preview._MARGIN
+        first, second = (stretched(tile) for tile in found.tiles[pair])
+        row, column = PLACES[int(found.label[pair])]
+        solution = left + 2 * step
+        assert np.array_equal(at(sheet, (top + step, left), 64), first)
+        assert np.array_equal(at(sheet, (top + step, left + step), 64), second)
+        assert np.array_equal(at(sheet, (top + step, solution + step), 64), first)
+        assert np.array_equal(at(sheet, (top + row * step, solution + column * step), 64), second)
+
+
+def test_one_small_pair_can_be_drawn():
+    pixels = torch.full((1, 3, 48, 48), 9, dtype=torch.uint8)
+    assert preview.pair_sheet(make_pairs(pixels, torch.arange(1), ContextConfig(), 0, 0)).size[0] > 5 * 56

@@ -1,0 +1,122 @@
+"""How a network learns a task and how well it solves it: loss, held-out accuracy, and the self-test."""
+
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransfer import rng
+from ktransfer.dataset import Dataset
+from ktransfer.errors import StageError
+from ktransfer.networks import Network
+from ktransfer.pictures import Pictures
+from ktransfer.progress import say
+from ktransfer.training import loop
+from ktransfer.training.loop import Batch
+
+from .config import PretextConfig
+from .network import TaskNet
+from .tasks import Task
+
+HELD_OUT_EPOCH = 2**32 - 1  # draws that no training epoch uses
+OVERFIT_STEPS = 400
+
+
+def new_network(config: PretextConfig, task: Task) -> tuple[Network, TaskNet]:
+    """A network that has not learned yet, and what it is; `config.size` is resolved."""
+    network = Network(config.arch, config.width, task.stride, config.size, 0, task.normalise, config.task)
+    return network, TaskNet(network, task.tiles, task.side, task.classes, config.seed)
+
+
+def loss(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy over the examples; `count` and what the log divides by it are of pictures, which rotation turns
+    into four examples each.
+    """
+    made = task.make(batch)
+    logits = model(made.tiles)
+    correct = (logits.argmax(1) == made.label).sum()
+    count = _own(batch.valid, task).sum()
+    return F.cross_entropy(logits, made.label), {"accuracy": correct * count / len(made.label), "count": count}
+
+
+def accuracy(
+    model: nn.Module, task: Task, pictures: Pictures, rows: Tensor, config: PretextConfig, device: torch.device
+) -> dict[str, float]:
+    """Accuracy on the held-out pictures, overall and by `task.group`; nothing where none can be read."""
+    following = rows.roll(-1)
+    batches = [
+        torch.cat([part, after[len(after) - task.following :]])
+        for part, after in zip(rows.split(config.batch), following.split(config.batch), strict=True)
+        if len(part)
+    ]
+    hits: list[Tensor] = []
+    groups: list[Tensor] = []
+    for chosen, pixels, valid, _ in pictures.batches(iter(batches)):
+        if not _own(valid, task).any():
+            continue
+        made = task.make(Batch(chosen.to(device), pixels.to(device), valid.to(device), HELD_OUT_EPOCH))
+        with loop.autocast(config, device):
+            logits = model(made.tiles)
+        hits.append((logits.argmax(1) == made.label).cpu())
+        groups.append(task.group(made).cpu())
+    if not hits:
+        return {}
+    hit, group = torch.cat(hits).double(), torch.cat(groups)
+    result = {"held_out_accuracy": float(hit.mean()), f"held_out_{task.noun}": float(len(hit))}
+    for number in group.unique().tolist():
+        result[f"held_out_accuracy_{task.groups.format(number)}"] = float(hit[group == number].mean())
+    return result
+
+
+def summary(result: dict[str, float], task: Task) -> str:
+    """The outcome in words."""
+    if not result:
+        return "no pictures were held out"
+    return f"{result['held_out_accuracy']:.1%} of held-out {task.noun} solved (chance {1 / task.classes:.1%})"
+
+
+def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tensor, device: torch.device) -> None:
+    """Whether the network can learn what the task makes of the pictures in one epoch by heart; nothing is written.
+
+    Raises:
+        StageError: it cannot.
+    """
+    config = replace(config, batch=len(rows), epochs=OVERFIT_STEPS)
+    model = new_network(config, task)[1].to(device)
+    rows = torch.cat([rows, rows[: task.following]])
+    pixels, valid = Pictures(data, config.size, config.workers).batch(rows)
+    batch = Batch(rows.to(device), pixels.to(device), valid.to(device), 0)
+    made = task.make(batch)
+    optimiser = loop.sgd(model, config, device)
+
+    def solved(net: nn.Module) -> dict[str, float]:
+        return {"share": float((net(made.tiles).argmax(1) == made.label).double().mean())}
+
+    started = time.monotonic()
+    for step in range(OVERFIT_STEPS):
+        model.train()
+        torch.manual_seed(rng.torch_seed(config.seed, "overfit", step))
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * loop.rate(step, OVERFIT_STEPS, config)
+        with loop.autocast(config, device):
+            value, _ = loss(model, batch, task)
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        optimiser.step()
+        if step % 5 == 4:
+            share = loop.evaluated(model, solved)["share"]
+            say(f"overfit: step {step + 1}, loss {value.item():.3f}, solved {share:.0%}")
+            if share == 1:
+                seconds = time.monotonic() - started
+                say(f"overfit: all {len(made.label)} {task.noun} solved after {seconds:.0f} s: it can learn")
+                return
+    raise StageError(
+        f"overfit: not all {task.noun} solved in {OVERFIT_STEPS} steps; try another --lr or --arch vgg16_bn"
+    )
+
+
+def _own(valid: Tensor, task: Task) -> Tensor:
+    """Of a batch's (b + following,) flags those of the pictures that examples are made of."""
+    return valid[: len(valid) - task.following]
