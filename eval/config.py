@@ -14,7 +14,7 @@ class EvalConfig(LoopOptions):
     """
 
     labelled: str | None = option(
-        None, "a root with train/ and val/ class folders, or scenes:; the run's if not given", execution=True
+        None, "a root with train/ and val/ class folders or packs, or scenes:; the run's if not given", execution=True
     )
     protocol: str = option("linear", "how it is judged", choices=("linear",))
     layers: str | None = option(None, "layers, separated by commas; conv1..conv5 of an AlexNet when not given")

@@ -1,4 +1,4 @@
-"""What `--data` names: a folder, a list of paths or `scenes:`, as rows that never move."""
+"""What `--data` names: a folder, a list of paths, a pack or `scenes:`, as rows that never move."""
 
 import csv
 import difflib
@@ -6,23 +6,26 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import images
-from ktransfer.errors import UsageError
+from ktransfer.errors import StageError, UsageError
 from ktransfer.folders import ENDINGS, file_size, walk
 from ktransfer.progress import say_once
 
 LISTS = (".txt", ".csv", ".tsv")
+PACKS = (".h5", ".hdf5")
 PATH_COLUMNS = ("path", "file", "filename", "key")
 LABEL_COLUMNS = ("label", "class", "target")
 VAL_NAMES = ("val", "valid", "validation", "test")
 UNKNOWN = -1
+Reader = Callable[[int | None], NDArray[np.uint8]]
 _ODD = re.compile("[\\\\\x00-\x1f\x7f\udc80-\udcff]")
 
 
@@ -34,8 +37,9 @@ class Dataset:
     the paths of a list as written, or "CLASS/000012" for scenes. In all of them a backslash is written `\\\\`, and a
     control character or a byte that is not UTF-8 `\\xNN`: so every key is valid Unicode on one line, and can be turned
     back. `targets` is (n,) int32, an index into `classes`, -1 where unknown. `fingerprint` is the hex SHA-256 over keys
-    and file sizes. `read(row, short_side)` returns (height, width, 3) uint8 (see `images.decode`), `short_side(row)`
-    looks at the header alone; both raise `BrokenPicture`.
+    and file sizes; of a pack it is that of the pack. `read(row, short_side)` returns (height, width, 3) uint8 (see
+    `images.decode`), `short_side(row)` looks at the header alone; both raise `BrokenPicture`. `reader(row)` is `read`
+    of that row alone and can be pickled, for another process.
     """
 
     spec: str
@@ -46,6 +50,7 @@ class Dataset:
     fingerprint: str
     read: Callable[[int, int | None], NDArray[np.uint8]]
     short_side: Callable[[int], int] | None = None
+    reader: Callable[[int], Reader] | None = None
 
     def __len__(self) -> int:
         """Number of rows, broken pictures included."""
@@ -53,27 +58,35 @@ class Dataset:
 
 
 def open_dataset(spec: str) -> Dataset:
-    """Open a folder, a list (.txt, .csv, .tsv) or `scenes:...`; UsageError when it names no pictures.
+    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5) or `scenes:...`; UsageError when it names no pictures.
 
     A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
     picture lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
-    `val` (or `valid`, `validation`, `test`) means its `train`, and a line says so.
+    `val` (or `valid`, `validation`, `test`), as folders or as packs such as `train.h5`, means its `train`, and a line
+    says so.
     """
     if spec.startswith("scenes:"):
         return _scenes(spec, "train")
     path = _existing(spec)
     if path.is_dir():
-        if (path / "train").is_dir() and (val := _val_folder(path)):
-            say_once(f"{spec} holds train and {val.name}: taking {path / 'train'}")
-            path = path / "train"
-        return _folder(spec, path)
+        if (train := _part(path, ("train",))) and (val := _part(path, VAL_NAMES)):
+            say_once(f"{spec} holds {train.name} and {val.name}: taking {train}")
+            path = train
+        return _folder_or_pack(spec, path)
+    if path.suffix.lower() in PACKS:
+        return _folder_or_pack(spec, path)
     if path.suffix.lower() not in LISTS:
-        raise UsageError(f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor scenes:; give one of these")
+        raise UsageError(
+            f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor a pack ({', '.join(PACKS)}), "
+            "nor scenes:; give one of these"
+        )
     return _list(spec, path)
 
 
 def open_parts(spec: str) -> tuple[Dataset, Dataset]:
-    """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val` class folders.
+    """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val`.
+
+    Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`).
 
     Both parts have the same `classes`, and a target for every picture; UsageError where a folder is missing, the
     classes differ or a picture lies outside of the class folders.
@@ -81,15 +94,20 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
     if spec.startswith("scenes:"):
         return _scenes(spec, "train"), _scenes(spec, "val")
     root = _existing(spec)
-    train, val = root / "train", _val_folder(root)
-    if not train.is_dir() or val is None:
-        missing = f"{' or '.join(VAL_NAMES)}" if train.is_dir() else "train"
-        raise UsageError(f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/")
-    parts = _folder(spec, train), _folder(spec, val)
+    train, val = _part(root, ("train",)), _part(root, VAL_NAMES)
+    if train is None or val is None:
+        missing = f"{' or '.join(VAL_NAMES)}" if train else "train"
+        raise UsageError(
+            f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/, or with packs "
+            "of them, train.h5 and val.h5"
+        )
+    parts = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
     for path, part in zip((train, val), parts, strict=True):
-        if not part.classes:
+        if not part.classes or (part.targets == UNKNOWN).any():
             outside = next((key for key in part.keys if "/" not in key), None)
             why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
+            if part.classes:
+                why = f"{part.keys[int(np.argmin(part.targets))]} has no class"
             raise UsageError(f"{path}: {why}; every picture needs a folder that names its class, at least two of them")
     differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
     if differing:
@@ -98,6 +116,25 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
             "give both the same class folders, each with at least one picture"
         )
     return parts
+
+
+def check_broken(broken: Mapping[int, str], total: int, max_broken: float, dataset: Dataset) -> None:
+    """Raise StageError where more than the share `max_broken` (0 to 1) of `total` pictures is broken.
+
+    Args:
+        broken: row to reason, as `Pictures.broken`.
+        total: pictures that were looked at.
+        max_broken: the largest share that is accepted.
+        dataset: gives the keys for the message.
+    """
+    if len(broken) <= max_broken * total:
+        return
+    examples = "; ".join(f"{dataset.keys[row]}: {broken[row]}" for row in sorted(broken)[:3])
+    share = len(broken) / max(total, 1)
+    raise StageError(
+        f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
+        f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
+    )
 
 
 def _existing(spec: str) -> Path:
@@ -117,8 +154,20 @@ def _existing(spec: str) -> Path:
     raise UsageError(f"{spec} does not exist: there is no {lost} in {known}{hint or '; check the path'}")
 
 
-def _val_folder(root: Path) -> Path | None:
-    return next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
+def _part(root: Path, names: Sequence[str]) -> Path | None:
+    """The first folder of these names or, where there is none, the first pack."""
+    packs = (root / f"{name}{ending}" for name in names for ending in PACKS)
+    return next((root / name for name in names if (root / name).is_dir()), None) or next(
+        (path for path in packs if path.is_file()), None
+    )
+
+
+def _folder_or_pack(spec: str, path: Path) -> Dataset:
+    if path.is_dir():
+        return _folder(spec, path)
+    from ktransfer.packs import open_pack
+
+    return open_pack(spec, path)
 
 
 def _folder(spec: str, root: Path) -> Dataset:
@@ -194,13 +243,14 @@ def _of_files(
         digest.update(f"{key}\0{size}\n".encode())
     return Dataset(
         spec=spec,
-        name=_file_name(name),
+        name=file_name(name),
         keys=tuple(keys),
         targets=np.array([number.get(label, UNKNOWN) for label in _escaped(labels)], np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
         read=lambda row, short_side: images.decode(root / names[row], short_side),
         short_side=lambda row: images.short_side(root / names[row]),
+        reader=lambda row: partial(images.decode, root / names[row]),
     )
 
 
@@ -221,8 +271,10 @@ def _escape(match: re.Match[str]) -> str:
     return "\\\\" if character == "\\" else f"\\x{ord(character) & 0xFF:02x}"
 
 
-def _file_name(name: str) -> str:
-    """At most 60 characters, so that "NAME.h5.part" stays under 255 bytes in any alphabet."""
+def file_name(name: str) -> str:
+    """A file name without ending for what is called `name`.
+
+    At most 60 characters, so that "NAME.h5.part" stays under 255 bytes in any alphabet."""
     return re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
 
 
@@ -234,9 +286,6 @@ def _scenes(spec: str, part: str) -> Dataset:
     count = chosen.images if part == "train" else max(len(classes), chosen.images // 4)
     identity = f"scenes {scenes.VERSION} {part} images={count} size={chosen.size} seed={chosen.seed}"
 
-    def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
-        return scenes.render(chosen.seed, part, row, chosen.size)[0]
-
     return Dataset(
         spec=spec,
         name="scenes" if part == "train" else f"scenes-{part}",
@@ -244,6 +293,13 @@ def _scenes(spec: str, part: str) -> Dataset:
         targets=(np.arange(count) % len(classes)).astype(np.int32),
         classes=classes,
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-        read=read,
+        read=lambda row, short_side: _render(chosen.seed, part, row, chosen.size, short_side),
         short_side=lambda row: chosen.size,
+        reader=lambda row: partial(_render, chosen.seed, part, row, chosen.size),
     )
+
+
+def _render(seed: int, part: str, row: int, size: int, short_side: int | None) -> NDArray[np.uint8]:
+    from ktransfer import scenes
+
+    return scenes.render(seed, part, row, size)[0]

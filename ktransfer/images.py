@@ -4,7 +4,7 @@ import errno
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ MAX_PIXELS = 400_000_000
 _BOMB = f"over the limit of {MAX_PIXELS:,} pixels (a decompression bomb?)"
 # Above this, one at a time: a pool of threads that all meet a giant must not multiply its memory.
 _GIANT_PIXELS = 2**26
-_GIANTS = threading.Lock()
+_GIANTS: AbstractContextManager[bool] = threading.Lock()
 # Pillow's own limit is lower and knows no lists of rows; ours is checked before anything is decoded.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -83,6 +83,12 @@ def short_side(source: Path | bytes) -> int:
     """The short side in pixels, from the header alone; raises `BrokenPicture` where the header already is broken."""
     with _opened(source) as image:
         return min(image.size)
+
+
+def share_giants(lock: AbstractContextManager[bool]) -> None:
+    """From now on decode the largest pictures under this lock, which other processes have too, one at a time."""
+    global _GIANTS
+    _GIANTS = lock
 
 
 def square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer.dataset import Dataset
+from ktransfer.dataset import check_broken as check_broken
 from ktransfer.errors import BrokenPicture, StageError
 from ktransfer.images import square
+from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 _AHEAD = 2
@@ -42,7 +44,7 @@ class Pictures:
     def __init__(self, dataset: Dataset, size: int, workers: int | None = None, cache_bytes: int | None = None) -> None:
         self.dataset = dataset
         self.size = size
-        self.workers = max(1, workers or min(_MAX_WORKERS, _cores()))
+        self.workers = max(1, workers or min(_MAX_WORKERS, cores()))
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pictures")
         self._reasons: dict[int, str] = {}
         self._state = np.zeros(len(dataset), np.uint8)
@@ -164,25 +166,6 @@ def reasons(dataset: Dataset, valid: NDArray[np.bool_], size: int) -> dict[int, 
     return found
 
 
-def check_broken(broken: Mapping[int, str], total: int, max_broken: float, dataset: Dataset) -> None:
-    """Raise StageError where more than the share `max_broken` (0 to 1) of `total` pictures is broken.
-
-    Args:
-        broken: row to reason, as `Pictures.broken`.
-        total: pictures that were looked at.
-        max_broken: the largest share that is accepted.
-        dataset: gives the keys for the message.
-    """
-    if len(broken) <= max_broken * total:
-        return
-    examples = "; ".join(f"{dataset.keys[row]}: {broken[row]}" for row in sorted(broken)[:3])
-    share = len(broken) / max(total, 1)
-    raise StageError(
-        f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
-        f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
-    )
-
-
 def readable(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
     """Read all of `rows` once before a training, so that broken pictures are known, counted and left out.
 
@@ -211,10 +194,6 @@ def readable(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
 def _finish(jobs: Iterable[Future[None]]) -> None:
     for job in jobs:
         job.result()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_cache_bytes() -> int:
