@@ -15,9 +15,26 @@ class ExtractConfig(MachineOptions):
 
     data: str | None = option(None, "pictures; those of the pretext stage when not given", execution=True)
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
-    teacher: str | None = option(None, "a model.safetensors; that of the run when not given", execution=True)
+    teacher: str | None = option(
+        None,
+        "a model.safetensors, a checkpoint made elsewhere (with --arch), torchvision:NAME, timm:NAME, hog or pixels; "
+        "that of the run when not given",
+        execution=True,
+    )
+    arch: str | None = option(None, "the network that a checkpoint made elsewhere belongs to, such as resnet50")
+    weights: str | None = option(
+        None,
+        "of torchvision:NAME or timm:NAME: a file, or a name of torchvision's; what is in torch's cache when not given",
+        execution=True,
+    )
     layer: str | None = option(
-        None, "which layer to read, or list; conv4_1 of a VGG, conv4 of an AlexNet when not given"
+        None,
+        "which layer to read, or list; when not given, conv4_1 of our VGG, conv4 of our AlexNet, else the last",
+    )
+    token: str | None = option(
+        None,
+        "of a vision transformer: its class token, the mean of its patches, or these as maps; cls when not given",
+        choices=("cls", "mean", "patch"),
     )
     pool: int = option(4, "max-pool the maps to this grid", low=1, high=64)
     size: int = option(0, "side of the pictures in pixels; 0: as in the teacher's training", low=0, high=2048)
@@ -34,7 +51,12 @@ class ClusterConfig:
     The paper's k is 2000, for 1.3 million pictures.
     """
 
-    features: str | None = option(None, "a feature file; that of the run when not given", execution=True)
+    features: str | None = option(
+        None, "a feature file, also a .npy or .npz made elsewhere; that of the run when not given", execution=True
+    )
+    keys: str | None = option(
+        None, "of features made elsewhere: a list of their pictures, one path a line, row by row", execution=True
+    )
     data: str | None = option(
         None, "the pictures whose features are clustered; those of the run when not given", execution=True
     )
@@ -88,7 +110,12 @@ class AssignConfig:
     """
 
     balanced: bool = option(False, "clusters of equal size, n / k rounded down or up, at the least sum of squares")
-    features: str | None = option(None, "a feature file; the one that was clustered when not given", execution=True)
+    features: str | None = option(
+        None, "a feature file, also a .npy or .npz made elsewhere; the one clustered when not given", execution=True
+    )
+    keys: str | None = option(
+        None, "of features made elsewhere: a list of their pictures, one path a line, row by row", execution=True
+    )
     data: str | None = option(
         None, "label these pictures instead (their features are extracted as the others were)", execution=True
     )

@@ -1,6 +1,6 @@
 """The extract stage: features of every picture, one pass, constant memory, resumable by rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ktransfer import networks
-from ktransfer.config import build, nearest
+from ktransfer import networks, teachers
+from ktransfer.config import build
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import Answer, UsageError
 from ktransfer.features import create_or_resume
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, reasons
 from ktransfer.progress import bar, say
-from ktransfer.run import begin, done_record, input_hash, need_disk, read_record
+from ktransfer.run import begin, done_record, need_disk, read_record
+from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
 from .config import ExtractConfig
 
 DEFAULT_LAYERS = {"alexnet": "conv4", "alexnet_bn": "conv4", "vgg16": "conv4_1", "vgg16_bn": "conv4_1"}
+LIST = "list"
 
 
 def extract(run: str | Path, **options: Any) -> Path:
@@ -38,16 +40,15 @@ def extract(run: str | Path, **options: Any) -> Path:
     """
     run = Path(run)
     config, data = check(run, options)
-    weights = teacher_path(run, config)
-    teacher = input_hash(weights)
-    network = networks.trunk(replace(networks.describe(weights), size=config.size))
+    teacher = _teacher(run, config)
+    network = teacher.network
     device = loop.choose_device(config)
-    model = networks.load(weights, network).to(device).eval()
-    path, read = _reader(model, network, config)
+    model = teachers.load(teacher).to(device)
+    read = partial(_read, teachers.reader(model, network, str(config.layer), config.token), teacher, config)
     dim = len(read(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8, device=device))[0])
 
     name = config.name or data.name
-    inputs = {"data": data.fingerprint, "teacher": teacher}
+    inputs = {"data": data.fingerprint, "teacher": teachers.identity(teacher)}
     outputs = [f"{name}.h5", f"{name}.h5.part", f"{name}.h5.progress"]
     with begin(run, "features", name, config, inputs, outputs, config.overwrite, str(device)) as step:
         file = step.folder / f"{name}.h5"
@@ -57,9 +58,9 @@ def extract(run: str | Path, **options: Any) -> Path:
             step.folder, len(data) * dim * (2 if config.dtype == "float16" else 4), f"extract ({dim} numbers each)"
         )
         attributes = {
-            "teacher": teacher,
+            "teacher": inputs["teacher"],
             "layer": str(config.layer),
-            "pooling": f"max {config.pool}x{config.pool}" + (", l2" if config.l2 else ""),
+            "pooling": _pooling(teacher, config),
             "transform": f"short side {config.size}, centre square, normalised by {network.normalise}",
             "fingerprint": data.fingerprint,
         }
@@ -78,7 +79,8 @@ def extract(run: str | Path, **options: Any) -> Path:
         writer.finish()
         broken = [f"{data.keys[row]}: {reason}" for row, reason in found.items()]
         step.finish([file], broken=broken, result={"rows": len(data), "dim": dim})
-        say(f"extract: done; {len(data)} x {dim} from {config.layer} ({path}); {len(broken)} broken pictures; {file}")
+        source = f"{config.layer} of {network.arch}"
+        say(f"extract: done; {len(data)} x {dim} from {source}; {len(broken)} broken pictures; {file}")
         return file
 
 
@@ -89,8 +91,14 @@ def check(
 
     Raises:
         UsageError: one line for what is wrong.
+        Answer: `--layer list` was given; it says which layers there are.
     """
     config = build(ExtractConfig, options, "extract")
+    if config.layer == LIST:
+        network = _teacher(run, config, pending).network
+        with networks.fitting(network):
+            model = networks.build(network, 0, "layers").eval()
+        raise Answer(teachers.listing(network, model))
     made = read_record(run, "pretext", "pretext")
     spec = config.data or (made and made["config"]["data"])
     if not spec:
@@ -99,43 +107,53 @@ def check(
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
     loop.choose_device(config)
-    if pending and "pretext" in pending and not config.teacher:
-        made_by = pending["pretext"]
-        network = Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
-    else:
-        network = networks.describe(teacher_path(run, config))
-    network = networks.trunk(replace(network, size=config.size or network.size))
-    model = networks.build(network, 0, "layers").eval()
-    with networks.fitting(network), torch.no_grad():
-        names = networks.layers(network, model)
-        model(torch.zeros(1, 3, network.size, network.size))
+    teacher = _teacher(run, config, pending)
+    network = teacher.network
+    if not teacher.pooled and config.pool != ExtractConfig.pool:
+        raise UsageError(f"--pool {config.pool}: {network.arch} is not pooled; leave --pool away, --size sets its grid")
+    with networks.fitting(network):  # of a checkpoint made elsewhere nothing is known before it is read
+        model = teachers.load(teacher) if teacher.foreign else networks.build(network, 0, "layers").eval()
+    names = teachers.shapes(network, model)
     layer = config.layer or DEFAULT_LAYERS.get(network.arch) or list(names)[-1]
     if layer not in names:
         raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(names)}")
-    return replace(config, data=spec, layer=layer, size=network.size), data
+    token = teachers.choose_token(model, network.arch, config.token)
+    return replace(config, data=spec, layer=layer, token=token, size=network.size), data
 
 
-def teacher_path(run: Path, config: ExtractConfig) -> Path:
-    """The weights that are read: those given, else the run's own."""
+def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None = None) -> Teacher:
+    """The teacher that is named, else the one that the line will make, else the run's own."""
     if config.teacher:
-        return Path(config.teacher)
-    done_record(run, "pretext", "pretext", "pretext")
-    return run / "pretext" / "model.safetensors"
+        return teachers.find(config.teacher, config.arch, config.weights, config.size)
+    for flag, value in (("arch", config.arch), ("weights", config.weights)):
+        if value:
+            raise UsageError(f"--{flag} {value}: says what --teacher is, and none is named; give --teacher too")
+    path = run / "pretext" / "model.safetensors"
+    if pending and "pretext" in pending:
+        made_by = pending["pretext"]
+        network = Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
+    else:
+        done_record(run, "pretext", "pretext", "pretext")
+        network = networks.describe(path)
+    return Teacher(networks.trunk(replace(network, size=config.size or network.size)), path)
 
 
-def _reader(model: nn.Module, network: Network, config: ExtractConfig) -> tuple[str, Any]:
-    names = networks.layers(network, model)
-    if config.layer not in names:
-        raise UsageError(
-            f"--layer {config.layer}: {network.arch} has no such layer; {nearest(str(config.layer), names)}"
-        )
-    path = names[config.layer]
-    return path, partial(_read, model, network, path, config)
+def _pooling(teacher: Teacher, config: ExtractConfig) -> str:
+    """How the maps become a row, as the feature file says it."""
+    if not teacher.pooled:
+        how = "none"
+    elif config.token in ("cls", "mean"):
+        how = f"token {config.token}"
+    else:
+        how = f"max {config.pool}x{config.pool}"
+    return how + (", l2" if config.l2 else "")
 
 
 @torch.no_grad()
-def _read(model: nn.Module, network: Network, path: str, config: ExtractConfig, pixels: Tensor) -> Tensor:
-    """(batch, 3, s, s) uint8 -> (batch, channels * pool * pool) float32."""
-    maps = networks.feature_maps(model, {"read": path}, networks.normalise(pixels, network.normalise))["read"]
-    rows = F.adaptive_max_pool2d(maps.float(), min(config.pool, maps.shape[-1])).flatten(1)
+def _read(maps_of: Callable[[Tensor], Tensor], teacher: Teacher, config: ExtractConfig, pixels: Tensor) -> Tensor:
+    """(batch, 3, s, s) uint8 -> (batch, d) float32: d = channels * pool * pool, or all that hog and pixels give."""
+    maps = maps_of(pixels).float()
+    if teacher.pooled:
+        maps = F.adaptive_max_pool2d(maps, min(config.pool, maps.shape[-1]))
+    rows = maps.flatten(1)
     return F.normalize(rows) if config.l2 else rows

@@ -11,7 +11,8 @@ from .centroids import Centroids
 from .config import AssignConfig, ClusterConfig
 from .extraction import extract
 
-SAME = ("teacher", "layer", "pool", "size", "l2", "dtype", "precision")  # what comparable features have in common
+# What comparable features have in common
+SAME = ("teacher", "arch", "weights", "layer", "token", "pool", "size", "l2", "dtype", "precision")
 
 
 def features_path(run: Path, config: ClusterConfig) -> Path | None:
@@ -66,11 +67,16 @@ def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
             f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
             "known; extract these pictures alike and give the file with --features"
         )
+    if record["config"].get("elsewhere"):
+        raise UsageError(
+            f"assign --data {config.data}: {clustered} was made elsewhere; make the features of these pictures there "
+            "too, and give them with --features and --keys"
+        )
     data = open_dataset(config.data)
     taken = read_record(run, "features", data.name)
     # Many data sets are called "train".
     name = None if not taken or taken["inputs"]["data"] == data.fingerprint else f"{data.name}-{data.fingerprint[:8]}"
-    return extract(run, data=config.data, name=name, **{key: record["config"][key] for key in SAME})
+    return extract(run, data=config.data, name=name, **{key: record["config"].get(key) for key in SAME})
 
 
 def data_of(run: Path, path: Path) -> str | None:

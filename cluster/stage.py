@@ -25,6 +25,7 @@ from .engine import Engine, Rows
 from .extraction import check as check_extract
 from .extraction import extract
 from .findings import check_features
+from .foreign import adopt, check_keys, is_foreign, open_foreign, preview
 from .hierarchy import two_level
 from .kmeans import Clustering, assign_rows, kmeans, refuse_sizes
 from .minibatch import minibatch_kmeans
@@ -54,6 +55,9 @@ def cluster(run: str | Path, **options: Any) -> Path:
     """
     run = Path(run)
     config = check_cluster(run, options)
+    if config.features and is_foreign(config.features):
+        adopted = adopt(run, config.features, config.keys, config.data, config.overwrite, "cluster")
+        config = replace(config, features=str(adopted))
     path = features_path(run, config) or extract(run, data=config.data)
     features = open_features(path)
     inputs = {"features": input_hash(path)}
@@ -126,7 +130,10 @@ def assign(run: str | Path, **options: Any) -> Path:
     clustered = Path(made["config"]["features"])
     if not clustered.is_file():  # the run folder was moved
         clustered = run / "features" / clustered.name
-    path = labelled_features(run, config, clustered)
+    if config.features and is_foreign(config.features):
+        path = adopt(run, config.features, config.keys, config.data, config.overwrite, "assign")
+    else:
+        path = labelled_features(run, config, clustered)
     features = open_features(path)
     refuse_mismatch(features, path, centroids, centroids_path)
     spec = config.data or data_of(run, path)
@@ -165,6 +172,7 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         UsageError: one line for what is wrong.
     """
     config = build(ClusterConfig, options, "cluster")
+    check_keys(config.features, config.keys)
     dim = config.pca or None
     if config.whiten and not config.pca:
         raise UsageError("--whiten: needs the principal components; give --pca too")
@@ -178,7 +186,7 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
     coming = {"pretext", "extract"} & set(pending or ())
     path = None if coming and not config.features else features_path(run, config)
     if path:
-        features = open_features(path)
+        features = preview(str(path), config.keys, config.data) if is_foreign(str(path)) else open_features(path)
         count = int(features.valid.sum())
         columns = features.rows.shape[1]
         dim = dim or columns
@@ -243,11 +251,14 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
         UsageError: one line for what is wrong.
     """
     config = build(AssignConfig, options, "assign")
-    if config.features and config.data:
+    check_keys(config.features, config.keys)
+    if config.features and is_foreign(config.features):
+        open_foreign(config.features, config.keys, config.data)
+    elif config.features and config.data:
         raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
-    if config.features:
+    elif config.features:
         open_features(Path(config.features))
-    if config.data and ranks.count() > 1:
+    if config.data and not config.features and ranks.count() > 1:
         raise UsageError(
             "torchrun: assign --data extracts features in one process; make them first, and give the file by --features"
         )

@@ -19,7 +19,7 @@ import click
 
 from ktransfer import __version__
 from ktransfer.config import build, kind, read_toml
-from ktransfer.errors import KTransferError, Stopped, UsageError
+from ktransfer.errors import Answer, KTransferError, Stopped, UsageError
 from ktransfer.stages import STAGES, Call, complete, function, inherit_data, plan, refuse_changes, settings
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -221,6 +221,27 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
 
 
 @cli.command()
+@click.option("--data", required=True, help="Pictures: a folder, a list of paths (.txt, .csv), a pack, or scenes:.")
+@click.option("--size", default=256, show_default=True, help="Short side in pixels; nothing is enlarged or cropped.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file, *.h5.")
+@click.option("--raw", is_flag=True, help="Store uint8 pixels instead of JPEGs: larger, but nothing to decode.")
+@click.option("--quality", type=click.IntRange(1, 100), help="Quality of the JPEGs.  [default: 90]")
+@click.option("--workers", default=0, type=click.IntRange(0, 256), show_default=True, help="Processes; 0: one a core.")
+@click.option(
+    "--max-broken",
+    default=0.01,
+    type=click.FloatRange(0, 1),
+    show_default=True,
+    help="Largest share of broken pictures that is borne; their rows stay.",
+)
+def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, workers: int, max_broken: float) -> None:
+    """Make all pictures small once, into one file that every --data takes; interrupted, it goes on where it was."""
+    from ktransfer.pack import pack as make
+
+    make(data, out, size, raw, quality, workers, max_broken)
+
+
+@cli.command()
 def doctor() -> None:
     """Print versions, devices and what is missing; try torch and faiss once."""
     from ktransfer.doctor import report
@@ -252,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
+    except Answer as answer:
+        click.echo(str(answer))
+        return answer.exit_code
     except KTransferError as error:
         show()
         return _fail(str(error), error.exit_code)

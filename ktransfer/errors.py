@@ -17,6 +17,12 @@ class StageError(KTransferError):
     """A stage failed while it ran (exit code 1): what earlier stages wrote stays whole."""
 
 
+class Answer(KTransferError):
+    """No error: what was asked for is the message, which goes to stdout, and nothing else is done (exit code 0)."""
+
+    exit_code = 0
+
+
 class Stopped(KTransferError):
     """Ctrl-C between two steps: the run can go on, and the message says how."""
 

@@ -2,11 +2,16 @@
 
 Architectures and sizes: reference jigsawpp.md §2. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
-torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet).
+torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
+`timm:NAME` is timm's, `hog` and `pixels` are no networks but read like ones (`descriptors.py`).
+
+Layers are named once for every family: `conv1`.. of an AlexNet, `conv1_1`.. of a VGG, `stem`, `layer1`..`layer4` of a
+ResNet, `blocks.0`.. and `norm` of a vision transformer, `features.0`.. (or what stands in the module) of all others.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,9 +23,10 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.models.vgg import cfgs, make_layers
 
-from ktransfer import files, rng
+from ktransfer import descriptors, files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
+from ktransfer.zoos import TIMM, TORCHVISION, of_timm, of_torchvision
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -32,8 +38,9 @@ CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
 class Network:
     """What a network is: all that is needed to build it again and to feed it.
 
-    `size` is the side of its input in pixels; `normalise` is "imagenet" (fixed mean and deviation) or "picture" (each
-    picture by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk alone; `task` is what it learned.
+    `size` is the side of its input in pixels; `normalise` is "imagenet" (fixed mean and deviation), "R,G,B/R,G,B"
+    (others, in 0..1) or "picture" (each picture by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk
+    alone; `task` is what it learned.
     """
 
     arch: str
@@ -160,7 +167,7 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
     """
     theirs = zoo.list_models(module=zoo)
     names = TRUNKS if trunk else (*TRUNKS, *theirs)
-    if arch not in names and (trunk or arch.removeprefix("torchvision:") not in theirs):
+    if arch not in names and (trunk or arch.removeprefix(TORCHVISION) not in theirs):
         raise UsageError(f"--arch {arch}: no such network; {nearest(arch, names)}")
     if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
         raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")
@@ -177,11 +184,11 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
             return he_init(AlexNet(network))
         if network.arch in TRUNKS and not network.classes:
             return he_init(VGGTrunk(network))
-        name = network.arch.removeprefix("torchvision:")
-        single = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        made = zoo.get_model(name, weights=None, num_classes=network.classes or 1000, **single)
-        assert isinstance(made, nn.Module)
-        return made
+        if network.arch in descriptors.MODULES:
+            return descriptors.MODULES[network.arch]()
+        if network.arch.startswith(TIMM):
+            return of_timm(network.arch, network.size)
+        return of_torchvision(network.arch, network.classes or 1000, network.size)
 
 
 def he_init(model: nn.Module) -> nn.Module:
@@ -202,8 +209,13 @@ def he_init(model: nn.Module) -> nn.Module:
 
 def layers(network: Network, model: nn.Module) -> dict[str, str]:
     """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
+    if isinstance(model, descriptors.Hog | descriptors.Pixels):
+        return dict(model.layers)
     if isinstance(model, AlexNet):
         return {f"conv{number}": f"relu{number}" for number in range(1, 6)}
+    if isinstance(model, zoo.AlexNet):
+        relus = [number for number, module in model.features.named_children() if isinstance(module, nn.ReLU)]
+        return {f"conv{place}": f"features.{number}" for place, number in enumerate(relus, start=1)}
     if isinstance(model, VGGTrunk | zoo.VGG):
         found, block, place = {}, 1, 1
         for number, module in model.features.named_children():
@@ -213,6 +225,13 @@ def layers(network: Network, model: nn.Module) -> dict[str, str]:
             elif isinstance(module, nn.MaxPool2d):
                 block, place = block + 1, 1
         return found
+    if isinstance(model, zoo.VisionTransformer):
+        blocks = [name for name, _ in model.encoder.layers.named_children()]
+        found = {f"blocks.{place}": f"encoder.layers.{name}" for place, name in enumerate(blocks)}
+        return found | {"norm": "encoder.ln"}
+    if tokens_before(model) is not None:  # of timm
+        names = [f"blocks.{name}" for name, _ in model.get_submodule("blocks").named_children()]
+        return {name: name for name in (*names, "norm")}
     inner = getattr(model, "features", None)
     prefix, parent = ("features.", inner) if isinstance(inner, nn.Sequential) else ("", model)
     maps: dict[str, str] = {}
@@ -220,7 +239,7 @@ def layers(network: Network, model: nn.Module) -> dict[str, str]:
         module.register_forward_hook(
             lambda _m, _i, out, path=f"{prefix}{name}": (
                 maps.update({path: path})
-                if isinstance(out, Tensor) and out.ndim == 4 and _channels_first(model, out).shape[-1] > 1
+                if isinstance(out, Tensor) and out.ndim == 4 and _as_maps(model, out).shape[-1] > 1
                 else None
             )
         )
@@ -229,23 +248,42 @@ def layers(network: Network, model: nn.Module) -> dict[str, str]:
     _run(model, torch.zeros(1, 3, network.size, network.size))
     for hook in hooks:
         hook.remove()
+    if isinstance(model, zoo.ResNet):
+        return {
+            name.replace("maxpool", "stem"): path for name, path in maps.items() if name not in ("conv1", "bn1", "relu")
+        }
     return maps
 
 
-def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor) -> dict[str, Tensor]:
+def tokens_before(model: nn.Module) -> int | None:
+    """How many tokens of a vision transformer stand before those of its patches; None for what has no tokens."""
+    if isinstance(model, zoo.VisionTransformer):
+        return 1
+    before = getattr(model, "num_prefix_tokens", None)  # of timm
+    return before if isinstance(before, int) else None
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token of a vision transformer is that of the class (timm knows others, registers)."""
+    return bool(tokens_before(model)) and bool(getattr(model, "has_class_token", True))
+
+
+def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: str = "patch") -> dict[str, Tensor]:
     """One forward pass, the outputs of several layers.
 
     Args:
         paths: layer name -> module path, as `layers` gives them.
         x: (batch, 3, h, w), normalised.
+        token: what is read of a transformer: "patch", its patches where they lie in the picture; "mean" of these; or
+            "cls", its class token.
 
     Returns:
-        layer name -> (batch, channels, h', w').
+        layer name -> (batch, channels, h', w'), with h' = w' = 1 for "mean" and "cls".
     """
     found: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(path).register_forward_hook(
-            lambda _m, _i, out, name=name: found.update({name: _channels_first(model, out)})
+            lambda _m, _i, out, name=name: found.update({name: _as_maps(model, out, token)})
         )
         for name, path in paths.items()
     ]
@@ -257,20 +295,45 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor) -> dict[
     return found
 
 
-def _channels_first(model: nn.Module, maps: Tensor) -> Tensor:
-    """(batch, channels, h, w), also of a Swin transformer, whose blocks hand over (batch, h, w, channels)."""
-    return maps.permute(0, 3, 1, 2) if isinstance(model, zoo.SwinTransformer) else maps
+def _as_maps(model: nn.Module, out: Tensor, token: str = "patch") -> Tensor:
+    """(batch, channels, h, w), also of transformers: those that hand over (batch, h, w, channels), or tokens."""
+    before = tokens_before(model)
+    if before is not None and out.ndim == 3:
+        if token == "cls":
+            return out[:, 0, :, None, None]
+        patches = out[:, before:].transpose(1, 2)
+        if token == "mean":
+            return patches.mean(dim=2)[:, :, None, None]
+        side = math.isqrt(patches.shape[2])
+        return patches.reshape(*patches.shape[:2], side, side)
+    last = isinstance(model, zoo.SwinTransformer) or getattr(model, "output_fmt", None) == "NHWC"  # the latter of timm
+    return out.permute(0, 3, 1, 2) if last and out.ndim == 4 else out
 
 
 def normalise(pixels: Tensor, how: str) -> Tensor:
-    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by ImageNet's statistics or by each picture's own."""
+    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by fixed statistics or each picture's own (`Network`)."""
     x = pixels.to(torch.float32)
+    if how == "picture":
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        variance = x.var(dim=(1, 2, 3), keepdim=True, correction=0)
+        return (x - mean) * (variance + 1e-5).rsqrt()
+    mean, deviation = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255 for values in statistics(how))
+    return (x - mean) / deviation
+
+
+def statistics(how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the three colours in 0..1 that "imagenet" or "R,G,B/R,G,B" stand for."""
     if how == "imagenet":
-        mean, deviation = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255 for values in IMAGENET)
-        return (x - mean) / deviation
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    variance = x.var(dim=(1, 2, 3), keepdim=True, correction=0)
-    return (x - mean) * (variance + 1e-5).rsqrt()
+        return IMAGENET
+    mean, deviation = (tuple(float(number) for number in part.split(",")) for part in how.split("/"))
+    return mean, deviation
+
+
+def statistics_name(mean: Sequence[float], deviation: Sequence[float]) -> str:
+    """The reverse of `statistics`."""
+    if (tuple(mean), tuple(deviation)) == IMAGENET:
+        return "imagenet"
+    return "/".join(",".join(repr(float(number)) for number in part) for part in (mean, deviation))
 
 
 def save(path: Path, state: Mapping[str, Tensor], network: Network) -> None:

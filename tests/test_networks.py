@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models as zoo
+from torchvision.models import vision_transformer
 from torchvision.transforms.v2 import functional as v2
 
 from ktransfer import networks
@@ -154,14 +155,22 @@ def test_layers_of_torchvisions_networks_are_maps():
     network = Network("resnet18", size=64, classes=4)
     model = networks.build(network, 0, "t")
     found = networks.layers(network, model)
-    assert list(found) == ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    assert list(found) == ["stem", "layer1", "layer2", "layer3", "layer4"]
     assert model.training
     model.eval()
     x = noise(2, 3, 64, 64)
     maps = networks.feature_maps(model, found, x)
     with torch.no_grad():
-        expected = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
+        stem = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        expected = model.layer1(stem)
+    torch.testing.assert_close(maps["stem"].detach(), stem)
     torch.testing.assert_close(maps["layer1"].detach(), expected)
+
+    network = Network("torchvision:alexnet", size=96)
+    model = networks.build(network, 0, "t")
+    found = networks.layers(network, model)
+    assert found == {f"conv{n}": f"features.{place}" for n, place in enumerate((1, 4, 7, 9, 11), start=1)}
+    assert all(isinstance(model.get_submodule(path), nn.ReLU) for path in found.values())
 
     network = Network("mobilenet_v3_small", size=96, classes=4)
     model = networks.build(network, 0, "t")
@@ -184,6 +193,43 @@ def test_maps_of_a_swin_transformer_have_their_channels_first():
         convolution = model.features[0][0](x)
     plain = F.layer_norm(convolution.permute(0, 2, 3, 1), (96,), eps=1e-5).permute(0, 3, 1, 2)
     torch.testing.assert_close(maps["features.0"].detach(), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_a_vision_transformer(monkeypatch):
+    made = vision_transformer._vision_transformer
+    small = {"num_layers": 2, "num_heads": 2, "hidden_dim": 24, "mlp_dim": 48}
+    monkeypatch.setattr(vision_transformer, "_vision_transformer", lambda **given: made(**given | small))
+    network = Network("vit_b_16", size=48, classes=3)
+    model = networks.build(network, 0, "t").eval()
+    found = networks.layers(network, model)
+    assert list(found) == ["blocks.0", "blocks.1", "norm"]
+    x = noise(2, 3, 48, 48)
+    with torch.no_grad():
+        tokens = torch.cat([model.class_token.expand(2, -1, -1), model.conv_proj(x).flatten(2).transpose(1, 2)], 1)
+        tokens = tokens + model.encoder.pos_embedding
+        for name, block in zip(found, model.encoder.layers, strict=False):
+            tokens = block(tokens)
+            cls, mean, patch = (
+                networks.feature_maps(model, found, x, token)[name] for token in ("cls", "mean", "patch")
+            )
+            torch.testing.assert_close(cls, tokens[:, 0, :, None, None])
+            torch.testing.assert_close(mean[:, :, 0, 0], tokens[:, 1:].mean(1))
+            assert patch.shape == (2, 24, 3, 3)
+            torch.testing.assert_close(patch[:, :, 1, 2], tokens[:, 1 + 3 * 1 + 2])
+        last = networks.feature_maps(model, found, x, "cls")["norm"][:, :, 0, 0]
+        torch.testing.assert_close(model.heads(last), model(x))
+    with pytest.raises(UsageError, match=r"--size 40: vit_b_16 has patches of 16 pixels; give a multiple of 16"):
+        networks.build(replace(network, size=40), 0, "t")
+
+
+def test_statistics_have_names():
+    mean, deviation = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
+    name = networks.statistics_name(mean, deviation)
+    assert networks.statistics(name) == (mean, deviation)
+    assert networks.statistics_name(*networks.IMAGENET) == "imagenet"
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    expected = v2.normalize(pixels.float() / 255, mean, deviation)
+    torch.testing.assert_close(networks.normalise(pixels, name), expected)
 
 
 def test_an_unknown_layer_leaves_no_hooks():

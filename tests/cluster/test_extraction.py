@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torchvision.models.vgg import cfgs, make_layers
 
 from ktransfer import networks
+from ktransfer.cli import main
 from ktransfer.cluster import extract, extraction
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import StageError, UsageError
@@ -209,7 +210,15 @@ def test_a_teacher_of_its_own(run, tmp_path):
     ("options", "words"),
     [
         ({"layer": "conv9"}, r"--layer conv9: vgg16_bn.*conv1_1, conv1_2.*conv4_3"),
-        ({"layer": "list"}, r"valid: conv1_1"),
+        ({"token": "cls"}, r"--token cls: vgg16_bn is no transformer with tokens; leave --token away"),
+        ({"arch": "resnet18"}, r"--arch resnet18: says what --teacher is, and none is named"),
+        ({"weights": "w.pth"}, r"--weights w.pth: says what --teacher is, and none is named"),
+        ({"teacher": "hog", "arch": "resnet18"}, r"--teacher hog says what it is; leave --arch away"),
+        ({"teacher": "hog", "pool": 2}, r"--pool 2: hog is not pooled"),
+        ({"teacher": "hog", "size": 30}, r"--size 30: hog has cells of 8 pixels"),
+        ({"teacher": "hog", "layer": "conv1"}, r"--layer conv1: hog has no such layer; valid: hog"),
+        ({"teacher": "torchvision:resnet81"}, r"no such network; did you mean 'resnet18'"),
+        ({"teacher": "hogg"}, r"--teacher hogg: no such file; give .*hog or pixels"),
         ({"size": 5}, r"--size 5: vgg16_bn does not take pictures so small"),
         ({"teacher": "none.safetensors"}, "none.safetensors"),
         ({"data": "nowhere"}, "nowhere does not exist"),
@@ -222,6 +231,20 @@ def test_misuse_is_one_line_and_writes_nothing(run, options, words):
         extract(run, **options)
     assert "\n" not in str(caught.value)
     assert not (run / "features").exists()
+
+
+def test_the_list_of_layers_is_an_answer(run, capsys):
+    before = sorted(run.rglob("*"))
+    assert main(["--run", str(run), "extract", "--layer", "list"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    side = networks.describe(run / "pretext" / "model.safetensors").size
+    assert shown[0].startswith(f"vgg16_bn, pictures of {side} x {side}: ")
+    names = [f"conv{block}_{place}" for block in (1, 2, 3, 4) for place in range(1, 3 + (block > 2))]
+    assert [line.split()[0] for line in shown[1:]] == names
+    assert shown[1].split()[1:] == ["8", "x", str(side), "x", str(side)]
+    assert sorted(run.rglob("*")) == before
+    assert main(["--run", str(run), "extract", "--teacher", "hog", "--layer", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["hog", "36", "x", "7", "x", "7"]
 
 
 def test_without_teacher_or_pictures(tmp_path):

@@ -1,0 +1,41 @@
+"""Networks of torchvision and of timm by name, with fresh weights."""
+
+import importlib
+from typing import Any
+
+from torch import nn
+from torchvision import models as zoo
+
+from ktransfer.errors import UsageError
+
+TORCHVISION, TIMM = "torchvision:", "timm:"
+
+
+def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
+    """A classifier of torchvision, with or without the prefix, for pictures of `size` pixels.
+
+    Raises:
+        UsageError: a vision transformer whose patches do not divide the picture.
+    """
+    name = arch.removeprefix(TORCHVISION)
+    special: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if name.startswith("vit_"):
+        patch = int(name.rsplit("_", 1)[1])
+        if size % patch:
+            raise UsageError(f"--size {size}: {name} has patches of {patch} pixels; give a multiple of {patch}")
+        special = {"image_size": size}
+    made = zoo.get_model(name, weights=None, num_classes=classes, **special)
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def of_timm(arch: str, size: int) -> nn.Module:
+    """A network of timm, with the prefix, without its classifier, for pictures of `size` pixels."""
+    timm: Any = importlib.import_module("timm")
+    name = arch.removeprefix(TIMM)
+    try:  # transformers must know the side of the pictures, other networks do not take it
+        made = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
+    except TypeError:
+        made = timm.create_model(name, pretrained=False, num_classes=0)
+    assert isinstance(made, nn.Module)
+    return made
