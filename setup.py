@@ -4,8 +4,8 @@ from setuptools import Extension, find_packages, setup
 
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 
-# Loaded by ctypes (cluster/native.py), so it needs no header of Python. Where it does not compile, the dense product in
-# cluster/exact.py stands in.
+# Loaded by ctypes (cluster/native.py), so it needs no header of Python. Where it does not compile, dense products in
+# numpy (cluster/dense.py) stand in.
 EXACT = Extension(
     "ktransfer.cluster._exact",
     ["cluster/exact.cpp"],

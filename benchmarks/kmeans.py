@@ -61,15 +61,17 @@ def make(kind: str, n: int, d: int) -> np.ndarray:
 def lloyd(
     data: np.ndarray, start: np.ndarray, iterations: int, nearest: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """What one writes by hand, in chunks of 8192 rows: `nearest` is given rows and centroids."""
+    """What one writes by hand, in chunks of 1024 rows: `nearest` is given rows and centroids."""
+    from scipy.sparse import csr_matrix
+
     centroids = start.copy()
     for _ in range(iterations):
-        labels = np.concatenate([nearest(data[i : i + 8192], centroids) for i in range(0, len(data), 8192)])
-        order = np.argsort(labels, kind="stable")
-        present, first = np.unique(labels[order], return_index=True)
-        sums = np.add.reduceat(data[order], first, axis=0)
-        counts = np.diff([*first, len(order)])
-        centroids[present] = sums / counts[:, None]
+        labels = np.concatenate([nearest(data[i : i + 1024], centroids) for i in range(0, len(data), 1024)])
+        ones = np.ones(len(data), np.float32)
+        members = csr_matrix((ones, (labels, np.arange(len(data)))), (len(centroids), len(data)))
+        counts = np.bincount(labels, minlength=len(centroids))
+        centroids = np.where(counts[:, None] > 0, members @ data / np.maximum(counts, 1)[:, None], centroids)
+        centroids = centroids.astype(np.float32)
     return centroids
 
 
@@ -127,7 +129,9 @@ def with_superkmeans(data: np.ndarray, start: np.ndarray, iterations: int) -> np
     from superkmeans import SuperKMeans  # type: ignore[import-not-found,unused-ignore]
 
     k, d = start.shape
-    return np.asarray(SuperKMeans(k, d, iters=iterations, sampling_fraction=1.0, use_hierarchical=False).train(data))
+    options = {"hierarchical": False, "sampling_fraction": 1.0, "early_termination": False, "tol": 0.0}
+    trained = SuperKMeans(k, d, iters=iterations, max_points_per_cluster=len(data), **options)
+    return np.asarray(trained.train(data), np.float32).reshape(k, d)
 
 
 def with_sklearn(data: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:

@@ -104,9 +104,9 @@ def assign_balanced(rows: Rows, centroids: NDArray[np.float32], passes: int = 30
         for step in range(ROUNDS):
             shown.total = (passes + 2 * step + 2) * rows.count
             lists, labels = _shortlist(rows, costs, prices, shown.update)
-            _equalise(
-                rows, costs, lists, labels, prices
-            )  # its prices make better lists, should these have been too short
+            # Its prices make better lists, should these have been too short.
+            _equalise(rows, costs, lists, labels, prices)
+            del lists  # as large as the next ones
             again = _measure(rows, costs, centroids, origin, labels, prices, shown.update)
             bound = max(found.bound, again.bound)
             found = (again if again.cost < found.cost else found)._replace(bound=bound)

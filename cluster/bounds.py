@@ -21,13 +21,16 @@ SAFETY = 1.05  # covers the higher orders of `UNIT` in each count of links
 PREFIXES = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 FIRST_PREFIX = 64  # the same before the first pass, when the centroids are rarely averages
 FIRST_ROWS = 8192  # below, the first pass is dense without a look
-PAIR_ROWS = 2048  # below, pairs are not worth a look
+PAIR_ROWS = 16384  # below, pairs are not worth a look
+FEW_COLUMNS = 32  # below, nothing is
 SAMPLE = 512
 CHOOSE_AT = (0, 1, 4)  # passes before which directions are chosen: the spectrum settles in the first few
 DENSE_COST = 0.8  # bounds must promise to be below this share of a dense pass
 CHOICE_WORK = 0.5  # of a dense pass that finding directions may take, at half its speed
 HOPELESS = 2.0  # dense passes that bounds may cost before they are tried no more
 SMALL = 384  # columns up to which all eigenvectors are found at once
+ROW_COST = 40.0  # of a row under bounds whatever is left of it, in products of the tiled kernel
+KEEP_COST = 0.1  # of writing bounds of pairs, in dense passes
 DOT_COST = 4.5  # a survivor's product of full length, in products of the tiled kernel
 READ_COST = 32.0  # reading the bound of a pair, in multiplications of the tiled kernel
 
@@ -77,6 +80,7 @@ class Pairs:
         seen: (s, k) float32, distances of the sample to those centroids.
         regret: dense passes that bounds of the respective pass before would have saved since.
         used: whether a pass has gone by them.
+        whole: whether the pass that writes them came to its end.
     """
 
     bounds: NDArray[np.uint16]
@@ -85,6 +89,7 @@ class Pairs:
     seen: Floats
     regret: float = 0.0
     used: bool = False
+    whole: bool = False
 
 
 @dataclass
@@ -99,7 +104,8 @@ class Memory:
         passes: how many there were.
         vectors, basis, projected: directions to choose from, those chosen, and the rows in them.
         places, sample: some rows, to estimate costs on.
-        centroids, seen: those of the pass before, and the sample's distances to them.
+        last: centroids of the pass before.
+        centroids, seen: those of the last pass that looked at pairs, and the sample's distances to them.
         pairs: the bounds of pairs, if any.
     """
 
@@ -114,6 +120,7 @@ class Memory:
     projected: Floats | None = None
     sample: Floats | None = None
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    last: Floats | None = None
     centroids: Floats | None = None
     seen: Floats | None = None
     pairs: Pairs | None = None
@@ -121,7 +128,7 @@ class Memory:
 
 def aim(centroids: Floats, origin: Floats | None = None) -> Target:
     """The centroids centred on their mean, or on an earlier one."""
-    raw = np.ascontiguousarray(centroids, np.float32)
+    raw = np.array(centroids, np.float32, order="C")  # a copy: the caller may go on writing to his
     middle = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
     origin = middle if origin is None else origin
     centred = raw - origin
@@ -145,19 +152,34 @@ def moved(now: Floats, then: Floats) -> Doubles:
     return far
 
 
+def jumped(centroids: Floats, memory: Memory) -> bool:
+    """Whether these centroids cannot come from those of the pass before: another number, or another start.
+
+    Bounds and labels of the pass before would still be right, but cost more than none.
+    """
+    then = memory.last
+    if then is None or then.shape != centroids.shape:
+        return then is not None
+    few = np.linspace(0, len(then) - 1, min(len(then), 64)).astype(int)
+    now, before = centroids[few].astype(np.float64), then[few].astype(np.float64)
+    # After the second pass, centroids move by a small part of what is between them.
+    far = np.square(now - before).sum() > 0.25 * np.square(before - before.mean(axis=0)).sum()
+    return memory.passes > 1 and bool(far)
+
+
 def choose(centroids: Floats, memory: Memory) -> str:
     """The kind of the coming pass: `projected`, `pairs`, `dense`, or `keeping` (dense, and bounds of pairs are kept).
 
     `memory.basis` and `memory.pairs` are brought up to date; a change of kind is told with its reason.
     """
     n, k = memory.rows.count, len(centroids)
-    if n < FIRST_ROWS and not memory.passes:
+    if centroids.shape[1] < FEW_COLUMNS or (n < FIRST_ROWS and not memory.passes):
         return "dense"
     if memory.basis is not None and memory.passes not in CHOOSE_AT:
         return "projected"
     if memory.sample is None:
         memory.places, memory.sample = _sample(memory.rows)
-    fits = 2 * n * k <= memory.room and n >= PAIR_ROWS
+    fits = 2 * n * (k + -k % 32) <= memory.room and n >= PAIR_ROWS
     if not fits and memory.passes not in CHOOSE_AT:
         return "dense"
     target = aim(centroids)
@@ -196,18 +218,18 @@ def _tell(memory: Memory, kind: str, share: float, cost: float) -> None:
 
 def _choose_pairs(target: Target, memory: Memory, labels: NDArray[Any], now: Floats) -> str:
     """Bounds of pairs where they pay on the sample; they are made anew when that would have paid."""
-    d = target.raw.shape[1]
+    k, d = target.raw.shape
     own = now[np.arange(len(now)), labels][:, None]
 
     def left(seen: Floats, then: Floats) -> tuple[float, float]:
         share = float((seen - moved(target.raw, then).astype(np.float32) <= own).mean())
-        return share, (READ_COST + DOT_COST * share * (d + 64)) / (d + 8) + 0.02
+        return share, (READ_COST + DOT_COST * share * (d + 64)) / (d + 8) + ROW_COST / k + 0.02
 
     fresh = np.inf
     if memory.seen is not None and memory.centroids is not None:
         fresh = left(memory.seen, memory.centroids)[1]
     memory.seen, memory.centroids = now, target.raw
-    if memory.pairs is not None:
+    if memory.pairs is not None and memory.pairs.whole:
         share, cost = left(memory.pairs.seen, memory.pairs.centroids)
         memory.pairs.regret += cost - fresh
         if cost < DENSE_COST and memory.pairs.regret < 1:
@@ -215,7 +237,7 @@ def _choose_pairs(target: Target, memory: Memory, labels: NDArray[Any], now: Flo
                 _tell(memory, "bounds of pairs", share, cost)
             memory.pairs.used = True
             return "pairs"
-    return "keeping" if fresh < DENSE_COST else "dense"
+    return "keeping" if fresh + KEEP_COST < DENSE_COST else "dense"
 
 
 def keep_pairs(target: Target, memory: Memory, width: int) -> Pairs:
@@ -244,11 +266,11 @@ def _choose_basis(target: Target, memory: Memory, labels: NDArray[Any], limit: f
         return
     assert memory.sample is not None
     shares = _shares_left(target, memory.sample, labels, memory.vectors, widths)
-    costs = [_cost(p, d, share, not memory.passes) for p, share in zip(widths, shares, strict=True)]
+    costs = [_cost(p, k, d, share, not memory.passes) for p, share in zip(widths, shares, strict=True)]
     best = int(np.argmin(costs))
     if memory.passes and costs[best] > HOPELESS:
         memory.vectors = memory.vectors[:, :0]
-    if costs[best] >= limit:
+    if not costs[best] < limit:  # NaN near the limits of float32
         return
     chosen = np.ascontiguousarray(memory.vectors[:, : widths[best]])
     wide = chosen.astype(np.float64)
@@ -258,9 +280,9 @@ def _choose_basis(target: Target, memory: Memory, labels: NDArray[Any], limit: f
         _tell(memory, f"bounds in {widths[best]} of {d} dimensions", shares[best], costs[best])
 
 
-def _cost(p: int, d: int, share: float, guess: bool) -> float:
+def _cost(p: int, k: int, d: int, share: float, guess: bool) -> float:
     """Of a projected pass, in dense passes: the small product with its filter, and the survivors' dots."""
-    return (1 + guess) * (p + 9) / (d + 8) + DOT_COST * share * (d + 64) / d + 0.02
+    return (1 + guess) * (p + 9) / (d + 8) + DOT_COST * share * (d + 64) / d + (ROW_COST + guess * p) / k + 0.02
 
 
 def _leading(matrix: Floats, width: int) -> Floats:
@@ -269,8 +291,10 @@ def _leading(matrix: Floats, width: int) -> Floats:
     How good they are is a matter of speed only.
     """
     d = matrix.shape[1]
-    if not width:
+    top = float(np.abs(matrix).max())
+    if not width or not 0 < top < np.inf:
         return np.empty((d, 0), np.float32)
+    matrix = matrix / np.float32(top)  # squares of large numbers would overflow
     if d <= SMALL:
         return np.linalg.eigh((matrix.T @ matrix).astype(np.float64))[1][:, : -width - 1 : -1].astype(np.float32)
     basis = np.random.default_rng(0).standard_normal((d, width + 16)).astype(np.float32)

@@ -1,6 +1,7 @@
 """`clusters.h5`: the centroids, how they came about, and what features they belong to."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def read_start(path: Path, k: int, dim: int | None, normalise: bool) -> NDArray[
             given = np.load(path, mmap_mode="r", allow_pickle=False)
             if not isinstance(given, np.ndarray):
                 raise ValueError("an archive")
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"--start {path}: not a .npy file of centroids ({reason})") from error
     wanted = f"({k}, {'d' if dim is None else dim})"
@@ -132,6 +133,6 @@ def read_centroids(path: Path) -> Centroids:
                 projection = Projection(**{name: parts[name] for name in Projection._fields})
             source = {name: str(attributes[name]) for name in SOURCE}
             return Centroids(centroids, projection, bool(attributes["normalise"]), source)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error

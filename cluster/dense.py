@@ -42,8 +42,8 @@ def _scan(rows: Rows, centroids: Floats, tick: Callable[[int], object]) -> Pass:
             np.subtract(block[part], target.origin, out=centred[:count, :-1])
             np.matmul(centred[:count], columns, out=scores[:count])
             labels[part] = _nearest(block[part], centred[:count, :-1], scores[:count], target)
-            gap = np.subtract(block[part], target.raw[labels[part]], dtype=np.float64)
-            found.distances[start + begin : start + part.stop] = np.einsum("ij,ij->i", gap, gap)
+            gap = block[part] - target.raw[labels[part]]
+            found.distances[start + begin : start + part.stop] = np.einsum("ij,ij->i", gap, gap, dtype=np.float64)
         found.labels[start:stop] = labels
         add_rows(found.sums, block, labels, None if rows.weights is None else rows.weights[start:stop])
         tick(stop - start)

@@ -38,6 +38,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -80,13 +81,23 @@ struct Job {
                float(TIE) * (length * length + longest * longest) + tiny;
     }
     // What |x|^2 - 2 s may be wrong by as a squared distance, and the width of a tie.
-    float distance_doubt(float length) const { return 2 * doubt(length, dense_error) + 3 * dot_error * length * length; }
+    float distance_doubt(float length) const {
+        return 2 * doubt(length, std::max(dense_error, dot_error)) + 3 * dot_error * length * length;
+    }
+    // Whether squared distances may come near the largest float32: then bounds of pairs say nothing.
+    bool too_far(float length) const { return !((length + longest) * (length + longest) < 1e38f); }
 };
 
 template <class F>
 void in_threads(int threads, F work) {
     std::vector<std::thread> others;
-    for (int t = 1; t < threads; t++) others.emplace_back(work, t);
+    for (int t = 1; t < threads; t++) {
+        try {
+            others.emplace_back(work, t);
+        } catch (const std::system_error&) {  // no more threads here
+            work(t);
+        }
+    }
     work(0);
     for (auto& other : others) other.join();
 }
@@ -151,9 +162,9 @@ T* room(std::vector<std::unique_ptr<void, decltype(&std::free)>>& all, int64_t c
 
 #define RUN(SET)                                                                                                     \
     using namespace SET;                                                                                             \
-    const int64_t width = kind == FILTERED || kind == GUESS ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;                      \
-    /* Rows are looked at several times under bounds, and should stay in the cache meanwhile. */                      \
-    const int64_t few = std::max<int64_t>(2, CACHED / (4 * job.d) / MR) * MR;                                        \
+    const int64_t width = kind == FILTERED || kind == GUESS ? job.p + 1 : job.d, panels = (job.k + NR - 1) / NR;     \
+    /* Rows are looked at several times under bounds, and should stay in the cache meanwhile. */                     \
+    const int64_t few = std::max<int64_t>(2, CACHED / (4 * job.d + 4) / MR) * MR;                                    \
     const int64_t step = kind == FILTERED || kind == PAIRED ? std::min<int64_t>(ROWS, few) : ROWS;                   \
     std::atomic<int64_t> next{0}, dots{0};                                                                           \
     std::atomic<bool> full{false};                                                                                   \

@@ -13,7 +13,7 @@ from ktransfer import __version__
 from ktransfer.progress import say
 
 from . import native
-from .bounds import SAFETY, UNIT, Basis, Floats, Memory, Target, aim, choose, keep_pairs, longest, moved
+from .bounds import SAFETY, UNIT, Basis, Floats, Memory, Target, aim, choose, jumped, keep_pairs, longest, moved
 from .dense import dense_engine
 from .engine import Engine, Pass, Rows, blocks, empty_pass
 
@@ -47,7 +47,7 @@ def exact_engine(
 
     def scan(rows: Rows, centroids: Floats, tick: Callable[[int], object]) -> Pass:
         nonlocal memory
-        if memory is None or memory.rows is not rows or len(memory.counts) != len(centroids):
+        if memory is None or memory.rows is not rows or jumped(centroids, memory):
             memory = Memory(rows, KEPT_BYTES if room is None else room, tell)
         return _scan(rows, centroids, tick, memory, chosen, threads)
 
@@ -76,12 +76,14 @@ def _scan(
         }
         work(start, stop, block)
         if rows.weights is not None:
-            block["weights"] = rows.weights[start:stop]
+            block["weights"] = np.ascontiguousarray(rows.weights[start:stop], np.float64)
         order = native.order(block["labels"], k)
         native.update(level, threads, fields | block | {"order": order, "sums": found.sums})
         tick(stop - start)
     found.counts[:] = np.bincount(found.labels, minlength=k)
-    memory.labels, memory.counts = found.labels, found.counts
+    memory.labels, memory.counts, memory.last = found.labels.copy(), found.counts, target.raw
+    if memory.pairs is not None:
+        memory.pairs.whole = True
     memory.passes += 1
     return found
 

@@ -305,7 +305,7 @@ static int64_t dense(const Scratch& s, const Job& job, int64_t rows) {
         centre(job.x + s.places[i] * job.d, job.origin, job.d, s.row);
         const float square = dot(s.row, s.row, job.d);
         s.lengths[i] = __builtin_sqrtf(square);
-        s.limit[i] = square - job.distance_doubt(s.lengths[i]);
+        s.limit[i] = job.too_far(s.lengths[i]) ? -__builtin_inff() : square - job.distance_doubt(s.lengths[i]);
     }
     if (job.bounds)
         scores<KEEP>(s, rows, job.d, job.k, job.packed, job.bias, nullptr, 0, job.bounds, job.scale);
@@ -347,7 +347,8 @@ static int64_t paired(const Scratch& s, const Job& job, int64_t rows) {
         const float square = dot(s.row, s.row, job.d), length = __builtin_sqrtf(square);
         const float own = dot(s.row, job.centroids + mine * job.d, job.d) + job.bias[mine];
         const float most = square - 2 * own + job.distance_doubt(length);
-        const V radius = splat(__builtin_sqrtf(most > 0 ? most : 0) * unit * (1 + 4 * 0x1p-24f));
+        const float far = __builtin_sqrtf(most > 0 ? most : 0) * unit * (1 + 4 * 0x1p-24f);
+        const V radius = splat(job.too_far(length) ? __builtin_inff() : far);
         const uint16_t* from = job.bounds + at * panels * NR;
         for (int64_t p = 0; p < panels; p++, from += NR) {
             const V r0 = radius + load(job.moved + p * NR), r1 = radius + load(job.moved + p * NR + W);

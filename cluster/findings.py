@@ -26,7 +26,7 @@ def check_features(features: Features, k: int) -> Findings:
     """Find what would spoil a clustering, in one pass over the valid rows.
 
     Raises:
-        UsageError: no valid row, NaN or infinity in one, or fewer than k distinct rows.
+        UsageError: no valid row, NaN, infinity or a number beyond 1e18 in one, or fewer than k distinct rows.
     """
     places = np.flatnonzero(features.valid)
     if not len(places):
@@ -37,17 +37,19 @@ def check_features(features: Features, k: int) -> Findings:
     digests = np.empty(len(places), np.uint64)
     broken: list[int] = []
     read = valid_rows(features)
+    # Beyond, squares overflow float32 and lengths with them; float16 cannot get there.
+    most = np.float32(1e18) if features.rows.dtype == np.float32 else np.float16(np.inf)
     with bar(len(places), "check features", "rows") as shown:
         for start, stop in blocks(len(places), columns):
             block = read(start, stop)
-            broken.extend(places[start:stop][~np.isfinite(block).all(axis=1)].tolist())
+            broken.extend(places[start:stop][~(np.abs(block) < most).all(axis=1)].tolist())
             constant &= (block == first).all(axis=0)
             digests[start:stop] = _digests(block)
             shown.update(stop - start)
     if broken:
         names = ", ".join(repr(features.keys[row]) for row in broken[:3])
         raise UsageError(
-            f"{features.path}: {len(broken)} rows hold NaN or infinity, first {names}: "
+            f"{features.path}: {len(broken)} rows hold NaN, infinity or numbers beyond 1e18, first {names}: "
             "extract the features again, with --dtype float32 if that does not help"
         )
     distinct = len(np.unique(digests))

@@ -257,7 +257,7 @@ def _iterate(
     means /= np.where(empty, 1, weights)[:, None]
     centroids = _unit(means, state.centroids) if spherical else means.astype(np.float32)
     centroids[empty] = state.centroids[empty]
-    splits = _split(rows, centroids, found, np.flatnonzero(found.counts < max(min_size, 1)), min_size)
+    splits = split_clusters(rows, centroids, found, np.flatnonzero(found.counts < max(min_size, 1)), min_size)
     if spherical and splits:
         centroids = _unit(centroids.astype(np.float64), centroids)
     return replace(
@@ -326,7 +326,9 @@ def _large_enough(rows: Rows, centroids: NDArray[np.float32], found: Pass, min_s
     return kept
 
 
-def _split(rows: Rows, centroids: NDArray[np.float32], found: Pass, empty: NDArray[np.int64], min_size: int = 0) -> int:
+def split_clusters(
+    rows: Rows, centroids: NDArray[np.float32], found: Pass, empty: NDArray[np.int64], min_size: int = 0
+) -> int:
     """Give each empty (or too small) cluster half of the heaviest one, in place; how many were filled.
 
     As in faiss, the two halves start a small step to either side of the old centroid. The step points to the cluster's

@@ -21,7 +21,7 @@ from ktransfer.errors import UsageError
 from ktransfer.progress import bar
 
 from .engine import Engine, Pass, Rows, add_rows, faiss_engine
-from .kmeans import Clustering, State, _split, first_state, kmeans
+from .kmeans import Clustering, State, first_state, kmeans, split_clusters
 from .starts import random_rows
 
 RUN = 16  # rows that are read together: single rows are slow to read, and neighbours are often alike
@@ -175,7 +175,7 @@ def _iterate(
         labels[places], squares[places] = found.labels, found.distances
         tick(len(block))
     empty = np.flatnonzero(counts == 0)
-    splits = _split(rows, centroids, Pass(labels, squares, sums, counts), empty)
+    splits = split_clusters(rows, centroids, Pass(labels, squares, sums, counts), empty)
     return replace(
         state,
         centroids=centroids,

@@ -30,12 +30,14 @@ def open_rows(
     engine: str,
     memory: float,
     label: str = "cluster",
+    extra: int = 0,
+    before: int = 0,
 ) -> tuple[Rows, Engine]:
     """The rows of a feature file and the engine for them, over all processes of the command; says the memory plan.
 
     Args:
         engine: its name.
-        memory: as for `plan_memory`.
+        memory, extra, before: as for `plan_memory`.
         label: of the line.
 
     Raises:
@@ -43,7 +45,7 @@ def open_rows(
         StageError: another process cannot open the same rows.
     """
     dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
-    plan = plan_memory(features, k, dim, memory)
+    plan = plan_memory(features, k, dim, memory, extra, before)
     say(f"{label}: {plan_line(plan)}{f'; so each of {ranks.count()} processes' if ranks.count() > 1 else ''}")
     rows = rows_of(features, projection, normalise, plan.kept)
     own = choose_engine(engine, plan.engine)
@@ -88,11 +90,14 @@ def over_ranks(engine: Engine, rows: Rows) -> Engine:
         ranks.tell({"do": "scan", "k": len(centroids)})
         ranks.spread(np.ascontiguousarray(centroids, np.float32))
         found = _scan(engine, part, centroids, scaled)
-        sums = ranks.total(np.column_stack([found.sums, found.counts]))
-        labels, distances = np.empty(rows.count, np.int32), np.empty(rows.count, np.float32)
-        labels[: part.count], distances[: part.count] = found.labels, found.distances
-        ranks.collect(labels, rows.count)
-        ranks.collect(distances, rows.count)
+        try:
+            sums = ranks.total(np.column_stack([found.sums, found.counts]))
+            labels, distances = np.empty(rows.count, np.int32), np.empty(rows.count, np.float32)
+            labels[: part.count], distances[: part.count] = found.labels, found.distances
+            ranks.collect(labels, rows.count)
+            ranks.collect(distances, rows.count)
+        except MemoryError as error:  # the others are waiting for numbers, not for the end
+            raise ranks.Lost("torchrun: the first process has no memory for the sums of all; give it more") from error
         return Pass(labels, distances, np.ascontiguousarray(sums[:, :-1]), sums[:, -1].astype(np.int64))
 
     return Engine(f"{engine.name}, {ranks.count()} processes", engine.version, scan)

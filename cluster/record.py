@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ktransfer import files, rng
 from ktransfer.progress import bar
 
+from .draws import random_sample
 from .engine import Rows, add_rows, blocks
 from .kmeans import Clustering
 from .quality import agreement, histogram, size_facts
@@ -44,7 +45,7 @@ class Survey(NamedTuple):
 
 def survey(rows: Rows, found: Clustering, sample: int) -> Survey:
     """Look once at all rows; `sample` of them (all, if there are fewer) are drawn by the clustering's seed."""
-    chosen = sample_rows(rows.count, sample, found.seed)
+    chosen = random_sample(rows.count, sample, found.seed, "cluster/sample")
     kept = np.empty((len(chosen), rows.dim), np.float32)
     distances = np.empty(rows.count, np.float32)
     moments = np.zeros(len(found.centroids))
@@ -66,13 +67,6 @@ def survey(rows: Rows, found: Clustering, sample: int) -> Survey:
     spreads = np.maximum(moments / sizes - np.einsum("ij,ij->i", sums, sums), 0)
     sums += found.centroids
     return Survey(distances, chosen, kept, sums, spreads)
-
-
-def sample_rows(count: int, sample: int, seed: int) -> NDArray[np.int64]:
-    """(min(sample, count),) int64: distinct rows below `count` in rising order, a function of the arguments."""
-    high, low = rng.words(seed, "cluster/sample", 0, torch.arange(count), 2).unbind(1)
-    drawn: NDArray[np.int64] = ((high << 31) ^ low).argsort(stable=True)[:sample].numpy()
-    return np.sort(drawn)
 
 
 def derived_seed(seed: int) -> int:

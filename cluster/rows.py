@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     stored: int
 
 
-def plan_memory(features: Features, k: int, dim: int, memory: float) -> Plan:
+def plan_memory(features: Features, k: int, dim: int, memory: float, extra: int = 0, before: int = 0) -> Plan:
     """Divide the memory, before the start.
 
     Args:
@@ -57,13 +57,16 @@ def plan_memory(features: Features, k: int, dim: int, memory: float) -> Plan:
         k: number of centroids.
         dim: numbers of a row after the PCA.
         memory: budget of a process in GB (10^9); 0: three quarters of what is free, for all processes here.
+        extra: bytes that the start, the algorithm or the assignment needs besides.
+        before: bytes that are needed before a row is kept, and free again then.
 
     Raises:
         UsageError: the budget is too small even with nothing kept.
     """
     count = int(features.valid.sum())
     first, last = ranks.share(count)
-    fixed = PROCESS_BYTES + CENTROID_BYTES * k * dim + (ROW_BYTES + 8 * (count < len(features.valid))) * count
+    fixed = PROCESS_BYTES + CENTROID_BYTES * k * dim + (ROW_BYTES + 8 * (count < len(features.valid))) * count + extra
+    fixed = max(fixed, PROCESS_BYTES + before)
     free = available_bytes() // ranks.here()
     budget = int(memory * 1e9) if memory else max(free * 3 // 4, min(free, fixed))
     if fixed > budget:

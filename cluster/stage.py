@@ -37,8 +37,9 @@ from .redo import best_of
 from .rows import plan_memory
 from .sheet import pictures_of, save_sheet
 from .sources import data_of, features_path, labelled_features, pretext_data, refuse_mismatch
-from .starts import STARTS, start_of
+from .starts import STARTS, sample_size, start_of
 
+BALANCED_BYTES = 144  # of a row, beyond a plain assignment
 OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", "work")
 
 
@@ -68,9 +69,10 @@ def cluster(run: str | Path, **options: Any) -> Path:
     config = replace(config, features=str(path), data=config.data or data_of(run, path))
     with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, "cpu") as step:
         file = step.folder / "clusters.h5"
-        if step.done:
-            return file
         work = step.folder / "work"
+        if step.done:
+            files.remove(work)  # left by a kill after the last file
+            return file
         findings = check_features(features, config.k)
         say(
             f"cluster: {findings.rows} rows of {findings.columns} numbers, {findings.distinct} distinct, "
@@ -78,7 +80,10 @@ def cluster(run: str | Path, **options: Any) -> Path:
         )
         given = _given_start(config, config.pca or findings.columns)
         projection = fit_projection(features, config.pca, config.whiten) if config.pca else None
-        rows, engine = open_rows(features, projection, config.normalise, config.k, config.engine, config.memory)
+        more = _extra_bytes(config, findings.rows, config.pca or findings.columns, findings.columns)
+        rows, engine = open_rows(
+            features, projection, config.normalise, config.k, config.engine, config.memory, "cluster", *more
+        )
         clustered = _clusterer(config, rows, engine, given, len(features.valid), work)
         found = replace(clustered(seed=config.seed), start=start)
         write_centroids(file, found, projection, config.normalise, features)
@@ -145,7 +150,14 @@ def assign(run: str | Path, **options: Any) -> Path:
             return step.folder / names[0]
         k = len(centroids.centroids)
         rows, engine = open_rows(
-            features, centroids.projection, centroids.normalise, k, config.engine, config.memory, "assign"
+            features,
+            centroids.projection,
+            centroids.normalise,
+            k,
+            config.engine,
+            config.memory,
+            "assign",
+            BALANCED_BYTES * int(features.valid.sum()) * config.balanced,
         )
         if config.balanced:
             even = assign_balanced(rows, centroids.centroids)
@@ -157,7 +169,7 @@ def assign(run: str | Path, **options: Any) -> Path:
         everywhere[features.valid] = labels
         far = np.full(len(features.valid), np.nan, np.float32)
         far[features.valid] = distances
-        fingerprint = str(features.attributes["fingerprint"])
+        fingerprint = str(features.attributes.get("fingerprint"))
         write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
         result = quality(everywhere, features.targets, k)
         step.finish([step.folder / name for name in names], result=result)
@@ -207,7 +219,8 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         raise UsageError(f"--pca {config.pca}: must be below the number of pictures, {count}; give a smaller one")
     refuse_sizes(config.k, config.min_size, count)
     if path:
-        plan_memory(features, config.k, dim or columns, config.memory)
+        dim = dim or columns
+        plan_memory(features, config.k, dim, config.memory, *_extra_bytes(config, count, dim, columns))
     _given_start(config, dim)
     return config
 
@@ -229,6 +242,14 @@ def _clusterer(
         once = partial(kmeans, min_size=config.min_size, spherical=config.spherical, **common)
     once = partial(once, rows, config.k, config.iterations)
     return partial(best_of, config.redo, rows, begun, once, work=work, spherical=config.spherical)
+
+
+def _extra_bytes(config: ClusterConfig, count: int, dim: int, columns: int) -> tuple[int, int]:
+    """What the start and the algorithm hold besides rows and centroids, and what the PCA needs before (plan_memory)."""
+    sample = sample_size(count, dim, config.k, config.start_sample)
+    extra = {"kmeans-parallel": 48 * count, "kmeans++": 5 * dim * sample}.get(config.start, 0)
+    groups = 2**28 + 28 * count if config.algorithm == "two-level" else 0
+    return extra + groups, 48 * columns**2 if config.pca else 0
 
 
 def _refuse_foreign_settings(config: ClusterConfig) -> None:

@@ -17,6 +17,7 @@ from ktransfer import rng
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
 
+from .draws import random_order, random_sample
 from .engine import BLOCK_NUMBERS, Engine, Rows, blocks, faiss_engine
 
 STARTS = ("random", "kmeans++", "kmeans-parallel")
@@ -74,13 +75,18 @@ def kmeans_plus_plus(
     Raises:
         UsageError: fewer than k distinct rows.
     """
-    size = min(rows.count, sample or max(k, min(SAMPLE_EACH * k, SAMPLE_NUMBERS // rows.dim)))
-    places = np.arange(rows.count) if size == rows.count else np.sort(_order(rows.count, seed)[:size])
+    size = sample_size(rows.count, rows.dim, k, sample)
+    places = np.arange(rows.count) if size == rows.count else random_sample(rows.count, size, seed, "cluster/start")
     if size < rows.count:
         say(f"k-means++: on {size} random rows of {rows.count}")
     weights = np.ones(size) if rows.weights is None else rows.weights[places]
     chosen = _choose(take(rows, places), weights, k, seed, candidates)
     return _filled(take(rows, places[chosen]), rows, k, seed)
+
+
+def sample_size(count: int, dim: int, k: int, sample: int = 0) -> int:
+    """Rows that k-means++ looks at, of `count`; `sample` of them where that is given."""
+    return min(count, sample or max(k, min(SAMPLE_EACH * k, SAMPLE_NUMBERS // dim)))
 
 
 def kmeans_parallel(rows: Rows, k: int, seed: int, engine: Engine | None = None) -> NDArray[np.float32]:
@@ -190,24 +196,18 @@ def _mended(
 def _filled(found: NDArray[np.float32], rows: Rows, k: int, seed: int) -> NDArray[np.float32]:
     """(k, d): `found`, at most k distinct rows, and as many others in a random order as are missing."""
     chosen = {_digest(row): row for row in found}
-    order = iter(_order(rows.count, seed).tolist() if len(chosen) < k else ())
+    order = iter(random_order(rows.count, seed, "cluster/start") if len(chosen) < k else ())
     while len(chosen) < k:
         place = next(order, None)
         if place is None:
             raise UsageError(f"k = {k}, but only {len(chosen)} distinct rows: take a smaller --k")
-        content = rows.read(place, place + 1)[0] + np.float32(0)
+        content = rows.read(int(place), int(place) + 1)[0] + np.float32(0)
         chosen.setdefault(_digest(content), content)
     return np.stack(list(chosen.values()))
 
 
 def _digest(row: NDArray[np.float32]) -> bytes:
     return blake2b(row.tobytes(), digest_size=16).digest()
-
-
-def _order(count: int, seed: int) -> NDArray[np.int64]:
-    high, low = rng.words(seed, "cluster/start", 0, torch.arange(count), 2).unbind(1)
-    order: NDArray[np.int64] = ((high << 31) ^ low).argsort(stable=True).numpy()
-    return order
 
 
 def _uniform(seed: int, purpose: str, step: int, count: int) -> NDArray[np.float64]:

@@ -197,6 +197,7 @@ def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
         assert count < (0.05 * 3000 * 200 if kind == native.FILTERED else 100)
     assert "bounds in" in capsys.readouterr().err
     flat = np.random.default_rng(0).random((3000, 256), dtype=np.float32)
+    monkeypatch.setattr(bounds, "PAIR_ROWS", 0)
     dots.clear()
     kmeans(rows_of(flat), 200, 12, engine=exact_engine())
     kinds = [kind for kind, _ in dots]
@@ -247,6 +248,89 @@ def test_bounds_of_pairs_are_lower_ones(level):
     lower = kept.view(np.float16)[:, :45].astype(np.float64) / 4
     assert (lower <= squares).all()
     np.testing.assert_allclose(lower, squares, rtol=1e-3, atol=1e-2)
+
+
+EDGES = {
+    "beyond": ([1.2, 1.15, -1.1, -1.0], [1.1, -1.1], [1.1, 1.2]),
+    "far apart": ([0.5, 0.49, -0.1, 0.0], [0.5, 0.0, -0.1, -0.2, -0.3], [1.6, 0.0, -3.0, -3.0, -3.0]),
+    "farther": ([0.5, 0.49, -0.1, 0.0], [0.5, 0.0, -0.1, -0.2, -0.3], [1.6, 0.0, *[-1.9] * 3]),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", EDGES)
+def test_bounds_of_pairs_near_the_largest_float32(level, name, monkeypatch):
+    """Squares that overflow must not exclude a pair."""
+    forced_bounds(monkeypatch)
+    monkeypatch.setattr(bounds, "FEW_COLUMNS", 0)
+    data, first, then = (np.array(values, np.float32)[:, None] * np.float32(1e19) for values in EDGES[name])
+    scan = exact_engine(level=level).scan
+    rows = rows_of(data)
+    for centroids in (first, first, first, then):
+        with np.errstate(all="ignore"):
+            found = scan(rows, centroids, lambda done: None)
+        np.testing.assert_array_equal(found.labels, nearest64(data, centroids)[0])
+
+
+@needs_extension
+def test_directions_of_nothing_and_of_the_largest_numbers():
+    assert bounds._leading(np.zeros((20, 400), np.float32), 16).shape == (400, 0)
+    large = np.random.default_rng(0).normal(size=(20, 400)).astype(np.float32) * np.float32(1e19)
+    assert np.isfinite(bounds._leading(large, 16)).all()
+    alike = np.ones((9000, 400), np.float32)
+    for found, centroids in steps({}, alike, alike[:1].copy(), 3):
+        check(found, alike, centroids)
+
+
+@needs_extension
+@pytest.mark.parametrize("widths", [(12,), ()])
+def test_the_caller_may_write_to_its_arrays(widths, monkeypatch):
+    forced_bounds(monkeypatch, *widths)
+    data = decaying(300, 40)
+    rows, scan = rows_of(data), exact_engine().scan
+    centroids = data[:30].copy()
+    for step in range(8):
+        found = scan(rows, centroids, lambda done: None)
+        check(found, data, centroids)
+        found.labels[:] = -1
+        centroids += np.random.default_rng(step).normal(size=centroids.shape).astype(np.float32) * 0.1
+
+
+@needs_extension
+def test_a_pass_that_broke_off_leaves_no_bounds(monkeypatch):
+    forced_bounds(monkeypatch)
+    data = decaying(300, 40)
+    broken = False
+
+    def read(start, stop):
+        if broken and start > 100:
+            raise OSError("gone")
+        return data[start:stop]
+
+    rows, scan = Rows(300, 40, read), exact_engine().scan
+    generator = np.random.default_rng(0)
+    for step in range(10):
+        centroids = data[:30] + generator.normal(size=(30, 40)).astype(np.float32) * 0.3
+        broken = step in (2, 5)
+        if broken:
+            with pytest.raises(OSError, match="gone"):
+                scan(rows, centroids, lambda done: None)
+            broken = False
+        check(scan(rows, centroids, lambda done: None), data, centroids)
+
+
+@needs_extension
+def test_another_start_begins_anew(monkeypatch):
+    data = decaying(3000, 256)
+    monkeypatch.setattr(bounds, "CHOICE_WORK", np.inf)
+    rows, engine_, seen = rows_of(data), exact_engine(), kinds_of(monkeypatch)
+    kmeans(rows, 200, 6, seed=0, engine=engine_)
+    assert native.FILTERED in {kind for kind, _ in seen}
+    seen.clear()
+    again = kmeans(rows, 200, 6, seed=1, engine=engine_)
+    assert seen[0][0] == native.DENSE
+    same(again, kmeans(rows, 200, 6, seed=1, engine=exact_engine()))
 
 
 @needs_extension

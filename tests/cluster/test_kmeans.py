@@ -251,7 +251,7 @@ def test_check_names_rows_that_are_not_finite():
     data[3, 2], data[9, 0], data[20, 1] = np.nan, np.inf, np.nan
     valid = np.ones(40, bool)
     valid[20] = False
-    with pytest.raises(UsageError, match=r"2 rows hold NaN or infinity, first 'p3.jpg', 'p9.jpg'"):
+    with pytest.raises(UsageError, match=r"2 rows hold NaN, infinity or numbers beyond 1e18, first 'p3.jpg', 'p9.jpg'"):
         check_features(features_of(data, valid), 2)
     with pytest.raises(UsageError, match="not one picture is valid"):
         check_features(features_of(data, np.zeros(40, bool)), 2)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import silhouette_samples
 
 from ktransfer.cluster import engine
+from ktransfer.cluster.draws import random_order, random_sample
 from ktransfer.cluster.engine import Rows
 from ktransfer.cluster.kmeans import kmeans
 from ktransfer.cluster.record import (
@@ -18,7 +19,6 @@ from ktransfer.cluster.record import (
     make_record,
     margins,
     record_summary,
-    sample_rows,
     silhouettes,
     survey,
     write_record,
@@ -97,12 +97,13 @@ def test_survey_measures_every_row_and_cluster():
 
 
 def test_the_sample_is_drawn_without_repetition_and_by_the_seed():
-    drawn = sample_rows(1000, 100, 4)
+    np.testing.assert_array_equal(np.sort(random_order(1000, 4, "x")[:100]), random_sample(1000, 100, 4, "x"))
+    drawn = random_sample(1000, 100, 4, "x")
     assert len(np.unique(drawn)) == 100 and (np.diff(drawn) > 0).all()
     assert drawn.max() > 900 and drawn.min() < 100
-    np.testing.assert_array_equal(drawn, sample_rows(1000, 100, 4))
-    assert (drawn != sample_rows(1000, 100, 5)).any()
-    np.testing.assert_array_equal(sample_rows(7, 100, 4), np.arange(7))
+    np.testing.assert_array_equal(drawn, random_sample(1000, 100, 4, "x"))
+    assert (drawn != random_sample(1000, 100, 5, "x")).any()
+    np.testing.assert_array_equal(random_sample(7, 100, 4, "x"), np.arange(7))
 
 
 def test_what_the_record_says():

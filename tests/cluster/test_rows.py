@@ -149,7 +149,7 @@ def test_nan_counts_only_in_valid_rows(tmp_path):
     with h5py.File(file) as made:
         assert made["counts"][:].sum() == valid.sum() and np.isfinite(made["centroids"][:]).all()
     data[10, 1] = np.inf
-    with pytest.raises(UsageError, match=r"1 rows hold NaN or infinity, first '10\.jpg'"):
+    with pytest.raises(UsageError, match=r"1 rows hold NaN, infinity or numbers beyond 1e18, first '10\.jpg'"):
         cluster(tmp_path / "new", features=str(feature_file(tmp_path / "g.h5", data, valid)), k=5)
 
 
