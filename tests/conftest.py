@@ -1,10 +1,14 @@
 """A run with a small teacher, trained once and copied for each test that wants it."""
 
 import shutil
+import signal
 
 import pytest
 
 SCENES = "scenes:images=40,size=48"
+
+# A suite that was started in the background inherits an ignored Ctrl-C, and so would the commands that it tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
