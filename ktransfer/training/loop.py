@@ -272,7 +272,8 @@ class Log:
         speed = {
             "lr": lr,
             "pictures_per_second": round(count / seconds, 1),
-            "data_wait": round(self.wait / seconds, 4),
+            # A wait that was going on at the start of the window counts whole.
+            "data_wait": round(min(self.wait / seconds, 1.0), 4),
             "memory_gb": round(memory_gb(device), 2),
         }
         self.note(step, epoch, means | speed)
