@@ -44,7 +44,7 @@ def check_features(features: Features, k: int) -> Findings:
             block = read(start, stop)
             broken.extend(places[start:stop][~(np.abs(block) < most).all(axis=1)].tolist())
             constant &= (block == first).all(axis=0)
-            digests[start:stop] = _digests(block)
+            digests[start:stop] = row_digests(block)
             shown.update(stop - start)
     if broken:
         names = ", ".join(repr(features.keys[row]) for row in broken[:3])
@@ -58,8 +58,8 @@ def check_features(features: Features, k: int) -> Findings:
     return Findings(len(places), distinct, columns, int(constant.sum()))
 
 
-def _digests(block: NDArray[Any]) -> NDArray[np.uint64]:
-    """(b,) uint64, alike for alike rows."""
+def row_digests(block: NDArray[Any]) -> NDArray[np.uint64]:
+    """(b,) uint64 for (b, d) contiguous floats: alike for rows that are the same point, -0 and 0 being one number."""
     bits = block.view(f"u{block.dtype.itemsize}")
     plain = np.where(bits == 1 << 8 * block.dtype.itemsize - 1, 0, bits)  # -0 is 0
     return np.frombuffer(b"".join(blake2b(row.tobytes(), digest_size=8).digest() for row in plain), np.uint64)

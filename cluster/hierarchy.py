@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
 
 from .engine import Engine, Rows, blocks, faiss_engine
+from .findings import row_digests
 from .kmeans import Clustering, State, kmeans, load_state, save_state
 
 CURVES = ("objective", "empties", "splits", "moved", "seconds")
@@ -120,9 +120,7 @@ def distinct_rows(rows: Rows, labels: NDArray[np.int32], groups: int) -> NDArray
     found["group"] = labels
     with bar(rows.count, "distinct rows", "rows") as shown:
         for start, stop in blocks(rows.count, rows.dim):
-            block = rows.read(start, stop) + np.float32(0)  # -0.0 and 0.0 are the same point
-            digests = b"".join(blake2b(row.tobytes(), digest_size=8).digest() for row in block)
-            found["digest"][start:stop] = np.frombuffer(digests, np.uint64)
+            found["digest"][start:stop] = row_digests(rows.read(start, stop))
             shown.update(stop - start)
     return np.bincount(np.unique(found)["group"], minlength=groups)
 

@@ -331,6 +331,17 @@ def _rows_done(progress: Path, spec: str) -> int | None:
     return int(saved["rows"]) if saved.get("spec") == spec else None
 
 
+def allocated_early() -> Any:
+    """HDF5's properties of a data set whose place in the file is fixed at once, with nothing written there."""
+    import h5py
+
+    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    early.set_obj_track_times(False)
+    return early
+
+
 def _create(
     part: Path, encoded: NDArray[Any], targets: NDArray[np.int32], dim: int, dtype: str, header: Mapping[str, Attribute]
 ) -> None:
@@ -340,10 +351,7 @@ def _create(
     # HDF5 meets a full disk with a page of messages, at worst a crash: so the disk is asked first.
     head = encoded.nbytes + n * 5 + HEADER_BYTES
     reserve(part, head + n * dim * np.dtype(dtype).itemsize, head)
-    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    early.set_obj_track_times(False)
+    early = allocated_early()
     with h5py.File(part, "w") as file:
         for name, value in header.items():
             file.attrs[name] = value

@@ -24,7 +24,7 @@ from PIL import features
 from ktransfer import files, packs
 from ktransfer.dataset import Dataset
 from ktransfer.errors import StageError, UsageError
-from ktransfer.features import HEADER_BYTES, encode_keys
+from ktransfer.features import HEADER_BYTES, allocated_early, encode_keys
 from ktransfer.progress import say
 
 _LEAST = 2**13  # a shorter data set would share a block with others, and its place depend on its length
@@ -222,10 +222,7 @@ def _write_head(
     # HDF5 meets a full disk with a page of messages, at worst a crash: so the disk is asked first.
     needed = sum(table.nbytes for table in tables.values()) + HEADER_BYTES
     files.reserve(path, needed + length, needed)
-    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    early.set_obj_track_times(False)
+    early = allocated_early()
     with h5py.File(path, "w") as file:
         for name, value in attributes.items():
             file.attrs[name] = value
