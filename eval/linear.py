@@ -6,53 +6,51 @@ learning rate chosen on a tenth of the training part, which the probes do not le
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ktransfer import networks, rng
-from ktransfer.augment import centre_crop
-from ktransfer.config import nearest
 from ktransfer.dataset import Dataset
-from ktransfer.errors import StageError, UsageError
-from ktransfer.features import Features, create_or_resume, open_features
+from ktransfer.errors import UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken, readable, reasons
-from ktransfer.progress import bar, say
+from ktransfer.pictures import Pictures, readable, reasons
+from ktransfer.progress import say
+from ktransfer.run import need_disk
 from ktransfer.training import loop
 from ktransfer.training.loop import Source
 
+from .arms import Arm, model_of
 from .config import EvalConfig
-from .probe import Layer, Probes, Views, hold_out, optimiser, predictions, probe_loss, scores
+from .maps import FORWARD_BATCH, Computed, Views, cached_maps, choose_layers, map_bytes, pooled_maps
+from .probe import Probes, hold_out, optimiser, predictions, probe_loss, scores
+from .protocols import Judged
 
 PROTOCOL = "linear/1"
+TITLE = "linear probe"
+MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %"}
 HELD_OUT = 0.1
-GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
-NUMBERS = 9216  # about what those grids give; for all other layers
-FORWARD_BATCH = 64
 SAMPLE = 4096  # pictures on which the channels are standardised
-Pooled = Callable[[Tensor, Tensor], Tensor]
-"""(b, 3, s, s) uint8 pictures and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One network to be judged: its own weights, or fresh ones where `weights` is None."""
+def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+    """Find wrong rates and layers, and how much disk the maps need.
 
-    name: str
-    network: Network
-    weights: Path | None
+    Raises:
+        UsageError: one line.
+    """
+    rates(config)
+    for network in judged:
+        layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
+        needed = map_bytes(layers, parts, config)
+        if needed <= config.cache * 1e9:
+            need_disk(run, needed, "eval")
 
 
-def judge(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
-) -> dict[str, Any]:
+def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Judged:
     """Probe accuracies of one network, layer by layer.
 
     Args:
@@ -60,23 +58,23 @@ def judge(
         folder: for what is written on the way; all of it is removed at the end.
 
     Returns:
-        {"task", "arch", "width", "layers": {name: {"top1": ..., "lr": ..., ...}}, "broken": [picture and reason, ...]}.
+        `Judged`; for each layer its best learning rate, and what each rate reached on the pictures held out for that.
     """
     train, test = parts
-    model = _model(arm, config.seed).to(device).eval()
+    model = model_of(arm, config.seed).to(device).eval()
     layers = choose_layers(model, arm.network, config.layers)
     paths = networks.layers(arm.network, model)
     chosen = {layer.name: paths[layer.name] for layer in layers}
 
-    pooled = partial(_pooled, model, arm.network, layers, chosen, config, device)
+    pooled = partial(pooled_maps, model, arm.network, layers, chosen, config, device)
     side, numbers = round(arm.network.size * 8 / 7), layers[-1].stop
     if map_bytes(layers, parts, config) <= config.cache * 1e9:
         views = [
-            _cached(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
+            cached_maps(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
             for mirror in (False, True)
         ]
         plain: Source = Views(views[:1])
-        of_test = _cached(folder / "test.h5", pooled, numbers, side, test, config, False)
+        of_test = cached_maps(folder / "test.h5", pooled, numbers, side, test, config, False)
         tested: Source = Views([of_test])
         source: Source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
@@ -122,18 +120,13 @@ def judge(
         "task": arm.network.task,
         "arch": arm.network.arch,
         "width": arm.network.width,
-        "layers": found,
+        "scores": found,
         "broken": [
             f"{data.name}/{data.keys[row]}: {reason}"
             for data, rows in zip(parts, broken, strict=True)
             for row, reason in rows.items()
         ],
     }
-
-
-def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
-    """Bytes of the maps of all pictures: two views of the training part, one of the test part."""
-    return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)
 
 
 def rates(config: EvalConfig) -> list[float]:
@@ -151,113 +144,6 @@ def rates(config: EvalConfig) -> list[float]:
     return found
 
 
-def choose_layers(model: nn.Module, network: Network, names: str | None) -> list[Layer]:
-    """The layers to judge, and the grid that their maps are averaged to.
-
-    Raises:
-        UsageError: an unknown layer, or pictures too small for the network.
-    """
-    with networks.fitting(network):
-        known = networks.layers(network, model)
-    if names:
-        chosen = [name.strip() for name in names.split(",")]
-    elif set(GRIDS) <= set(known):
-        chosen = list(GRIDS)
-    else:
-        chosen = list(known)[:: max(1, len(known) // 5)][-5:]
-    if not chosen:
-        raise UsageError(f"--size {network.size}: no layer of {network.arch} leaves a map; give a larger --size")
-    wrong = [name for name in chosen if name not in known]
-    if wrong:
-        raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
-    device = next(model.parameters()).device
-    with networks.fitting(network), torch.no_grad():
-        picture = torch.zeros(1, 3, network.size, network.size, device=device)
-        maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, picture)
-    layers: list[Layer] = []
-    start = 0
-    for name in chosen:
-        channels, side = maps[name].shape[1], maps[name].shape[-1]
-        grid = min(side, GRIDS.get(name, max(1, round((NUMBERS / channels) ** 0.5))))
-        layers.append(Layer(name, channels, grid, start, start + channels * grid**2))
-        start = layers[-1].stop
-    return layers
-
-
-def _model(arm: Arm, seed: int) -> nn.Module:
-    if arm.weights is None:
-        return networks.build(arm.network, seed, "eval/random")
-    return networks.load(arm.weights, arm.network)
-
-
-@torch.no_grad()
-def _pooled(
-    model: nn.Module,
-    network: Network,
-    layers: list[Layer],
-    paths: dict[str, str],
-    config: EvalConfig,
-    device: torch.device,
-    pixels: Tensor,
-    mirrored: Tensor,
-) -> Tensor:
-    """The maps of all layers, averaged to their grids, in one pass over the trunk (see `Pooled`)."""
-    squares = centre_crop(pixels.to(device), network.size)
-    squares = torch.where(mirrored[:, None, None, None].to(device), squares.flip(-1), squares)
-    with loop.autocast(config, device):
-        maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
-    pooled = [F.adaptive_avg_pool2d(maps[layer.name].float(), layer.grid).flatten(1) for layer in layers]
-    return torch.cat(pooled, dim=1).cpu()
-
-
-def _cached(
-    path: Path, pooled: Pooled, numbers: int, side: int, data: Dataset, config: EvalConfig, mirror: bool
-) -> Features:
-    """The maps of every picture (`numbers` each, of squares of `side` pixels), kept on disk and resumable."""
-    if path.is_file():
-        return open_features(path)
-    writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
-    pictures = Pictures(data, side, config.workers, cache_bytes=0)
-    rows = torch.arange(writer.rows_done, len(data))
-    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown:
-        for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
-            features = torch.where(valid[:, None], pooled(pixels, torch.full((len(chosen),), mirror)), 0.0)
-            writer.write(int(chosen[0]), features.numpy(), valid.numpy())
-            shown.update(len(chosen))
-    check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
-    writer.finish()
-    return open_features(path)
-
-
-class Computed:
-    """The maps that `Views` reads, computed when they are asked for and rounded as they would be kept.
-
-    They depend on what else is in a batch by no more than the rounding of the trunk's sums.
-    """
-
-    def __init__(self, pooled: Pooled, pictures: Pictures, views: int, dtype: str) -> None:
-        self.pooled, self.pictures, self.count = pooled, pictures, views
-        self.dtype = torch.float16 if dtype == "float16" else torch.float32
-
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
-
-        Raises:
-            StageError: a number is not finite, or does not fit float16.
-        """
-        wanted = list(rows)
-        read = self.pictures.batches(part // self.count for part in wanted)
-        for coded, (_, pixels, valid, wait) in zip(wanted, read, strict=True):
-            maps = self.pooled(pixels, coded % self.count == 1).to(self.dtype).float()
-            maps[~valid] = 0
-            if not maps.isfinite().all():
-                raise StageError(
-                    "maps are not finite, or exceed 65504, the largest float16: give eval --dtype float32 --overwrite, "
-                    "or check the weights of the network"
-                )
-            yield coded, maps, valid, wait
-
-
 def _sample(source: Source, rows: Tensor, numbers: int) -> Tensor:
     """(m, d) float32 maps of those of (n,) rows whose pictures are not broken."""
     maps, count = torch.empty(len(rows), numbers), 0
@@ -266,8 +152,3 @@ def _sample(source: Source, rows: Tensor, numbers: int) -> Tensor:
         maps[count : count + len(kept)] = kept
         count += len(kept)
     return maps[:count]
-
-
-def resized(network: Network, size: int, stride: int) -> Network:
-    """The network as it is judged: on pictures of `size`, an AlexNet with `stride`."""
-    return networks.trunk(replace(network, size=size, stride=stride))

@@ -1,47 +1,18 @@
 """Linear probes on several layers with several learning rates at once, and what they reach."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransfer import rng
-from ktransfer.features import Features
 from ktransfer.training.loop import Batch, Source
 
+from .maps import Layer
+
 Z95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`."""
-
-    name: str
-    channels: int
-    grid: int
-    start: int
-    stop: int
-
-
-class Views:
-    """Rows of cached maps, read as the training loop reads pictures: `views[v]` holds view v of every picture."""
-
-    def __init__(self, views: list[Features]) -> None:
-        self.views = views
-
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
-        count = len(self.views)
-        for chosen in rows:
-            picture, view = (chosen // count).numpy(), (chosen % count).numpy()
-            maps = np.empty((len(chosen), self.views[0].rows.shape[1]), np.float32)
-            for number, features in enumerate(self.views):
-                maps[view == number] = features.rows[picture[view == number]]
-            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[picture]), 0.0
 
 
 class Probes(nn.Module):

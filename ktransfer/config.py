@@ -26,16 +26,32 @@ def option(
     low: float | None = None,
     high: float | None = None,
     execution: bool = False,
+    of: tuple[str, ...] = (),
 ) -> Any:
     """A field of a stage's settings.
 
     `execution` marks what a resume may change: what cannot change results beyond float rounding (workers, device), and
-    paths, whose contents are compared instead.
+    paths, whose contents are compared instead. `of` names those parts of the stage that alone read it: a change of it
+    leaves the others as they are (see `settings_of`).
     """
+    if of:
+        help = f"{', '.join(of)}: {help}"  # noqa: A001
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution},
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution, "of": of},
     )
+
+
+def settings_of(config: Any, part: str) -> Any:
+    """The settings that one part of a stage reads, as a frozen dataclass of their own."""
+    read = [field for field in dataclasses.fields(config) if part in field.metadata["of"] or not field.metadata["of"]]
+    chosen = [(field.name, field.type, option(None, "", **_limits(field))) for field in read]
+    made = dataclasses.make_dataclass(type(config).__name__, chosen, frozen=True)
+    return made(**{field.name: getattr(config, field.name) for field in read})
+
+
+def _limits(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    return {name: field.metadata[name] for name in ("choices", "low", "high", "execution")}
 
 
 def kind(field: "dataclasses.Field[Any]") -> type:

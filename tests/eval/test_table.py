@@ -23,18 +23,20 @@ def found(top1, mean, half=0.01):
 
 
 RESULT = {
-    "schema": 1,
+    "schema": 2,
     "protocol": "linear/1",
+    "title": "linear probe",
+    "measures": {"top1": "top-1 %", "mean_class": "mean per class %"},
     "data": {"train": 90, "test": 30, "classes": 12},
     "chance": 1 / 12,
     "settings": {},
     "arms": {
-        "random": {"task": "random", "arch": "alexnet", "width": 1.0, "layers": {"conv1": found(0.1234, 0.2)}},
+        "random": {"task": "random", "arch": "alexnet", "width": 1.0, "scores": {"conv1": found(0.1234, 0.2)}},
         "mine": {
             "task": "pseudo-labels",
             "arch": "alexnet",
             "width": 1.0,
-            "layers": {"conv1": found(0.5, 0.4), "conv2": found(0.6789, 0.05, 0.1)},
+            "scores": {"conv1": found(0.5, 0.4), "conv2": found(0.6789, 0.05, 0.1)},
         },
     },
 }
@@ -71,21 +73,21 @@ def test_golden_markdown():
 
 def test_csv_holds_the_same_numbers():
     rows = list(csv.DictReader(io.StringIO(to_csv(RESULT))))
-    assert [(row["arm"], row["layer"]) for row in rows] == [("random", "conv1"), ("mine", "conv1"), ("mine", "conv2")]
+    expected = [("random", "conv1"), ("mine", "conv1"), ("mine", "conv2")]
+    assert [(row["arm"], row["column"]) for row in rows[::2]] == expected
+    assert [row["measure"] for row in rows] == ["top1", "mean_class"] * 3
     for row in rows:
-        layer = RESULT["arms"][row["arm"]]["layers"][row["layer"]]
+        layer = RESULT["arms"][row["arm"]]["scores"][row["column"]]
         assert row["protocol"] == "linear/1"
         assert row["task"] == RESULT["arms"][row["arm"]]["task"]
-        assert int(row["numbers"]) == 200
-        assert float(row["lr"]) == 0.003
-        for measure in ("top1", "mean_class"):
-            written = [float(row[name]) for name in (measure, f"{measure}_low", f"{measure}_high")]
-            wanted = [layer[measure], *layer[f"{measure}_interval"]]
-            assert [abs(a - b) < 1e-6 for a, b in zip(written, wanted, strict=True)] == [True] * 3
+        wanted = [layer[row["measure"]], *layer[f"{row['measure']}_interval"]]
+        for name, value in zip(("value", "low", "high"), wanted, strict=True):
+            assert abs(float(row[name]) - value) < 1e-6
+        assert row["deviation"] == ""
 
 
 def test_five_layers_of_alexnet_stand_beside_the_papers_own():
-    arm = {"task": "random", "arch": "alexnet", "width": 1.0, "layers": {name: found(0.1, 0.1) for name in LAYERS}}
+    arm = {"task": "random", "arch": "alexnet", "width": 1.0, "scores": {name: found(0.1, 0.1) for name in LAYERS}}
     text = to_markdown(RESULT | {"arms": {"random": arm}})
     table = cells(text[text.index("For orientation") :])
     # Linear classifier on frozen features, ImageNet, top-1 % (reference jigsawpp.md §6.2).
@@ -102,5 +104,5 @@ def test_five_layers_of_alexnet_stand_beside_the_papers_own():
 
 def test_every_task_has_a_title():
     for task, words in TASKS.items():
-        arm = {"task": task, "arch": "resnet18", "width": 1.0, "layers": {"layer4": found(0.1, 0.1)}}
+        arm = {"task": task, "arch": "resnet18", "width": 1.0, "scores": {"layer4": found(0.1, 0.1)}}
         assert f"| resnet18, {words} (run) " in to_markdown(RESULT | {"arms": {"run": arm}})

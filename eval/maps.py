@@ -1,0 +1,217 @@
+"""Maps of frozen layers: one pass over the trunk for all of them, kept on disk while a protocol works with them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransfer import networks
+from ktransfer.augment import centre_crop
+from ktransfer.config import nearest
+from ktransfer.dataset import Dataset
+from ktransfer.errors import StageError, UsageError
+from ktransfer.features import Features, create_or_resume, open_features
+from ktransfer.networks import Network
+from ktransfer.pictures import Pictures, check_broken, reasons
+from ktransfer.progress import bar
+from ktransfer.training import loop
+
+from .arms import Arm, model_of
+from .config import EvalConfig
+
+GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
+NUMBERS = 9216  # about what those grids give; for all other layers
+FORWARD_BATCH = 64
+Pooled = Callable[[Tensor, Tensor], Tensor]
+"""(b, 3, s, s) uint8 pictures and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`."""
+
+    name: str
+    channels: int
+    grid: int
+    start: int
+    stop: int
+
+
+class Views:
+    """Rows of cached maps, read as the training loop reads pictures: `views[v]` holds view v of every picture."""
+
+    def __init__(self, views: list[Features]) -> None:
+        self.views = views
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
+        count = len(self.views)
+        for chosen in rows:
+            picture, view = (chosen // count).numpy(), (chosen % count).numpy()
+            maps = np.empty((len(chosen), self.views[0].rows.shape[1]), np.float32)
+            for number, features in enumerate(self.views):
+                maps[view == number] = features.rows[picture[view == number]]
+            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[picture]), 0.0
+
+
+def choose_layers(model: nn.Module, network: Network, names: str | None, grid: int = 0) -> list[Layer]:
+    """The layers to judge, and the grid that their maps are averaged to: `grid` x `grid`, or that of linear/1 where 0.
+
+    Raises:
+        UsageError: an unknown layer, or pictures too small for the network.
+    """
+    with networks.fitting(network):
+        known = networks.layers(network, model)
+    if names:
+        chosen = [name.strip() for name in names.split(",")]
+    elif set(GRIDS) <= set(known):
+        chosen = list(GRIDS)
+    else:
+        chosen = list(known)[:: max(1, len(known) // 5)][-5:]
+    if not chosen:
+        raise UsageError(f"--size {network.size}: no layer of {network.arch} leaves a map; give a larger --size")
+    wrong = [name for name in chosen if name not in known]
+    if wrong:
+        raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
+    device = next(model.parameters()).device
+    with networks.fitting(network), torch.no_grad():
+        picture = torch.zeros(1, 3, network.size, network.size, device=device)
+        maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, picture)
+    layers: list[Layer] = []
+    start = 0
+    for name in chosen:
+        channels, side = maps[name].shape[1], maps[name].shape[-1]
+        cells = min(side, grid or GRIDS.get(name, max(1, round((NUMBERS / channels) ** 0.5))))
+        layers.append(Layer(name, channels, cells, start, start + channels * cells**2))
+        start = layers[-1].stop
+    return layers
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a frozen network makes of the pictures of one part.
+
+    Attributes:
+        layers: whose columns stand in a row.
+        features: `rows` (n, d), `valid` (n,), `targets` (n,), picture by picture, broken ones included.
+        broken: "PART/PICTURE: reason" of those that could not be read.
+    """
+
+    layers: list[Layer]
+    features: Features
+    broken: list[str]
+
+    def layer(self, layer: Layer) -> np.ndarray:
+        """(m, numbers) float32 of the pictures that are not broken."""
+        return np.asarray(self.features.rows[:, layer.start : layer.stop], np.float32)[self.features.valid]
+
+
+def frozen_maps(
+    arm: Arm,
+    parts: tuple[Dataset, ...],
+    config: EvalConfig,
+    folder: Path,
+    device: torch.device,
+    grid: int = 1,
+    layers: list[Layer] | None = None,
+) -> list[Frozen]:
+    """The maps of an arm's layers for every picture of some parts, averaged to `grid` x `grid`; killed, it goes on.
+
+    Args:
+        folder: for files named after the parts (`train.h5`, ...); the caller removes it when it is done.
+        layers: of these alone, as `choose_layers` gives them; those of `--layers` when not given.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    model = model_of(arm, config.seed).to(device).eval()
+    chosen = layers or choose_layers(model, arm.network, config.layers, grid)
+    paths = networks.layers(arm.network, model)
+    pooled = partial(
+        pooled_maps, model, arm.network, chosen, {layer.name: paths[layer.name] for layer in chosen}, config, device
+    )
+    side = round(arm.network.size * 8 / 7)
+    found: list[Frozen] = []
+    for data, name in zip(parts, ("train", "test"), strict=False):
+        features = cached_maps(folder / f"{name}.h5", pooled, chosen[-1].stop, side, data, config, False)
+        broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
+        found.append(Frozen(chosen, features, broken))
+    return found
+
+
+@torch.no_grad()
+def pooled_maps(
+    model: nn.Module,
+    network: Network,
+    layers: list[Layer],
+    paths: dict[str, str],
+    config: EvalConfig,
+    device: torch.device,
+    pixels: Tensor,
+    mirrored: Tensor,
+) -> Tensor:
+    """The maps of all layers, averaged to their grids, in one pass over the trunk (see `Pooled`)."""
+    squares = centre_crop(pixels.to(device), network.size)
+    squares = torch.where(mirrored[:, None, None, None].to(device), squares.flip(-1), squares)
+    with loop.autocast(config, device):
+        maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
+    pooled = [F.adaptive_avg_pool2d(maps[layer.name].float(), layer.grid).flatten(1) for layer in layers]
+    return torch.cat(pooled, dim=1).cpu()
+
+
+def cached_maps(
+    path: Path, pooled: Pooled, numbers: int, side: int, data: Dataset, config: EvalConfig, mirror: bool
+) -> Features:
+    """The maps of every picture (`numbers` each, of squares of `side` pixels), kept on disk and resumable."""
+    if path.is_file():
+        return open_features(path)
+    writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
+    pictures = Pictures(data, side, config.workers, cache_bytes=0)
+    rows = torch.arange(writer.rows_done, len(data))
+    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown:
+        for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
+            features = torch.where(valid[:, None], pooled(pixels, torch.full((len(chosen),), mirror)), 0.0)
+            writer.write(int(chosen[0]), features.numpy(), valid.numpy())
+            shown.update(len(chosen))
+    check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
+    writer.finish()
+    return open_features(path)
+
+
+class Computed:
+    """The maps that `Views` reads, computed when they are asked for and rounded as they would be kept.
+
+    They depend on what else is in a batch by no more than the rounding of the trunk's sums.
+    """
+
+    def __init__(self, pooled: Pooled, pictures: Pictures, views: int, dtype: str) -> None:
+        self.pooled, self.pictures, self.count = pooled, pictures, views
+        self.dtype = torch.float16 if dtype == "float16" else torch.float32
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
+
+        Raises:
+            StageError: a number is not finite, or does not fit float16.
+        """
+        wanted = list(rows)
+        read = self.pictures.batches(part // self.count for part in wanted)
+        for coded, (_, pixels, valid, wait) in zip(wanted, read, strict=True):
+            maps = self.pooled(pixels, coded % self.count == 1).to(self.dtype).float()
+            maps[~valid] = 0
+            if not maps.isfinite().all():
+                raise StageError(
+                    "maps are not finite, or exceed 65504, the largest float16: give eval --dtype float32 --overwrite, "
+                    "or check the weights of the network"
+                )
+            yield coded, maps, valid, wait
+
+
+def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
+    """Bytes of the maps of all pictures: two views of the training part, one of the test part."""
+    return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)
