@@ -1,4 +1,4 @@
-"""The networks that are judged side by side: the run's own, those of other runs, and random weights."""
+"""The networks that are judged side by side: the run's own, those of other runs, random weights, and true labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,20 +15,29 @@ from ktransfer.run import done_record, read_record
 from .config import EvalConfig
 
 RANDOM = "random"
+SUPERVISED = "supervised"
+LEARNED = f"{SUPERVISED}/model.safetensors"
+"""Below run/eval: the weights that learned the true labels (supervised.py)."""
 FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One network to be judged: its own weights, or fresh ones where `weights` is None."""
+    """One network to be judged: its own weights, or fresh ones where `weights` is None.
+
+    `whole` is an AlexNet with the classifier that its weights hold, where it is judged on pictures of the size and with
+    the stride that this was trained for.
+    """
 
     name: str
     network: Network
     weights: Path | None
+    whole: Network | None = None
 
 
 def find_arms(run: Path, config: EvalConfig, coming: Network | None = None) -> list[Arm]:
-    """Random weights, the run's own network (`coming` where it is still to be made), and those of the runs beside.
+    """Random weights, the run's own network (`coming` where it is still to be made), those of the runs beside, and with
+    `--supervised` the one that learns the true labels (whose weights may be still to be made).
 
     Raises:
         UsageError: a run holds no finished network, or two have the same name.
@@ -38,17 +47,32 @@ def find_arms(run: Path, config: EvalConfig, coming: Network | None = None) -> l
     for place in runs:
         mine = coming if place == run else None
         weights = run / "to come" if mine else final_network(place)
-        network = resized(mine or networks.describe(weights), config.size, config.stride)
+        described = mine or networks.describe(weights)
+        network = resized(described, config.size, config.stride)
         name = place.resolve().name
         if name in (arm.name for arm in found):
             raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")
-        found.append(Arm(name, network, weights))
+        found.append(Arm(name, network, weights, _whole(described, config)))
+    own = found[0]
     if config.random:
         if RANDOM in (arm.name for arm in found):
             raise UsageError(f"eval: a run named '{RANDOM}' beside random weights; rename its folder, or --no-random")
-        fresh = replace(found[0].network, task="random")
-        found.insert(0, Arm(RANDOM, fresh, None))
+        whole = own.whole and replace(own.whole, task="random")
+        found.insert(0, Arm(RANDOM, replace(own.network, task="random"), None, whole))
+    if config.supervised:
+        if SUPERVISED in (arm.name for arm in found):
+            raise UsageError(f"eval: a run named '{SUPERVISED}' beside --supervised; rename its folder")
+        weights = run / "eval" / LEARNED
+        described = networks.describe(weights) if weights.is_file() else own.network
+        network = replace(resized(described, config.size, config.stride), task="classes")
+        found.append(Arm(SUPERVISED, network, weights, _whole(described, config)))
     return found
+
+
+def _whole(described: Network, config: EvalConfig) -> Network | None:
+    """See `Arm`."""
+    fits = (described.size, described.stride) == (config.size, config.stride)
+    return described if fits and networks.trunk(described) != described else None
 
 
 def final_network(run: Path) -> Path:

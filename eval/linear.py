@@ -3,6 +3,7 @@
 Protocol `linear/1`, after Zhang et al. (reference jigsawpp.md §6.2). Centre square, and its mirror image in training;
 maps averaged to a grid of about 9,000 numbers; each channel standardised; one linear layer, SGD with momentum; the
 learning rate chosen on a tenth of the training part, which the probes do not learn from; the test part used once.
+`--preset deepcluster` and `fair` are those of other groups (presets.py).
 """
 
 import shutil
@@ -25,7 +26,8 @@ from ktransfer.training.loop import Source
 
 from .arms import Arm, model_of
 from .config import EvalConfig
-from .maps import FORWARD_BATCH, Computed, Views, cached_maps, choose_layers, map_bytes, pooled_maps
+from .maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, pooled_maps
+from .presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from .probe import Probes, hold_out, optimiser, predictions, probe_loss, scores
 from .protocols import Judged
 
@@ -43,10 +45,11 @@ def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalCon
         UsageError: one line.
     """
     rates(config)
+    check_preset(config)
     for network in judged:
-        layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
+        layers = preset_layers(networks.build(network, 0, "check"), network, config)
         needed = map_bytes(layers, parts, config)
-        if needed <= config.cache * 1e9:
+        if needed <= config.cache * 1e9 and not PRESETS[config.preset].crops:
             need_disk(run, needed, "eval")
 
 
@@ -61,48 +64,65 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
         `Judged`; for each layer its best learning rate, and what each rate reached on the pictures held out for that.
     """
     train, test = parts
+    config = with_schedule(config)
     model = model_of(arm, config.seed).to(device).eval()
-    layers = choose_layers(model, arm.network, config.layers)
+    layers = preset_layers(model, arm.network, config)
     paths = networks.layers(arm.network, model)
     chosen = {layer.name: paths[layer.name] for layer in layers}
 
     pooled = partial(pooled_maps, model, arm.network, layers, chosen, config, device)
     side, numbers = round(arm.network.size * 8 / 7), layers[-1].stop
-    if map_bytes(layers, parts, config) <= config.cache * 1e9:
+    crops = PRESETS[config.preset].crops
+    source: Source
+    plain: Source
+    tested: Source
+    if not crops and map_bytes(layers, parts, config) <= config.cache * 1e9:
         views = [
             cached_maps(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
             for mirror in (False, True)
         ]
-        plain: Source = Views(views[:1])
+        plain = Views(views[:1])
         of_test = cached_maps(folder / "test.h5", pooled, numbers, side, test, config, False)
-        tested: Source = Views([of_test])
-        source: Source = Views(views)
+        tested = Views([of_test])
+        source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
     else:
-        gigabytes = map_bytes(layers, parts, config) / 1e9
-        say(f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew")
         pictures = [Pictures(data, side, config.workers) for data in parts]
         for part in pictures:
             readable(part, torch.arange(len(part.dataset)), config.max_broken)
-        source = Computed(pooled, pictures[0], 2, config.dtype)
-        plain, tested = (Computed(pooled, part, 1, config.dtype) for part in pictures)
+        if crops:
+            squares = cropped_maps(model, arm, layers, chosen, config, device)
+            plain, tested = (Crops(squares, part, arm.network.size) for part in pictures)
+            source = plain
+        else:
+            gigabytes = map_bytes(layers, parts, config) / 1e9
+            say(
+                f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew"
+            )
+            source = Computed(pooled, pictures[0], 2, config.dtype)
+            plain, tested = (Computed(pooled, part, 1, config.dtype) for part in pictures)
         broken = [part.broken for part in pictures]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
 
     targets = torch.from_numpy(train.targets).long().to(device)
-    probes = Probes(layers, rates(config), len(train.classes), _sample(plain, learning[:SAMPLE], numbers)).to(device)
+    sample = None if crops else _sample(plain, learning[:SAMPLE], numbers)
+    probes = Probes(layers, rates(config), len(train.classes), sample).to(device)
 
     def batches(epoch: int) -> Tensor:
         order = loop.epoch_batches(learning, config.batch, config.seed, epoch)
+        if isinstance(source, Crops):
+            return source.drawn(order, config.seed, epoch)
         mirrored = rng.words(config.seed, "eval/mirror", epoch, order.flatten(), 1).view(order.shape) & 1
         return order * 2 + mirrored
 
     adjust = optimiser(probes, config.momentum, config.weight_decay)
-    loop.fit(probes, probe_loss(targets, 2), source, batches, config, folder, device, f"probe {arm.name}", None, adjust)
+    loss = probe_loss(targets, source.views if isinstance(source, Crops) else 2)
+    loop.fit(probes, loss, source, batches, config, folder, device, f"probe {arm.name}", None, adjust)
 
-    held_answers, held_rows = predictions(probes, plain, held, config.batch, device)
+    predict: Any = ten_crop_predictions if crops else predictions
+    held_answers, held_rows = predict(probes, plain, held, config.batch, device)
     held_right = (held_answers == torch.from_numpy(train.targets)[held_rows].long()).double().mean(1)
-    test_answers, test_rows = predictions(probes, tested, torch.arange(len(test)), config.batch, device)
+    test_answers, test_rows = predict(probes, tested, torch.arange(len(test)), config.batch, device)
     wanted = torch.from_numpy(test.targets)[test_rows].long()
     found: dict[str, Any] = {}
     for place, layer in enumerate(layers):

@@ -33,13 +33,17 @@ Pooled = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`."""
+    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`.
+
+    `pool` is what averages them to that: side, step and padding of its squares; where it is None, adaptive squares.
+    """
 
     name: str
     channels: int
     grid: int
     start: int
     stop: int
+    pool: tuple[int, int, int] | None = None
 
 
 class Views:
@@ -158,10 +162,27 @@ def pooled_maps(
     """The maps of all layers, averaged to their grids, in one pass over the trunk (see `Pooled`)."""
     squares = centre_crop(pixels.to(device), network.size)
     squares = torch.where(mirrored[:, None, None, None].to(device), squares.flip(-1), squares)
+    return averaged_maps(model, network, layers, paths, config, device, squares)
+
+
+@torch.no_grad()
+def averaged_maps(
+    model: nn.Module,
+    network: Network,
+    layers: list[Layer],
+    paths: dict[str, str],
+    config: EvalConfig,
+    device: torch.device,
+    squares: Tensor,
+) -> Tensor:
+    """(b, 3, size, size) squares on the device -> (b, d) float32 on the CPU, the maps of all layers."""
     with loop.autocast(config, device):
         maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
-    pooled = [F.adaptive_avg_pool2d(maps[layer.name].float(), layer.grid).flatten(1) for layer in layers]
-    return torch.cat(pooled, dim=1).cpu()
+    return torch.cat([_averaged(maps[layer.name].float(), layer).flatten(1) for layer in layers], dim=1).cpu()
+
+
+def _averaged(maps: Tensor, layer: Layer) -> Tensor:
+    return F.avg_pool2d(maps, *layer.pool) if layer.pool else F.adaptive_avg_pool2d(maps, layer.grid)
 
 
 def cached_maps(

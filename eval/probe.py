@@ -19,19 +19,24 @@ class Probes(nn.Module):
     """One linear classifier for each (layer, learning rate), on maps standardised by channel.
 
     Standardising by the training part's mean and deviation is what batch norm without scale comes to when the trunk is
-    frozen. (batch, d) -> one (batch, classes) for each learning rate and layer, layer by layer.
+    frozen; without `maps` to measure them on, they stay as they are. (batch, d) -> one (batch, classes) for each
+    learning rate and layer, layer by layer.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, layers: list[Layer], rates: list[float], classes: int, maps: Tensor) -> None:
+    def __init__(self, layers: list[Layer], rates: list[float], classes: int, maps: Tensor | None) -> None:
         super().__init__()
         self.layers = layers
         self.rates = rates
-        shift, scale = zip(*(standardisation(maps[:, part.start : part.stop], part) for part in layers), strict=True)
-        self.register_buffer("shift", torch.cat(shift))
-        self.register_buffer("scale", torch.cat(scale))
+        if maps is None:
+            shift, scale = (fill(layers[-1].stop) for fill in (torch.zeros, torch.ones))
+        else:
+            by_layer = [standardisation(maps[:, part.start : part.stop], part) for part in layers]
+            shift, scale = (torch.cat(numbers) for numbers in zip(*by_layer, strict=True))
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
         self.heads = nn.ModuleList(nn.Linear(part.stop - part.start, classes) for part in layers for _ in rates)
         for head in self.heads:
             assert isinstance(head, nn.Linear)

@@ -6,6 +6,12 @@ MEASURES   {measure: words for the table}; the first is the one that comparisons
 check      (networks, parts, config, run) -> None; UsageError for what can be known before the work
 judge      (arm, parts, config, folder, device) -> what is written for one network (see `Judged`)
 open_data  (spec) -> parts; where it is missing, `ktransfer.dataset.open_parts`
+inputs     (arms) -> {name: SHA-256} of what else it reads of the runs; optional
+relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
+LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional
+RELATIVE   measures relative to the first network of the table; none where it is missing
+NOTE       what the table says where chance means nothing, with {counts} for the numbers of pictures; optional
+MULTI_LABEL  True where it takes pictures with several labels (`Dataset.tags`); False where it is missing
 """
 
 import importlib
@@ -15,10 +21,11 @@ from typing import Any, NotRequired, Protocol, TypedDict
 import torch
 
 from ktransfer.dataset import open_parts
+from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
 from .arms import Arm
-from .config import EvalConfig
+from .config import PROTOCOLS, EvalConfig
 
 
 class Judged(TypedDict):
@@ -29,6 +36,7 @@ class Judged(TypedDict):
             high] of the 95 % interval, and whatever else belongs to it}. Shares lie in 0..1.
         broken: pictures that could not be read, with the reason.
         files: pictures that were drawn, names below the folder of the protocol in the run's eval/.
+        hits: what `relate` needs, and takes out.
     """
 
     task: str
@@ -37,6 +45,7 @@ class Judged(TypedDict):
     scores: dict[str, dict[str, Any]]
     broken: list[str]
     files: NotRequired[list[str]]
+    hits: NotRequired[dict[str, list[int]]]
 
 
 class Module(Protocol):
@@ -65,4 +74,8 @@ def open_data(name: str, spec: str) -> Any:
     Raises:
         UsageError: they are not there, or not as the protocol needs them.
     """
-    return getattr(load(name), "open_data", open_parts)(spec)
+    parts = getattr(load(name), "open_data", open_parts)(spec)
+    if getattr(parts[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
+        able = ", ".join(other for other in PROTOCOLS if getattr(load(other), "MULTI_LABEL", False))
+        raise UsageError(f"--protocol {name}: {spec} has pictures with several labels; these take them: {able}")
+    return parts

@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files, networks
-from ktransfer.config import build, nearest, result_settings, settings_of
-from ktransfer.errors import UsageError
+from ktransfer.config import build, in_words, nearest, result_settings, settings_of
+from ktransfer.errors import Answer, UsageError
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training import loop
 
-from . import protocols
+from . import protocols, supervised
 from .arms import Arm, coming_network, final_network, find_arms
-from .config import DEFAULTS, PROTOCOLS, EvalConfig
+from .comparison import compare
+from .config import PROTOCOLS, EvalConfig, own_settings
+from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
 
 PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of pictures
+PATHS = ("labelled", "beside", "subset")
 SCHEMA = 2
 
 
@@ -33,8 +36,11 @@ class Judging(NamedTuple):
     """Those of `config` that this protocol reads."""
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the labelled pictures, by part."""
-        return {name: part.fingerprint for name, part in zip(("train", "test"), self.parts, strict=False)}
+        """Of the labelled pictures, by part, and of the list of those whose labels are used."""
+        found = {name: part.fingerprint for name, part in zip(("train", "test"), self.parts, strict=False)}
+        if self.protocol == "lowshot" and self.config.subset:
+            found["subset"] = files.sha256(Path(self.config.subset))
+        return found
 
 
 def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
@@ -57,45 +63,86 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
 def _evaluate(run: Path, judging: Judging) -> Path:
     name, config, parts, settings = judging
     protocol = protocols.load(name)
-    arms = find_arms(run, config)
     device = loop.choose_device(config)
+    if config.supervised:
+        supervised.train(run, config, device)
+    arms = find_arms(run, config)
     inputs = judging.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
+    inputs |= protocol.inputs(arms) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
     with begin(
         run, "eval", name, settings, inputs, [*names, name, f"work-{name}"], config.overwrite, str(device)
     ) as step:
         report = step.folder / names[0]
         if step.done:
-            print(to_markdown(files.read_json(report)))
+            print(_shown(files.read_json(report), judging))
             return report
         work = step.folder / f"work-{name}"
         result: dict[str, Any] = {
             "schema": SCHEMA,
-            "protocol": protocol.PROTOCOL,
+            "protocol": f"{protocol.PROTOCOL} {config.preset}" if _other_preset(judging) else protocol.PROTOCOL,
             "title": protocol.TITLE,
             "measures": protocol.MEASURES,
             "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
-            "chance": 1 / len(parts[0].classes),
+            "chance": _chance(parts),
+            "command": _command(run, judging),
             "settings": result_settings(settings),
+            "inputs": inputs,
             "versions": versions(),
             "arms": {},
         }
+        for name_of in ("LOWER_IS_BETTER", "NEITHER_IS_BETTER", "RELATIVE", "NOTE"):
+            if hasattr(protocol, name_of):
+                result[name_of.lower()] = getattr(protocol, name_of)
         broken: dict[str, None] = {}  # in order, each once
         drawn: list[str] = []
+        judged = [
+            {arm.name: _judged(protocol, arm, judging, seed, work, device) for arm in arms}
+            for seed in range(config.seeds)
+        ]
+        if hasattr(protocol, "relate"):
+            for together in judged:
+                protocol.relate(together, config)
         for arm in arms:
-            judged = [_judged(protocol, arm, judging, seed, work, device) for seed in range(config.seeds)]
-            broken |= dict.fromkeys(line for one in judged for line in one.pop("broken", []))
-            drawn += [file for one in judged for file in one.pop("files", [])]
-            result["arms"][arm.name] = merged(judged)
+            repetitions = [together[arm.name] for together in judged]
+            broken |= dict.fromkeys(line for one in repetitions for line in one.pop("broken", []))
+            drawn += [file for one in repetitions for file in one.pop("files", [])]
+            result["arms"][arm.name] = merged(repetitions)
         files.write_json(report, result)
         files.write_text(step.folder / names[1], to_csv(result))
         files.write_text(step.folder / names[2], to_markdown(result))
         drawn = [f"{name}/{file}" for file in dict.fromkeys(drawn)]
         step.finish([step.folder / file for file in [*names, *drawn]], broken=list(broken))
         files.remove(work)
-        print(to_markdown(result))
+        print(_shown(result, judging))
         say(f"eval {name}: done; {len(broken)} broken pictures; {report}")
         return report
+
+
+def _command(run: Path, judging: Judging) -> str:
+    """The line that judges the same again: every setting that counts and is not the default, and the paths."""
+    names = [name for name in PATHS if hasattr(judging.settings, name)] + list(result_settings(judging.settings))
+    names += ["supervised", "supervised_epochs"] if judging.config.supervised else []
+    own = {name: getattr(judging.config, name) for name in names}
+    changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
+    return in_words(run.resolve().name, "eval", {"protocol": judging.protocol} | changed)
+
+
+def _shown(result: dict[str, Any], judging: Judging) -> str:
+    """The tables for the screen."""
+    return to_markdown(result) + (f"\n{published(judging.protocol)}" if judging.config.published else "")
+
+
+def _other_preset(judging: Judging) -> bool:
+    """Whether it is the linear probe as others do it."""
+    return judging.protocol == "linear" and judging.config.preset != "zhang"
+
+
+def _chance(parts: Any) -> float:
+    """What guessing reaches: one class of all; of several labels a picture, the share of pictures that have one."""
+    if (tags := getattr(parts[1], "tags", None)) is None:
+        return 1 / len(parts[0].classes)
+    return float((tags == 1).sum() / (tags >= 0).sum())
 
 
 def _judged(
@@ -115,9 +162,12 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     """Everything that can be found wrong before the work; for each protocol its settings resolved, and its pictures.
 
     Raises:
+        Answer: `--compare` was given; it holds the tables.
         UsageError: one line for what is wrong.
     """
     given = build(EvalConfig, options, "eval")
+    if given.compare:
+        raise Answer(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
     loop.choose_device(given)
     names = list(dict.fromkeys(part.strip() for part in given.protocol.split(",")))
     for name in names:
@@ -135,10 +185,8 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         size, stride = network.size, network.stride
         if network.task in PRETEXT:
             size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
-        own = {key: value for key, value in DEFAULTS.get(name, {}).items() if getattr(given, key) in (0, -1)}
-        config = replace(
-            given, protocol=name, labelled=spec, size=given.size or size, stride=given.stride or stride, **own
-        )
+        found_out = {"size": given.size or size, "stride": given.stride or stride}
+        config = replace(given, protocol=name, labelled=spec, **(found_out | own_settings(given, name)))
         arms = find_arms(run, config, coming)
         protocols.load(name).check([arm.network for arm in arms], parts, config, run)
         found.append(Judging(name, config, parts, settings_of(config, name)))

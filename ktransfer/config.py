@@ -6,6 +6,7 @@ This module and the dataclasses import nothing heavy, so that the command line c
 import dataclasses
 import difflib
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -123,6 +124,18 @@ def result_settings(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if not field.metadata["execution"]
     }
+
+
+def in_words(run: "str | Path", stage: str, options: Mapping[str, Any]) -> str:
+    """The command that does the same as a stage called with these options."""
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(["ktransfer", "--run", shlex.quote(str(run)), stage, *flags])
 
 
 def read_toml(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

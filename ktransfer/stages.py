@@ -17,6 +17,13 @@ STAGES = {
     "cluster": ("ktransfer.cluster.config", "ClusterConfig", "ktransfer.cluster.stage", "cluster", "check_cluster"),
     "assign": ("ktransfer.cluster.config", "AssignConfig", "ktransfer.cluster.stage", "assign", "check_assign"),
     "retrain": ("ktransfer.retrain.config", "RetrainConfig", "ktransfer.retrain.stage", "retrain", "check"),
+    "selftrain": (
+        "ktransfer.retrain.config",
+        "SelftrainConfig",
+        "ktransfer.retrain.selftraining",
+        "selftrain",
+        "check",
+    ),
     "eval": ("ktransfer.eval.config", "EvalConfig", "ktransfer.eval.stage", "evaluate", "check"),
 }
 # Stage -> the stage whose outcome it reads, and the option that gives it something else instead.
@@ -66,7 +73,10 @@ def plan(wanted: list[Call], run: Path) -> list[Planned]:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
         checked = check(run, given, {planned.stage: planned.config for planned in line})
         if stage == "eval":
-            line += [Planned(stage, given, one.protocol, one.settings, one.fingerprints()) for one in checked]
+            line += [
+                Planned(stage, given | {"protocol": one.protocol}, one.protocol, one.settings, one.fingerprints())
+                for one in checked
+            ]
             continue
         config, data = checked if isinstance(checked, tuple) else (checked, None)
         step = stage

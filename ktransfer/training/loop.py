@@ -28,6 +28,12 @@ from ktransfer.training.options import LoopOptions, MachineOptions, TrainOptions
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
+MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
+"""Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
+
+
+class Diverged(StageError):
+    """The loss of a training is not finite."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +105,17 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
-def rate(step: int, total: int, options: LoopOptions) -> float:
-    """The factor on the learning rate at `step` of `total` steps (0 <= step < total), in [0, 1]."""
+def rate(step: int, total: int, options: LoopOptions, base: float = 0.0) -> float:
+    """The factor on the learning rate `base` at `step` of `total` steps (0 <= step < total), in [0, 1]."""
     warm = round(options.warmup * total)
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, total - warm)
     if options.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    return 0.1 ** sum(done >= mark for mark in (1 / 3, 2 / 3, 8 / 9))
+    if options.schedule == "sqrt":
+        return 1 / math.sqrt(1 + base * options.weight_decay * step)
+    return 0.1 ** sum(done >= mark for mark in MARKS[options.schedule])
 
 
 def sgd(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
@@ -140,7 +148,7 @@ def fit(
         optimiser: SGD of `options`, which are TrainOptions, when not given; its rates are scaled by the schedule.
 
     Raises:
-        StageError: the loss is not finite.
+        Diverged: the loss is not finite.
     """
     model.to(device).to(memory_format=torch.channels_last)
     if optimiser is None:
@@ -160,7 +168,7 @@ def fit(
             model.train()
             for batch, wait in stream(pictures, batches(epoch)[step % per_epoch :], epoch, device):
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                    group["lr"] = base * rate(step, total, options)
+                    group["lr"] = base * rate(step, total, options, base)
                 torch.manual_seed(rng.torch_seed(options.seed, f"{label}/step", step))
                 with autocast(options, device):
                     value, sums = loss(model, batch)
@@ -268,7 +276,7 @@ class Log:
         count = values.pop("count")
         means = {name: value / max(1.0, count) for name, value in values.items()}
         if not math.isfinite(means["loss"]):
-            raise StageError(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
+            raise Diverged(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
         speed = {
             "lr": lr,
             "pictures_per_second": round(count / seconds, 1),

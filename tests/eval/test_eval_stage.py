@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import pytest
 
 from ktransfer import networks
+from ktransfer.cli import main
 from ktransfer.errors import UsageError
 from ktransfer.eval import EvalConfig, evaluate, linear
 from ktransfer.eval.arms import find_arms
@@ -250,3 +252,60 @@ def test_pictures_without_parts_and_runs_without_networks(runs, folder, tmp_path
     with pytest.raises(UsageError, match="holds no finished network"):
         evaluate(tmp_path / "new", labelled=SCENES, **FAST)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_of_a_result_makes_it_again(runs, tmp_path):
+    options = {
+        "layers": "conv2",
+        "random": False,
+        "seed": 3,
+        "labelled": "scenes:images=24,size=48",
+        "precision": "float32",
+    }
+    evaluate(runs / "target", protocol="filters,knn", beside=str(runs / "puzzle"), grid=2, **options)
+    for name in ("filters", "knn"):
+        path = runs / "target" / "eval" / f"{name}.json"
+        found = json.loads(path.read_text())
+        assert set(found["inputs"]) == {"train", "test", "network target", "network puzzle"}
+        words = shlex.split(found["command"])
+        assert words[:5] == ["ktransfer", "--run", "target", "eval", "--protocol"]
+        before = path.read_bytes()
+        path.unlink()
+        assert main(["--run", str(runs / "target"), *words[3:], "--overwrite"]) == 0
+        assert path.read_bytes() == before
+
+
+def test_each_protocol_of_a_line_is_carried_out_once(runs, capsys):
+    line = ["--run", str(runs / "target"), "eval", "--protocol", "filters,knn", "--layers", "conv2", "--no-random"]
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    assert [shown.out.count(f"{name}/1: ") for name in ("filters", "knn")] == [1, 1]
+    assert "done before" not in shown.err
+    assert main([*line, "--published"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("done before, skipped") == 2
+    assert "DeepCluster" in shown.out
+    assert "DeepCluster" not in (runs / "target" / "eval" / "knn.md").read_text()
+
+
+def test_what_is_said_of_networks_together_and_of_a_protocol(runs, monkeypatch):
+    from ktransfer.eval import filters
+
+    def relate(together, config):
+        assert list(together) == ["random", "target"]
+        for place, one in enumerate(together.values()):
+            one["scores"]["conv1"] |= {"rank": place + config.seed, "rank_interval": [place, place + 1]}
+
+    monkeypatch.setattr(filters, "relate", relate, raising=False)
+    monkeypatch.setattr(filters, "LOWER_IS_BETTER", ("rank",), raising=False)
+    monkeypatch.setattr(filters, "MEASURES", filters.MEASURES | {"rank": "rank"})
+    evaluate(runs / "target", protocol="filters", seeds=2, precision="float32")
+    found = json.loads((runs / "target" / "eval" / "filters.json").read_text())
+    assert found["lower_is_better"] == ["rank"]
+    assert found["note"] == filters.NOTE
+    assert [arm["scores"]["conv1"]["rank_seeds"] for arm in found["arms"].values()] == [[0, 0], [1, 1]]
+    assert found["arms"]["random"]["scores"]["conv1"]["colour_deviation"] > 0
+    assert found["arms"]["target"]["scores"]["conv1"]["colour_deviation"] == 0
+    assert {path.name for path in (runs / "target" / "eval" / "filters").iterdir()} == {"random.png", "target.png"}
+    outputs = json.loads((runs / "target" / "eval" / "stage.json").read_text())["filters"]["outputs"]
+    assert {"filters/random.png", "filters/target.png"} <= set(outputs)
