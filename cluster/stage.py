@@ -22,6 +22,7 @@ from .balanced import assign_balanced
 from .centroids import read_centroids, read_start, write_centroids
 from .config import AssignConfig, ClusterConfig
 from .engine import Engine, Rows
+from .engines import device_of
 from .extraction import check as check_extract
 from .extraction import extract
 from .findings import check_features
@@ -67,7 +68,8 @@ def cluster(run: str | Path, **options: Any) -> Path:
         inputs["start"] = input_hash(Path(start))
         start = f"file of SHA-256 {inputs['start']}"
     config = replace(config, features=str(path), data=config.data or data_of(run, path))
-    with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, "cpu") as step:
+    device = device_of(config.engine)
+    with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, device) as step:
         file = step.folder / "clusters.h5"
         work = step.folder / "work"
         if step.done:
@@ -145,7 +147,8 @@ def assign(run: str | Path, **options: Any) -> Path:
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
-    with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, "cpu") as step:
+    device = device_of(config.engine)
+    with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, device) as step:
         if step.done:
             return step.folder / names[0]
         k = len(centroids.centroids)
