@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ktransfer import files, ranks
+from ktransfer import files
 from ktransfer.config import build, nearest
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import UsageError
@@ -207,10 +207,6 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         dim = dim or columns
         if config.pca > columns:
             raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
-    elif ranks.count() > 1:
-        raise UsageError(
-            f"torchrun: the features are not there yet; first, in one process: ktransfer --run {run} extract"
-        )
     elif pending:
         spec = config.data or pretext_data(run)
         count = len(open_dataset(spec)) if spec else config.k
@@ -282,10 +278,6 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
         raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
     elif config.features:
         open_features(Path(config.features))
-    if config.data and not config.features and ranks.count() > 1:
-        raise UsageError(
-            "torchrun: assign --data extracts features in one process; make them first, and give the file by --features"
-        )
     if config.data:
         open_dataset(config.data)
     if "cluster" not in (pending or ()):

@@ -7,26 +7,29 @@ learning rate chosen on a tenth of the training part, which the probes do not le
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ktransfer import networks, rng
+from ktransfer import networks, ranks, rng
 from ktransfer.augment import centre_crop
 from ktransfer.config import nearest
-from ktransfer.dataset import Dataset
+from ktransfer.dataset import Dataset, open_parts
 from ktransfer.errors import StageError, UsageError
 from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, readable, reasons
 from ktransfer.progress import bar, say
+from ktransfer.run import input_hash
 from ktransfer.training import loop
 from ktransfer.training.loop import Source
+from ktransfer.turns import in_turn
 
 from .config import EvalConfig
 from .probe import Layer, Probes, Views, hold_out, optimiser, predictions, probe_loss, scores
@@ -63,27 +66,22 @@ def judge(
         {"task", "arch", "width", "layers": {name: {"top1": ..., "lr": ..., ...}}, "broken": [picture and reason, ...]}.
     """
     train, test = parts
-    model = _model(arm, config.seed).to(device).eval()
-    layers = choose_layers(model, arm.network, config.layers)
-    paths = networks.layers(arm.network, model)
-    chosen = {layer.name: paths[layer.name] for layer in layers}
-
-    pooled = partial(_pooled, model, arm.network, layers, chosen, config, device)
-    side, numbers = round(arm.network.size * 8 / 7), layers[-1].stop
+    layers, pooled = _reader(arm, config, device)
+    side, numbers = _side(arm), layers[-1].stop
     if map_bytes(layers, parts, config) <= config.cache * 1e9:
         views = [
-            _cached(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
+            _cached(folder / f"train-{mirror}.h5", arm, pooled, numbers, parts, 0, config, mirror)
             for mirror in (False, True)
         ]
         plain: Source = Views(views[:1])
-        of_test = _cached(folder / "test.h5", pooled, numbers, side, test, config, False)
+        of_test = _cached(folder / "test.h5", arm, pooled, numbers, parts, 1, config, False)
         tested: Source = Views([of_test])
         source: Source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
     else:
         gigabytes = map_bytes(layers, parts, config) / 1e9
         say(f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew")
-        pictures = [Pictures(data, side, config.workers) for data in parts]
+        pictures = [Pictures(data, side, config.workers, cache=config.cache_pictures, device=device) for data in parts]
         for part in pictures:
             readable(part, torch.arange(len(part.dataset)), config.max_broken)
         source = Computed(pooled, pictures[0], 2, config.dtype)
@@ -210,23 +208,71 @@ def _pooled(
     return torch.cat(pooled, dim=1).cpu()
 
 
+def _reader(arm: Arm, config: EvalConfig, device: torch.device) -> tuple[list[Layer], Pooled]:
+    """The layers of an arm that are judged, and what reads them."""
+    model = _model(arm, config.seed).to(device).eval()
+    layers = choose_layers(model, arm.network, config.layers)
+    paths = networks.layers(arm.network, model)
+    chosen = {layer.name: paths[layer.name] for layer in layers}
+    return layers, partial(_pooled, model, arm.network, layers, chosen, config, device)
+
+
+def _side(arm: Arm) -> int:
+    return round(arm.network.size * 8 / 7)
+
+
 def _cached(
-    path: Path, pooled: Pooled, numbers: int, side: int, data: Dataset, config: EvalConfig, mirror: bool
+    path: Path,
+    arm: Arm,
+    pooled: Pooled,
+    numbers: int,
+    parts: tuple[Dataset, Dataset],
+    part: int,
+    config: EvalConfig,
+    mirror: bool,
 ) -> Features:
-    """The maps of every picture (`numbers` each, of squares of `side` pixels), kept on disk and resumable."""
+    """The maps of every picture of a part (`numbers` each), by all processes, kept on disk and resumable."""
     if path.is_file():
         return open_features(path)
+    data, side = parts[part], _side(arm)
     writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
-    pictures = Pictures(data, side, config.workers, cache_bytes=0)
-    rows = torch.arange(writer.rows_done, len(data))
-    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown:
-        for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
-            features = torch.where(valid[:, None], pooled(pixels, torch.full((len(chosen),), mirror)), 0.0)
-            writer.write(int(chosen[0]), features.numpy(), valid.numpy())
-            shown.update(len(chosen))
+    first = writer.rows_done
+    if ranks.count() > 1:
+        facts = {"network": asdict(arm.network), "weights": str(arm.weights.resolve()) if arm.weights else None}
+        hashes = {"sha256": input_hash(arm.weights) if arm.weights else None, "fingerprint": data.fingerprint}
+        work = {"do": "maps", "part": part, "mirror": mirror, "first": first, "numbers": numbers}
+        ranks.tell(work | facts | hashes | {"config": asdict(config)})
+        ranks.agree(None)
+    pictures = Pictures(data, side, config.workers, cache="off")
+    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=first) as shown:
+
+        def take(start: int, features: np.ndarray[Any, Any], valid: np.ndarray[Any, Any]) -> None:
+            writer.write(start, features, valid)
+            shown.update(len(valid))
+
+        in_turn(pictures, first, FORWARD_BATCH, partial(_seen, pooled, mirror), numbers, take)
     check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
+
+
+def map_share(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's maps (ktransfer/ranks.py)."""
+    with ranks.opening():
+        config, arm = EvalConfig(**order["config"]), Arm("", Network(**order["network"]), None)
+        if order["weights"]:
+            arm = replace(arm, weights=Path(order["weights"]))
+        data = open_parts(str(config.labelled))[order["part"]]
+        known = input_hash(arm.weights) if arm.weights else None, data.fingerprint
+        if known != (order["sha256"], order["fingerprint"]):
+            raise StageError(f"{arm.weights} or {config.labelled}: differ here from the first process's; copy them")
+        _, pooled = _reader(arm, config, loop.choose_device(config))
+        pictures = Pictures(data, _side(arm), config.workers, cache="off")
+    in_turn(pictures, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), order["numbers"], None)
+
+
+def _seen(pooled: Pooled, mirror: bool, pixels: Tensor) -> Tensor:
+    return pooled(pixels, torch.full((len(pixels),), mirror))
 
 
 class Computed:

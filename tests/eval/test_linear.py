@@ -369,8 +369,9 @@ def test_a_finished_cache_is_used_as_it_is(parts, tmp_path):
     model = networks.build(NETWORK, 0, "eval/random").eval()
     layers = choose_layers(model, NETWORK, "conv1")
     pooled = partial(linear._pooled, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)
+    arm = linear.Arm("x", NETWORK, None)
     for _ in range(2):
-        found = linear._cached(tmp_path / "x.h5", pooled, layers[-1].stop, 64, data, CONFIG, False)
+        found = linear._cached(tmp_path / "x.h5", arm, pooled, layers[-1].stop, (data, data), 0, CONFIG, False)
         assert isinstance(found, Features)
         assert len(rows) == 48
     assert open_features(tmp_path / "x.h5").attributes["fingerprint"] == data.fingerprint
