@@ -9,7 +9,7 @@ ROOMS = ("pretext", "cluster", "retrain", "eval")
 EXACT = Extension(
     "ktransfer.cluster._exact",
     ["cluster/exact.cpp"],
-    depends=["cluster/exact_kernels.hpp"],
+    depends=["cluster/exact_kernels.hpp", "cluster/exact_tiles.hpp"],
     extra_compile_args=["-O3", "-std=gnu++17", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,

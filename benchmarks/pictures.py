@@ -16,8 +16,8 @@ raw 255      ours from a pack of uint8 pixels
 cache        ours with the uint8 squares in memory already
 squares      the squares of `pack 256` alone, without puzzles; `puzzles` the puzzles alone
 
-The ways take turns; what is printed are medians over the rounds. Without --data the pictures are made: noise with the
-spectrum of photographs, 500 x 375, JPEGs of about 110 kB, as those of ImageNet are.
+The ways take turns; what is printed are medians over the rounds. Without --data the pictures are made, 500 x 375, with
+JPEGs as large as ImageNet's (ktransfer/photographs.py).
 """
 
 import argparse
@@ -43,30 +43,12 @@ from torchvision import transforms
 
 from ktransfer.dataset import open_dataset
 from ktransfer.pack import pack
+from ktransfer.photographs import write_photographs
 from ktransfer.pictures import Pictures
 from ktransfer.pretext.permutations import generate
 from ktransfer.pretext.puzzles import JIGSAWPP, make_puzzles
 
 BATCH, SIZE, CELL, TILE, CODES = 256, 255, 85, 64, 701
-
-
-def photograph(seed: int, height: int = 375, width: int = 500) -> Image.Image:
-    """Noise whose amplitude falls with the frequency, as in photographs."""
-    random = np.random.default_rng(seed)
-    fall = 1 / np.maximum(np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)), 1 / width)
-    common, own = random.standard_normal((2, 3, height, width))
-    shape = np.fft.irfft2(np.fft.rfft2(common[:1] + 0.3 * own) * fall, (height, width))
-    shape = (shape - shape.mean()) / shape.std()
-    return Image.fromarray(np.clip(128 + 50 * shape, 0, 255).astype(np.uint8).transpose(1, 2, 0))
-
-
-def write_pictures(folder: Path, count: int) -> Path:
-    folder.mkdir(exist_ok=True)
-    for number in range(count):
-        path = folder / f"{number:05d}.jpg"
-        if not path.exists():
-            photograph(number).save(path, quality=90)
-    return folder
 
 
 class PeerPuzzles(Dataset[Tensor]):
@@ -126,19 +108,24 @@ def squares(pictures: Pictures) -> int:
     return sum(len(pixels) for _, pixels, _, _ in pictures.batches(batches(len(pictures.dataset))))
 
 
+def following(count: int) -> Iterator[Tensor]:
+    """Batches as pretext reads them: one picture more, for the foreign tiles of the last one."""
+    rows = torch.randperm(count)
+    return (torch.cat([part, rows[:1]]) for part in rows.split(BATCH))
+
+
 def puzzles(pictures: Pictures, codes: Tensor) -> int:
     done = 0
-    for rows, pixels, valid, _ in pictures.batches(batches(len(pictures.dataset))):
-        tiles = make_puzzles(pixels, pixels.roll(-1, 0), rows, valid.roll(-1, 0), codes, JIGSAWPP, 0, 0).tiles
-        done += len(tiles)
+    for rows, pixels, valid, _ in pictures.batches(following(len(pictures.dataset))):
+        done += len(make_puzzles(pixels[:-1], pixels[1:], rows[:-1], valid[1:], codes, JIGSAWPP, 0, 0).tiles)
     return done
 
 
 def puzzles_alone(pixels: Tensor, count: int, codes: Tensor) -> int:
-    rows, sound = torch.arange(len(pixels)), torch.ones(len(pixels), dtype=torch.bool)
+    rows, sound = torch.arange(len(pixels) - 1), torch.ones(len(pixels) - 1, dtype=torch.bool)
     done = 0
     while done < count:
-        done += len(make_puzzles(pixels, pixels.roll(-1, 0), rows, sound, codes, JIGSAWPP, 0, 0).tiles)
+        done += len(make_puzzles(pixels[:-1], pixels[1:], rows, sound, codes, JIGSAWPP, 0, 0).tiles)
     return done
 
 
@@ -163,11 +150,11 @@ def ways(folder: Path, packed: dict[str, Path]) -> dict[str, Callable[[], int]]:
         found[name] = partial(peers, DataLoader(PeerPuzzles(files, cut), BATCH, shuffle=True, **options))
     opened = {"folder": data} | {name: open_dataset(str(path)) for name, path in packed.items()}
     for name, dataset in opened.items():
-        found[name] = partial(puzzles, Pictures(dataset, SIZE, 1, cache_bytes=0), codes)
+        found[name] = partial(puzzles, Pictures(dataset, SIZE, 1, cache="off"), codes)
     kept = Pictures(opened["pack 256"], SIZE, 1, cache_bytes=len(data) * 3 * SIZE**2)
     found["cache"] = partial(puzzles, kept, codes)
-    found["squares"] = partial(squares, Pictures(opened["pack 256"], SIZE, 1, cache_bytes=0))
-    first = kept.batch(torch.arange(min(BATCH, len(data))))[0]
+    found["squares"] = partial(squares, Pictures(opened["pack 256"], SIZE, 1, cache="off"))
+    first = kept.batch(torch.arange(min(BATCH + 1, len(data))))[0]
     found["puzzles"] = partial(puzzles_alone, first, len(data), codes)
     return found
 
@@ -183,6 +170,18 @@ def measure(found: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[
     return rates
 
 
+def report(rates: dict[str, list[float]], peer: str, path: Path | None, facts: dict[str, Any]) -> None:
+    """Print medians and ratios to the peer, and write everything as JSON."""
+    print(f"pictures/s on one core, medians of {len(rates[peer])} rounds; times the rate of {peer}; range")
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    for name, rate in medians.items():
+        lowest, highest = min(rates[name]), max(rates[name])
+        print(f"{name:10} {rate:9.1f} {rate / medians[peer]:7.1f}x   {lowest:.1f} .. {highest:.1f}")
+    if path:
+        facts = {"machine": platform.machine(), "torch": torch.__version__} | facts
+        path.write_text(json.dumps({"facts": facts, "rates": rates}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1024)
@@ -192,7 +191,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        folder = options.data or write_pictures(work / "pictures", options.pictures)
+        folder = options.data or write_photographs(work / "pictures", options.pictures)
         packed = pack_all(folder, work)
         # Threads and workers that are started from here on inherit it.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -200,15 +199,8 @@ def main() -> None:
         found = ways(folder, packed)
         rates = measure(found, options.rounds)
         stored = {path.name: path.stat().st_size for path in sorted(work.glob("*.h5"))}
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    print(f"pictures/s on one core, medians of {options.rounds} rounds; times the rate of peers; range")
-    for name, rate in medians.items():
-        lowest, highest = min(rates[name]), max(rates[name])
-        print(f"{name:10} {rate:9.1f} {rate / medians['peers']:7.1f}x   {lowest:.1f} .. {highest:.1f}")
     print(", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in stored.items()))
-    if options.json:
-        facts = {"machine": platform.machine(), "torch": torch.__version__, "pictures": options.pictures}
-        options.json.write_text(json.dumps({"facts": facts, "rates": rates, "bytes": stored}, indent=1) + "\n")
+    report(rates, "peers", options.json, {"pictures": options.pictures, "bytes": stored})
 
 
 if __name__ == "__main__":

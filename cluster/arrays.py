@@ -15,6 +15,7 @@ from .engine import Rows, blocks
 Doubles = NDArray[np.float64]
 
 FAR = 3.0  # half-ranges between a column's middle and 0 from which it is centred
+NOT_FINITE = "Input X contains NaN, infinity or a number too large: leave such rows out"
 PLAIN = 2.0**30  # numbers up to this size and down to its inverse have squares that float32 can add up
 
 
@@ -87,6 +88,29 @@ def reader(table: Any, frame: Frame) -> Callable[[int, int], NDArray[np.float32]
     return read
 
 
+def device_reader(table: Any, frame: Frame) -> Callable[[int, int], Tensor] | None:
+    """For a tensor on a GPU, the same rows as `reader` gives, as tensors there; None for all else."""
+    return _tensor_reader(table, frame) if isinstance(table, Tensor) and table.is_cuda else None
+
+
+def _tensor_reader(table: Tensor, frame: Frame) -> Callable[[int, int], Tensor]:
+    offset = torch.from_numpy(frame.offset).to(table.device)
+    narrow = table.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+    def read(start: int, stop: int) -> Tensor:
+        block = table[start:stop].detach().to(torch.float32 if narrow else torch.float64)
+        if frame.offset.any():
+            block = block - offset
+        if frame.unit != 1:
+            block = block.double() / frame.unit
+        block = block.float()
+        if not bool(block.isfinite().all()):
+            raise ValueError(NOT_FINITE)
+        return block
+
+    return read
+
+
 def _block(table: Any, start: int, stop: int) -> NDArray[Any]:
     """Rows as float32 where that holds them, else as float64."""
     block = as_numpy(table[start:stop])
@@ -95,7 +119,7 @@ def _block(table: Any, start: int, stop: int) -> NDArray[Any]:
 
 def _check_finite(block: NDArray[Any]) -> None:
     if not np.isfinite(block).all():
-        raise ValueError("Input X contains NaN, infinity or a number too large: leave such rows out")
+        raise ValueError(NOT_FINITE)
 
 
 def weighed(rows: Rows, weights: Doubles | None) -> Rows:
@@ -112,7 +136,7 @@ def weighed(rows: Rows, weights: Doubles | None) -> Rows:
         edges = [(at, min(at + stop - start, end)) for at in range(first, end, stop - start)]
         return np.concatenate([rows.read(a, b)[weights[a:b] > 0] for a, b in edges])
 
-    return Rows(len(kept), rows.dim, read, weights[kept])
+    return Rows(len(kept), rows.dim, read, weights[kept], rows.on_device if len(kept) == rows.count else None)
 
 
 def variance(rows: Rows) -> float:

@@ -26,7 +26,8 @@ FEW_COLUMNS = 32  # below, nothing is
 SAMPLE = 512
 CHOOSE_AT = (0, 1, 4)  # passes before which directions are chosen: the spectrum settles in the first few
 DENSE_COST = 0.8  # bounds must promise to be below this share of a dense pass
-CHOICE_WORK = 0.5  # of a dense pass that finding directions may take, at half its speed
+CHOICE_WORK = 0.25  # of a dense pass that finding directions may take, at half its speed
+SERVES = 8  # passes that a projection of the rows is taken to serve, if there is room to keep it
 HOPELESS = 2.0  # dense passes that bounds may cost before they are tried no more
 SMALL = 384  # columns up to which all eigenvectors are found at once
 ROW_COST = 40.0  # of a row under bounds whatever is left of it, in products of the tiled kernel
@@ -100,7 +101,12 @@ class Memory:
         rows: what is clustered.
         room: bytes that projected rows, or bounds of pairs, may take.
         tell: is given a line for people when the kind of pass changes.
-        labels, counts: of the pass before.
+        labels, distances, counts: of the pass before.
+        sums: of the pass before, where one block holds all rows.
+        clear: (n,) which rows the pass before found nearer to their centroid than to any other by more than a tie.
+        across: centroids, and (k, p + 2) those in the basis, as `projected` has the rows.
+        projected_at: the pass that fills `projected`.
+        longest: the least of `longest` since `clear` began.
         passes: how many there were.
         vectors, basis, projected: directions to choose from, those chosen, and the rows in them.
         places, sample: some rows, to estimate costs on.
@@ -113,7 +119,13 @@ class Memory:
     room: int
     tell: Callable[[str], object]
     labels: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    distances: Floats = field(default_factory=lambda: np.empty(0, np.float32))
     counts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    sums: Doubles | None = None
+    clear: NDArray[np.bool_] | None = None
+    across: tuple[Floats, Floats] | None = None
+    projected_at: int = 0
+    longest: float = 0.0
     passes: int = 0
     vectors: Floats | None = None
     basis: Basis | None = None
@@ -183,7 +195,7 @@ def choose(centroids: Floats, memory: Memory) -> str:
     if not fits and memory.passes not in CHOOSE_AT:
         return "dense"
     target = aim(centroids)
-    now = _distances(memory.sample, target)
+    now = _distances(memory.sample, target) if fits or not memory.passes else memory.sample[:0]
     labels = memory.labels[memory.places] if memory.passes else now.argmin(axis=1)
     if memory.passes in CHOOSE_AT:
         _choose_basis(target, memory, labels, DENSE_COST / 2 if fits and memory.passes else DENSE_COST)
@@ -194,8 +206,8 @@ def choose(centroids: Floats, memory: Memory) -> str:
 
 
 def _sample(rows: Rows) -> tuple[NDArray[np.int64], Floats]:
-    """Places and rows of eight stretches, or of all that there is."""
-    size = min(SAMPLE // 8, rows.count)
+    """Places and rows of eight stretches, or of all that there is; fewer where passes are short."""
+    size = min(SAMPLE // 8, max(16, rows.count // 256), rows.count)
     starts = np.linspace(0, rows.count - size, 8).astype(int)
     places = np.concatenate([np.arange(start, start + size) for start in starts])
     return places, np.concatenate([rows.read(start, start + size) for start in starts.tolist()])
@@ -253,11 +265,12 @@ def keep_pairs(target: Target, memory: Memory, width: int) -> Pairs:
 def _choose_basis(target: Target, memory: Memory, labels: NDArray[Any], limit: float) -> None:
     """Set the basis that costs least on the sample, or none if that is not below `limit`."""
     k, d = target.raw.shape
-    before, memory.basis, memory.projected = memory.basis, None, None
+    before, rows, clear, across = memory.basis, memory.projected, memory.clear, memory.across
+    memory.basis = memory.projected = memory.clear = memory.across = None
     if memory.vectors is None or memory.passes <= 1:
         # Operations a column; a dense pass has n k of them. Rows at random, the usual start, promise little.
         tried = [p for p in PREFIXES if p <= d // 2 and (memory.passes or p <= FIRST_PREFIX)]
-        work = {p: 10 * d * d if d <= SMALL else 10 * k * p + 8 * p * p for p in tried}
+        work = {p: 10 * d * d if d <= SMALL else 6 * k * p + 8 * p * p for p in tried}
         widths = [p for p, count in work.items() if count <= CHOICE_WORK * memory.rows.count * k]
         weights = np.sqrt(memory.counts, dtype=np.float32) if memory.passes else np.ones(k, np.float32)
         memory.vectors = _leading(target.centred * weights[:, None], widths[-1] if widths else 0)
@@ -266,11 +279,21 @@ def _choose_basis(target: Target, memory: Memory, labels: NDArray[Any], limit: f
         return
     assert memory.sample is not None
     shares = _shares_left(target, memory.sample, labels, memory.vectors, widths)
-    costs = [_cost(p, k, d, share, not memory.passes) for p, share in zip(widths, shares, strict=True)]
+    # Those that rows were projected on cost nothing to project on.
+    whole = rows is not None and memory.projected_at < memory.passes
+    had = before.vectors.shape[1] if before and whole and memory.passes > 1 else 0
+    serves = [SERVES if 4 * memory.rows.count * (p + 2) <= memory.room else 1 for p in widths]
+    costs = [
+        _cost(p, k, d, share, not memory.passes) + (p != had) * p / (k * passes)
+        for p, share, passes in zip(widths, shares, serves, strict=True)
+    ]
     best = int(np.argmin(costs))
     if memory.passes and costs[best] > HOPELESS:
         memory.vectors = memory.vectors[:, :0]
     if not costs[best] < limit:  # NaN near the limits of float32
+        return
+    if widths[best] == had:
+        memory.basis, memory.projected, memory.clear, memory.across = before, rows, clear, across
         return
     chosen = np.ascontiguousarray(memory.vectors[:, : widths[best]])
     wide = chosen.astype(np.float64)
@@ -297,16 +320,19 @@ def _leading(matrix: Floats, width: int) -> Floats:
     matrix = matrix / np.float32(top)  # squares of large numbers would overflow
     if d <= SMALL:
         return np.linalg.eigh((matrix.T @ matrix).astype(np.float64))[1][:, : -width - 1 : -1].astype(np.float32)
-    basis = np.random.default_rng(0).standard_normal((d, width + 16)).astype(np.float32)
-    for _ in range(2):
-        wide = (matrix.T @ (matrix @ basis)).astype(np.float64)
-        squares, axes = np.linalg.eigh(wide.T @ wide)
-        kept = squares > 1e-12 * squares[-1]  # fewer where the centroids span less
-        basis = (wide @ (axes[:, kept] / np.sqrt(squares[kept]))).astype(np.float32)
-    small = (matrix @ basis).astype(np.float64)
-    wide = basis @ np.linalg.eigh(small.T @ small)[1][:, : -width - 1 : -1]
+    start = np.random.default_rng(0).standard_normal((len(matrix), width + 16)).astype(np.float32)
+    wide = _orthonormal(matrix.T @ start)
+    wide = _orthonormal(matrix.T @ (matrix @ wide.astype(np.float32)))[:, :width]
     # One step of Newton's towards the nearest orthonormal matrix leaves the square of what was missing.
     return np.asarray(wide @ (1.5 * np.eye(wide.shape[1]) - 0.5 * wide.T @ wide), np.float32)
+
+
+def _orthonormal(matrix: Floats) -> Doubles:
+    """(d, m) or fewer columns that span those of `matrix` (d, m), in the order of how much of it lies along them."""
+    wide = matrix.astype(np.float64)
+    squares, axes = np.linalg.eigh(wide.T @ wide)
+    kept = squares > 1e-12 * squares[-1]  # fewer where the centroids span less
+    return np.asarray((wide @ (axes[:, kept] / np.sqrt(squares[kept])))[:, ::-1])
 
 
 def _shares_left(target: Target, raw: Floats, labels: NDArray[Any], vectors: Floats, widths: list[int]) -> list[float]:

@@ -92,8 +92,9 @@ class ClusterConfig:
     sheet: int = option(12, "clusters whose 16 nearest pictures are drawn (clusters.png); 0: none", low=0, high=100)
     engine: str = option(
         "auto",
-        "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
-        choices=("auto", "faiss", "exact"),
+        "exact: our own, on a GPU where there is one; faiss, faiss-float16: on all GPUs; auto: the faster here; "
+        "labels are the same",
+        choices=("auto", "faiss", "faiss-float16", "exact"),
         execution=True,
     )
     memory: float = option(
@@ -121,8 +122,9 @@ class AssignConfig:
     )
     engine: str = option(
         "auto",
-        "exact: our own, by certified bounds, on the CPU; faiss: on GPUs where there are any; auto: the faster here",
-        choices=("auto", "faiss", "exact"),
+        "exact: our own, on a GPU where there is one; faiss, faiss-float16: on all GPUs; auto: the faster here; "
+        "labels are the same",
+        choices=("auto", "faiss", "faiss-float16", "exact"),
         execution=True,
     )
     memory: float = option(

@@ -17,13 +17,25 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from .arrays import Doubles, as_numpy, check_weights, frame_of, into, like, passing, reader, streams, variance, weighed
+from .arrays import (
+    Doubles,
+    as_numpy,
+    check_weights,
+    device_reader,
+    frame_of,
+    into,
+    like,
+    passing,
+    reader,
+    streams,
+    variance,
+    weighed,
+)
 from .engine import Engine, Rows
-from .engines import choose_engine
+from .engines import ENGINES, choose_engine
 from .kmeans import Clustering, State, assign_rows, kmeans
 from .starts import SAMPLE_EACH, SAMPLE_NUMBERS, kmeans_plus_plus
 
-ENGINES = ("auto", "faiss", "exact")
 STARTS = ("k-means++", "random")
 START_SAMPLE = 2**16  # distinct rows that k-means++ looks at, if no more are needed for many clusters
 
@@ -53,7 +65,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         tol: a run ends when the squared shifts of all centres add up to at most this share of the mean variance of
             the columns; 0: when no label moves.
         random_state: int, numpy RandomState, or None.
-        engine: "auto", "faiss" or "exact", as `ktransfer cluster --engine`; all give the same labels.
+        engine: "auto", "faiss", "faiss-float16" or "exact", as `ktransfer cluster --engine`; all give the same labels.
 
     Attributes:
         cluster_centers_: (k, d); float64 for float64 and integer rows, else float32.
@@ -100,7 +112,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         weights = check_weights(sample_weight, count)
         given = None if isinstance(self.init, str) else self._given_centres(dim)
         frame = frame_of(table, weights)
-        everything = Rows(count, dim, reader(table, frame))
+        everything = Rows(count, dim, reader(table, frame), on_device=device_reader(table, frame))
         rows = weighed(everything, weights)
         if given is None:
             draw = _drawer(rows, k, self.init)
@@ -230,7 +242,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def _nearest(self, X: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         check_is_fitted(self)
         table = self._table(X, reset=False)
-        rows = Rows(table.shape[0], table.shape[1], reader(table, self._frame))
+        read, on_device = reader(table, self._frame), device_reader(table, self._frame)
+        rows = Rows(table.shape[0], table.shape[1], read, on_device=on_device)
         return assign_rows(rows, self._centroids(), choose_engine(self.engine, tell=lambda line: None))
 
 

@@ -8,8 +8,8 @@
 // centring moves a score by at most 2.1 u |x| |c|; the bias -|c|^2/2 is rounded once and added once. With C the largest
 // |c|, every error below is therefore at most E * (|x| C + C^2 / 2) with E made of such link counts by exact.py, plus
 // `tiny` for underflow. A pair is dropped, or a winner believed, only if its score is off by more than
-//     doubt(x, E) = 2 E (|x| C + C^2 / 2) + 1e-12 (|x|^2 + C^2) + tiny,
-// the middle term being the width of what counts as a tie. All that remains within the doubt of the best is decided by
+//     doubt(x, E) = 2 E (|x| C + C^2 / 2) + 8e-12 (|x|^2 + C^2) + tiny,
+// the middle term being more than the width of a tie. All that remains within the doubt of the best is decided by
 // squared distances in float64 from the centroids' mean, the lowest index within 1e-12 (|x|^2 + C^2) of the nearest.
 // So labels are a function of rows and centroids alone: not of the mode, the instruction set, the threads, the block
 // size or the labels of the pass before.
@@ -17,18 +17,22 @@
 // PROJECTED BOUND. V (d x p, float32) has nearly orthonormal columns: |V'V - I| <= eps, measured in float64 by exact.py.
 // Q, its polar factor, has exactly orthonormal ones, and |V - Q| <= eps. For a = Q'x, b = Q'c (exact), P the projection
 // on the rest:  x.c = a.b + (Px).(Pc) <= a.b + sqrt(|x|^2 - |a|^2) sqrt(|c|^2 - |b|^2)  = (a, r_x).(b, r_c).
-// Computed coefficients are off by at most e_x |x| with e_x = eps + (links) u sqrt(p), and e_c |c| with e_c = eps + 2 u
-// (they are computed in float64 and rounded once). So a.b is off by at most (e_x + e_c + e_x e_c) |x| |c|, and the two
-// residual norms are upper bounds when computed as sqrt(|x|^2 - |a|^2 + rest_error |x|^2) with
-// rest_error >= 2 e_x + e_x^2 + rounding of the two norms, and likewise for c. The product of the (p + 1)-vectors in
-// float32 adds (p + 3) u (1 + rest_error). A centroid whose bound stays below the score of the row's previous centroid
-// by more than the doubt of all these terms together cannot be the nearest, nor tie with it. Centroids are means, so r_c is
-// small, and a few dozen leading directions of the *centroids* exclude most pairs. Any previous labels are right.
+// Computed coefficients are off by at most e |x| with e = eps + (links) u sqrt(p), and likewise for c. So a.b is off by at
+// most (2 e + e^2) |x| |c|, and the two residual norms are upper bounds when computed as
+// sqrt(|x|^2 - |a|^2 + rest_error |x|^2) with rest_error >= 2 e + e^2 + rounding of the two norms, and likewise for c.
+// The product of the (p + 1)-vectors in float32 adds (p + 3) u (1 + rest_error). A centroid whose bound stays below the
+// score of the row's previous centroid by more than the doubt of all these terms together cannot be the nearest, nor tie
+// with it. Centroids are means, so r_c is small, and a few dozen leading directions of the *centroids* exclude most
+// pairs. Any previous labels are right.
 //
 // PAIR BOUND. Where no few directions hold the centroids, a dense pass leaves q(x, c) <= scale |x - c|^2 for every pair, as
 // float16 rounded towards zero. Later, when c has gone to c' with |c' - c| <= m(c), the triangle inequality says
 // |x - c'| >= |x - c| - m(c), so c' can be nearest or tie only if sqrt(q / scale) <= r(x) + m(c), where r(x) is at least the
 // distance to the row's previous centroid, where that is now, and the width of a tie. Reading q costs two bytes a pair.
+//
+// SETTLED ROWS. A row whose centroid was nearest by more than a tie, and has not moved since, can only be taken by one
+// that has. Ties are measured from the centroids' mean, m: |x - m|^2 + max |c - m|^2 <= 2 |x|^2 + 6 C^2, as |m| <= C. The
+// doubt above, 16e-12 of |x|^2 + C^2 in squared distances, stays more than that as long as C has not grown by a fifth.
 //
 // Threads take runs of rows; each row is computed by one thread in one order, so their number changes no byte.
 
@@ -67,6 +71,10 @@ struct Job {
     const float* moved;      // k (whole panels): how far each centroid is from where it was then, scaled, rounded up
     float* projected;        // rows x (p + 2): coefficients, norm of the rest, norm of the row
     const int64_t* order;    // the order in which rows are worked on
+    const int32_t* some;     // few, ascending: the only centroids that can take rows from their own; none: all can
+    const float* some_bias;  // few (whole panels)
+    int64_t few;
+    uint8_t* clear;          // rows, or none: whether every other centroid was farther by more than the width of a tie
     const double* weights;   // rows, or none: all are 1
     int32_t* labels;         // rows: previous ones where a bound uses them, then the answer
     float* distances;        // rows
@@ -78,7 +86,11 @@ struct Job {
     float doubt(float length, float error) const {
         length += floor;  // the squares behind it may have underflowed
         return 2 * error * (length * longest + longest * longest / 2) +
-               float(TIE) * (length * length + longest * longest) + tiny;
+               8 * float(TIE) * (length * length + longest * longest) + tiny;
+    }
+    // At most the score of a row's centroid, from the squared distance that an earlier pass measured.
+    float own(float length, float distance) const {
+        return (length * length - distance) / 2 - dot_error * (length * length + longest * longest) - tiny;
     }
     // What |x|^2 - 2 s may be wrong by as a squared distance, and the width of a tie.
     float distance_doubt(float length) const {
@@ -239,14 +251,21 @@ void ktransfer_update(int level, int threads, const Job* given) {
             while (i > 0 && i < job.rows && job.labels[job.order[i]] == job.labels[job.order[i - 1]]) i++;
             return i;
         };
-        for (int64_t i = edge(start), end = edge(stop); i < end; i++) {
-            const int64_t at = job.order[i];
-            double* sum = job.sums + int64_t(job.labels[at]) * job.d;
-            const double weight = job.weights ? job.weights[at] : 1;
+        for (int64_t i = edge(start), end = edge(stop), count; i < end; i += count) {
+            const float* rows[4];
+            double weights[4];
+            const int32_t label = job.labels[job.order[i]];
+            for (count = 0; count < 4 && i + count < end && job.labels[job.order[i + count]] == label; count++) {
+                rows[count] = job.x + job.order[i + count] * job.d;
+                weights[count] = job.weights ? job.weights[job.order[i + count]] : 1;
+            }
+            for (int64_t j = i + count; j < end && j < i + count + 4; j++)
+                avx2::fetch(job.x + job.order[j] * job.d, 4 * job.d);
+            double* sum = job.sums + int64_t(label) * job.d;
             if (level == 2)
-                avx512::add(sum, job.x + at * job.d, weight, job.d);
+                avx512::add(sum, rows, weights, count, job.d);
             else
-                avx2::add(sum, job.x + at * job.d, weight, job.d);
+                avx2::add(sum, rows, weights, count, job.d);
         }
     });
 }

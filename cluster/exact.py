@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ktransfer import __version__
 from ktransfer.progress import say
@@ -41,7 +42,7 @@ def exact_engine(
     threads = threads or torch.get_num_threads()
     library = native.library() if compiled else None
     if library is None:
-        return dense_engine()
+        return dense_engine(threads)
     chosen = level or int(library.ktransfer_level())
     memory: Memory | None = None
 
@@ -62,8 +63,10 @@ def _scan(
     kind = choose(centroids, memory)
     if memory.passes:
         found.labels[:] = memory.labels
+        found.distances[:] = memory.distances
     target = aim(centroids, memory.basis.origin if memory.basis else None)
     fields = _fields(target, level)
+    clear = np.zeros(rows.count, np.bool_) if memory.clear is None else memory.clear.copy()
     work = {"projected": _by_projection, "pairs": _by_pairs}.get(kind, _by_products)(
         memory, target, fields, kind, level, threads
     )
@@ -73,15 +76,25 @@ def _scan(
             "x": np.ascontiguousarray(rows.read(start, stop), np.float32),
             "labels": found.labels[start:stop],
             "distances": found.distances[start:stop],
+            "clear": clear[start:stop],
         }
         work(start, stop, block)
         if rows.weights is not None:
             block["weights"] = np.ascontiguousarray(rows.weights[start:stop], np.float64)
         order = native.order(block["labels"], k)
-        native.update(level, threads, fields | block | {"order": order, "sums": found.sums})
+        if memory.sums is not None:  # so this block is all: clusters of the same rows keep their sums
+            again = np.zeros(k, bool)
+            other = memory.labels != found.labels
+            again[memory.labels[other]] = again[found.labels[other]] = True
+            found.sums[~again] = memory.sums[~again]
+            order = order[again[found.labels[order]]]
+        native.update(level, threads, fields | block | {"rows": len(order), "order": order, "sums": found.sums})
         tick(stop - start)
     found.counts[:] = np.bincount(found.labels, minlength=k)
-    memory.labels, memory.counts, memory.last = found.labels.copy(), found.counts, target.raw
+    memory.labels, memory.distances, memory.counts = found.labels.copy(), found.distances.copy(), found.counts
+    memory.sums = found.sums.copy() if block["rows"] == rows.count else None
+    memory.clear = clear if kind == "projected" and memory.projected is not None else None
+    memory.last = target.raw
     if memory.pairs is not None:
         memory.pairs.whole = True
     memory.passes += 1
@@ -122,13 +135,14 @@ def _by_pairs(memory: Memory, target: Target, fields: native.Fields, kind: str, 
 def _by_projection(memory: Memory, target: Target, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
     basis = memory.basis
     assert basis is not None
-    project, filtered = _filter_fields(target, basis, fields, level)
+    project, filtered = _filter_fields(memory, target, basis, fields, level, threads)
     width = basis.vectors.shape[1] + 2
     fresh = memory.projected is None
     if fresh and 4 * memory.rows.count * width <= memory.room:
-        memory.projected = np.empty((memory.rows.count, width), np.float32)
+        memory.projected, memory.projected_at = np.empty((memory.rows.count, width), np.float32), memory.passes
     kept = memory.projected
     guess = not memory.passes
+    stays, some = _settled(memory, target, fields, level)
 
     def work(start: int, stop: int, block: native.Fields) -> None:
         rows = np.empty((stop - start, width), np.float32) if kept is None else kept[start:stop]
@@ -138,9 +152,41 @@ def _by_projection(memory: Memory, target: Target, fields: native.Fields, kind: 
         if guess:
             native.run(level, threads, native.GUESS, filtered | given)
         order = native.order(block["labels"], len(target.raw))
-        native.run(level, threads, native.FILTERED, filtered | given | {"order": order})
+        if some:
+            settled = (stays[block["labels"]] & block["clear"])[order]
+            few = order[settled]
+            native.run(level, threads, native.FILTERED, filtered | some | given | {"order": few, "rows": len(few)})
+            order = order[~settled]
+        native.run(level, threads, native.FILTERED, filtered | given | {"order": order, "rows": len(order)})
 
     return work
+
+
+def _settled(
+    memory: Memory, target: Target, fields: native.Fields, level: int
+) -> tuple[NDArray[np.bool_], native.Fields]:
+    """Which centroids have not moved, and what looks at the others only; that is empty where all are to be looked at.
+
+    SETTLED ROWS in exact.cpp has the proof, and why centroids far out end it.
+    """
+    k = len(target.raw)
+    assert memory.across is not None
+    stays = np.ones(k, bool)
+    stays[_gone(memory.last, target)] = False
+    if memory.clear is None or not stays.any() or not fields["longest"] <= 1.2 * memory.longest:
+        memory.clear, memory.longest = None, fields["longest"]
+        return stays, {}
+    memory.longest = min(memory.longest, fields["longest"])
+    gone = np.flatnonzero(~stays).astype(np.int32)
+    return (
+        stays,
+        {
+            "some": np.append(gone, np.int32(-1)),  # the address of nothing would mean all
+            "few": len(gone),
+            "some_bias": native.pad(level, fields["bias"][gone]),
+            "packed": native.pack(level, np.ascontiguousarray(memory.across[1][gone, :-1])),
+        },
+    )
 
 
 def _links(d: int) -> int:
@@ -175,14 +221,13 @@ def _fields(target: Target, level: int) -> native.Fields:
 
 
 def _filter_fields(
-    target: Target, basis: Basis, fields: native.Fields, level: int
+    memory: Memory, target: Target, basis: Basis, fields: native.Fields, level: int, threads: int
 ) -> tuple[native.Fields, native.Fields]:
     """What PROJECT and FILTERED need; the names are those of the proof in exact.cpp."""
     d, p = basis.vectors.shape
     e_x = basis.error + _links(d) * UNIT * p**0.5 * (1 + basis.error)
-    e_c = basis.error + 2 * UNIT
     rest_error = 2 * e_x + e_x**2 + 2 * UNIT * (_dot_links(d) + 8)
-    bound_error = (_links(p + 1) + 6) * UNIT * (1 + rest_error) + e_x + e_c + e_x * e_c
+    bound_error = (_links(p + 1) + 6) * UNIT * (1 + rest_error) + 2 * e_x + e_x**2
     project = fields | {
         "k": p,
         "p": p,
@@ -190,18 +235,25 @@ def _filter_fields(
         "bias": native.pad(level, np.zeros(p, np.float32)),
         "rest_error": SAFETY * rest_error,
     }
+    then, across = memory.across or (None, np.empty((len(target.raw), p + 2), np.float32))
+    memory.across, gone = None, _gone(then, target)  # none while they are written to
+    if len(gone):
+        projected = np.empty((len(gone), p + 2), np.float32)
+        job = {"rows": len(gone), "x": target.raw[gone], "projected": projected}
+        native.run(level, threads, native.PROJECT, project | job)
+        across[gone] = projected
+    memory.across = target.raw, across
     filtered = fields | {
         "p": p,
-        "packed": native.pack(level, _project_centroids(target, basis, e_c)),
+        "packed": native.pack(level, np.ascontiguousarray(across[:, :-1])),
         # Half of both errors together: `doubt` doubles it.
         "filter_error": (SAFETY * bound_error + fields["dot_error"]) / 2,
     }
     return project, filtered
 
 
-def _project_centroids(target: Target, basis: Basis, e_c: float) -> Floats:
-    """(k, p + 1): coefficients in the basis and the norm of the rest, rounded up."""
-    along = target.centred.astype(np.float64) @ basis.vectors.astype(np.float64)
-    rest = np.maximum(target.lengths - np.einsum("ij,ij->i", along, along), 0)
-    beyond = np.sqrt(rest + SAFETY * (2 * e_c + e_c**2) * target.lengths) * (1 + 2 * UNIT)
-    return np.column_stack([along, beyond]).astype(np.float32)
+def _gone(then: Floats | None, target: Target) -> NDArray[np.int64]:
+    """The centroids that are not where they were."""
+    if then is None:
+        return np.arange(len(target.raw))
+    return np.flatnonzero((then != target.raw).any(axis=1))

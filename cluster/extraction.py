@@ -1,19 +1,19 @@
 """The extract stage: features of every picture, one pass, constant memory, resumable by rows."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktransfer import networks, teachers
+from ktransfer import networks, ranks, teachers
 from ktransfer.config import build
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.errors import Answer, UsageError
+from ktransfer.errors import Answer, StageError, UsageError
 from ktransfer.features import create_or_resume
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, reasons
@@ -21,6 +21,8 @@ from ktransfer.progress import bar, say
 from ktransfer.run import begin, done_record, need_disk, read_record
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
+from ktransfer.training.reading import data_facts, same_data
+from ktransfer.turns import in_turn
 
 from .config import ExtractConfig
 
@@ -43,9 +45,8 @@ def extract(run: str | Path, **options: Any) -> Path:
     teacher = _teacher(run, config)
     network = teacher.network
     device = loop.choose_device(config)
-    model = teachers.load(teacher).to(device)
-    read = partial(_read, teachers.reader(model, network, str(config.layer), config.token), teacher, config)
-    dim = len(read(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8, device=device))[0])
+    compute = _reader(teacher, config, device)
+    dim = len(compute(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8))[0])
 
     name = config.name or data.name
     inputs = {"data": data.fingerprint, "teacher": teachers.identity(teacher)}
@@ -64,16 +65,20 @@ def extract(run: str | Path, **options: Any) -> Path:
             "transform": f"short side {config.size}, centre square, normalised by {network.normalise}",
             "fingerprint": data.fingerprint,
         }
-        pictures = Pictures(data, config.size, config.workers, cache_bytes=0)
+        pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
-        rows = torch.arange(writer.rows_done, len(data))
-        with bar(len(data), f"extract {config.layer}", done=writer.rows_done) as shown:
-            for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(config.batch) if len(part)):
-                with loop.autocast(config, device):
-                    features = read(pixels.to(device))
-                features = torch.where(valid[:, None], features.float().cpu(), 0.0)
-                writer.write(int(chosen[0]), features.numpy(), valid.numpy())
-                shown.update(len(chosen))
+        first = writer.rows_done
+        if ranks.count() > 1:
+            order = {"do": "extract", "run": str(run.resolve()), "teacher": inputs["teacher"], "first": first}
+            ranks.tell(order | {"config": asdict(config), "dim": dim} | data_facts(data))
+            ranks.agree(None)
+        with bar(len(data), f"extract {config.layer}", done=first) as shown:
+
+            def take(start: int, features: np.ndarray, valid: np.ndarray) -> None:
+                writer.write(start, features, valid)
+                shown.update(len(valid))
+
+            in_turn(pictures, first, config.batch, compute, dim, take)
         found = reasons(data, writer.valid(), config.size)
         check_broken(found, len(data), config.max_broken, data)
         writer.finish()
@@ -82,6 +87,20 @@ def extract(run: str | Path, **options: Any) -> Path:
         source = f"{config.layer} of {network.arch}"
         say(f"extract: done; {len(data)} x {dim} from {source}; {len(broken)} broken pictures; {file}")
         return file
+
+
+def extract_share(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's extraction (ktransfer/ranks.py)."""
+    with ranks.opening():
+        config = ExtractConfig(**order["config"])
+        data = same_data(order)
+        teacher = _teacher(Path(order["run"]), config)
+        if teachers.identity(teacher) != order["teacher"]:
+            raise StageError(f"{teacher.weights}: is another file here than where the first process runs; copy it")
+        device = loop.choose_device(config)
+        compute = _reader(teacher, config, device)
+        pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
+    in_turn(pictures, order["first"], config.batch, compute, order["dim"], None)
 
 
 def check(
@@ -136,6 +155,18 @@ def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None
         done_record(run, "pretext", "pretext", "pretext")
         network = networks.describe(path)
     return Teacher(networks.trunk(replace(network, size=config.size or network.size)), path)
+
+
+def _reader(teacher: Teacher, config: ExtractConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """(batch, 3, s, s) uint8 pictures -> (batch, d) features on the device."""
+    model = teachers.load(teacher).to(device)
+    maps_of = teachers.reader(model, teacher.network, str(config.layer), config.token)
+
+    def compute(pixels: Tensor) -> Tensor:
+        with loop.autocast(config, device):
+            return _read(maps_of, teacher, config, pixels.to(device))
+
+    return compute
 
 
 def _pooling(teacher: Teacher, config: ExtractConfig) -> str:

@@ -20,7 +20,9 @@ class Job(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("rows", "d", "k", "p")),
         *((name, c_void_p) for name in ("x", "origin", "middle", "raw", "centroids", "packed", "bias")),
-        *((name, c_void_p) for name in ("bounds", "moved", "projected", "order")),
+        *((name, c_void_p) for name in ("bounds", "moved", "projected", "order", "some", "some_bias")),
+        ("few", c_int64),
+        ("clear", c_void_p),
         *((name, c_void_p) for name in ("weights", "labels", "distances", "sums")),
         *((name, c_float) for name in ("longest", "dense_error", "dot_error", "filter_error", "rest_error", "tiny")),
         *((name, c_float) for name in ("floor", "scale")),

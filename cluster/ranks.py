@@ -21,6 +21,8 @@ from .engines import choose_engine
 from .projection import Projection
 from .rows import plan_line, plan_memory, rows_of
 
+_opened: tuple[Rows, Engine] | None = None  # of a process that serves
+
 
 def open_rows(
     features: Features,
@@ -61,11 +63,9 @@ def open_rows(
             "k": k,
             "engine": engine,
             "memory": memory,
-            "projection": [(array.shape, array.dtype.str) for array in arrays],
-        }
+        },
+        *arrays,
     )
-    for array in arrays:
-        ranks.spread(np.ascontiguousarray(array))
     ranks.agree(None)
     return rows, over_ranks(own, rows)
 
@@ -87,8 +87,7 @@ def over_ranks(engine: Engine, rows: Rows) -> Engine:
             before, done = done, done + count
             tick(rows.count * done // part.count - rows.count * before // part.count)
 
-        ranks.tell({"do": "scan", "k": len(centroids)})
-        ranks.spread(np.ascontiguousarray(centroids, np.float32))
+        ranks.tell({"do": "scan"}, np.ascontiguousarray(centroids, np.float32))
         found = _scan(engine, part, centroids, scaled)
         try:
             sums = ranks.total(np.column_stack([found.sums, found.counts]))
@@ -103,47 +102,28 @@ def over_ranks(engine: Engine, rows: Rows) -> Engine:
     return Engine(f"{engine.name}, {ranks.count()} processes", engine.version, scan)
 
 
-def serve() -> int:
-    """What the other processes do until the leader ends; the exit code that it gives."""
-    part, engine = None, None
-    while True:
-        order = ranks.hear()
-        if order["do"] == "end":
-            if order["code"]:
-                ranks.rest()
-            return int(order["code"])
-        try:
-            if order["do"] == "open":
-                part, engine = _open(order)
-            else:
-                assert part is not None and engine is not None
-                centroids = ranks.spread(np.empty((order["k"], part.dim), np.float32))
-                found = _scan(engine, part, centroids, lambda done: None)
-                ranks.total(np.column_stack([found.sums, found.counts]))
-                ranks.collect(found.labels, part.count)
-                ranks.collect(found.distances, part.count)
-        except ranks.Told:  # all know; the leader decides what comes next
-            continue
-
-
-def _open(order: dict[str, Any]) -> tuple[Rows, Engine]:
-    arrays = [ranks.spread(np.empty(shape, dtype)) for shape, dtype in order["projection"]]
-    error: Exception | None = None
-    try:
+def open_share(order: dict[str, Any]) -> None:
+    """Another process opens its share of the rows, for the scans to come."""
+    global _opened
+    with ranks.opening():
         features = open_features(Path(order["features"]))
         if _facts(features) != order["facts"]:
             raise StageError(f"{features.path}: is another file here than where the first process runs; give it a copy")
-        projection = Projection(*arrays) if arrays else None
+        projection = Projection(*order["arrays"]) if order["arrays"] else None
         dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
         plan = plan_memory(features, order["k"], dim, order["memory"])
-        opened = (
-            _part(rows_of(features, projection, order["normalise"], plan.kept)),
-            choose_engine(order["engine"], plan.engine),
-        )
-    except Exception as found:
-        error = found
-    ranks.agree(error)
-    return opened
+        rows = rows_of(features, projection, order["normalise"], plan.kept)
+        _opened = _part(rows), choose_engine(order["engine"], plan.engine)
+
+
+def scan_share(order: dict[str, Any]) -> None:
+    """Another process scans the share that it opened."""
+    assert _opened is not None
+    part, engine = _opened
+    found = _scan(engine, part, order["arrays"][0], lambda done: None)
+    ranks.total(np.column_stack([found.sums, found.counts]))
+    ranks.collect(found.labels, part.count)
+    ranks.collect(found.distances, part.count)
 
 
 def _scan(engine: Engine, part: Rows, centroids: NDArray[np.float32], tick: Callable[[int], object]) -> Pass:

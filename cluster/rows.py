@@ -1,5 +1,6 @@
 """Rows for k-means out of a feature file: read ahead by blocks, as many kept in memory as the budget allows."""
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ TOGETHER = 64  # rows projected by one product, at fixed places: so their digits
 WORTH = 2**16  # numbers of a block from which reading ahead costs less than it saves
 PROCESS_BYTES = 9 * 2**27  # libraries (0.9 GB with a torch that knows CUDA) and blocks in work
 ENGINE_BYTES = 2**30  # the most that an engine keeps from one pass for the next, which saves more than kept rows do
+PROJECTED_BYTES = 400  # of a row projected on most of what the engine tries: to make it anew takes longer than reading
 CENTROID_BYTES = 40  # of a number in a centroid: copies in float32 and float64, sums, means
 ROW_BYTES = 32  # of a row: labels twice, distances twice, orders
 
@@ -75,7 +77,7 @@ def plan_memory(features: Features, k: int, dim: int, memory: float, extra: int 
             f"{given}: {k} centroids of {dim} numbers and {count} rows need {fixed / 1e9:.2f} GB even if all rows are "
             "read from the file again and again; give more by --memory GB, or a smaller --k or --pca"
         )
-    engine = min(ENGINE_BYTES, (budget - fixed) // 2)
+    engine = min(ENGINE_BYTES, budget - fixed, max((budget - fixed) // 2, PROJECTED_BYTES * (last - first)))
     kept = min(last - first, (budget - fixed - engine) // (4 * dim))
     stored = features.rows.shape[1] * features.rows.dtype.itemsize
     return Plan(budget, fixed, engine, kept, last - first, 4 * dim, stored)
@@ -116,12 +118,13 @@ def _prepared(features: Features, projection: Projection | None, normalise: bool
     stored = valid_rows(features)
     columns = features.rows.shape[1]
     step = max(1, PIECE // columns // TOGETHER) * TOGETHER
+    room_for = _rooms(dim)
 
     def read(start: int, stop: int) -> NDArray[np.float32]:
         first, last = start, stop
         if projection is not None:  # whole groups
             first, last = start // TOGETHER * TOGETHER, min(-(-stop // TOGETHER) * TOGETHER, count)
-        rows = np.empty((last - first, dim), np.float32)
+        rows = room_for(last - first)
         for place in range(first, last, step):
             piece = stored(place, min(place + step, last))
             room = rows[place - first : place - first + len(piece)]
@@ -134,6 +137,30 @@ def _prepared(features: Features, projection: Projection | None, normalise: bool
         return rows[start - first : stop - first]
 
     return read
+
+
+def _rooms(dim: int) -> Callable[[int], NDArray[np.float32]]:
+    """(count) -> (count, dim) to write to: where a block lay that nobody holds any more, nor any part of it.
+
+    The pages of fresh memory take longer than reading and widening what fills them.
+    """
+    rooms: list[NDArray[np.float32]] = []
+    idle = 0
+
+    def room_for(count: int) -> NDArray[np.float32]:
+        nonlocal idle
+        if count * dim < WORTH:
+            return np.empty((count, dim), np.float32)
+        for place in range(len(rooms)):
+            # Parts of an array, and parts of those, all hold the array that owns the memory.
+            if len(rooms[place]) >= count and sys.getrefcount(rooms[place]) == idle:
+                return rooms[place][:count]
+        del rooms[: len(rooms) - 2]  # who holds them may go on; with the new one, there are three
+        rooms.append(np.empty((count, dim), np.float32))
+        idle = sys.getrefcount(rooms[-1])
+        return rooms[-1][:count]
+
+    return room_for
 
 
 def _widen(piece: NDArray[Any], room: NDArray[np.float32]) -> None:

@@ -77,7 +77,7 @@ def save_sheet(
         k: number of clusters.
         most: at least 1.
     """
-    pictures = Pictures(data, SIDE, cache_bytes=0)
+    pictures = Pictures(data, SIDE, cache="off")
     sizes = np.bincount(labels, minlength=k)
     strips = []
     for cluster in spread_of_sizes(sizes, most):

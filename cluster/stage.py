@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ktransfer import files, ranks
+from ktransfer import files
 from ktransfer.config import build, nearest
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import UsageError
@@ -22,6 +22,7 @@ from .balanced import assign_balanced
 from .centroids import read_centroids, read_start, write_centroids
 from .config import AssignConfig, ClusterConfig
 from .engine import Engine, Rows
+from .engines import device_of
 from .extraction import check as check_extract
 from .extraction import extract
 from .findings import check_features
@@ -67,7 +68,8 @@ def cluster(run: str | Path, **options: Any) -> Path:
         inputs["start"] = input_hash(Path(start))
         start = f"file of SHA-256 {inputs['start']}"
     config = replace(config, features=str(path), data=config.data or data_of(run, path))
-    with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, "cpu") as step:
+    device = device_of(config.engine)
+    with begin(run, "clusters", "cluster", config, inputs, OUTPUTS, config.overwrite, device) as step:
         file = step.folder / "clusters.h5"
         work = step.folder / "work"
         if step.done:
@@ -145,7 +147,8 @@ def assign(run: str | Path, **options: Any) -> Path:
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
-    with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, "cpu") as step:
+    device = device_of(config.engine)
+    with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, device) as step:
         if step.done:
             return step.folder / names[0]
         k = len(centroids.centroids)
@@ -204,10 +207,6 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         dim = dim or columns
         if config.pca > columns:
             raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
-    elif ranks.count() > 1:
-        raise UsageError(
-            f"torchrun: the features are not there yet; first, in one process: ktransfer --run {run} extract"
-        )
     elif pending:
         spec = config.data or pretext_data(run)
         count = len(open_dataset(spec)) if spec else config.k
@@ -279,10 +278,6 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
         raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
     elif config.features:
         open_features(Path(config.features))
-    if config.data and not config.features and ranks.count() > 1:
-        raise UsageError(
-            "torchrun: assign --data extracts features in one process; make them first, and give the file by --features"
-        )
     if config.data:
         open_dataset(config.data)
     if "cluster" not in (pending or ()):

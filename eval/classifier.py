@@ -1,7 +1,6 @@
 """Linear heads on one layer of a frozen network as a classifier of pixels, for what happens to pixels or labels."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from ktransfer.training.loop import Batch
 from .arms import Arm, model_of
 from .config import EvalConfig
 from .linear import rates
-from .maps import FORWARD_BATCH, Layer, Views, cached_maps, choose_layers, pooled_maps
+from .maps import FORWARD_BATCH, Layer, Views, cached_maps, choose_layers, reading
 from .probe import Probes, hold_out, optimiser, predictions, probe_loss
 
 HELD_OUT = 0.1
@@ -87,12 +86,9 @@ def prepare(arm: Arm, train: Dataset, config: EvalConfig, folder: Path, device: 
     """The maps of all layers, kept below `folder`; killed, it goes on."""
     trunk = model_of(arm, config.seed).to(device).eval()
     layers = choose_layers(trunk, arm.network, config.layers)
-    paths = networks.layers(arm.network, trunk)
-    chosen = {layer.name: paths[layer.name] for layer in layers}
-    pooled = partial(pooled_maps, trunk, arm.network, layers, chosen, config, device)
-    side = round(arm.network.size * 8 / 7)
+    pooled = reading(trunk, arm, layers, config, device)
     views = [
-        cached_maps(folder / f"train-{mirror}.h5", pooled, layers[-1].stop, side, train, config, mirror)
+        cached_maps(folder / f"train-{mirror}.h5", arm, layers, pooled, (train,), 0, config, mirror)
         for mirror in (False, True)
     ]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)

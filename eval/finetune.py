@@ -102,6 +102,6 @@ def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn
 def _sample(data: Dataset, network: Network, config: EvalConfig) -> Tensor:
     """(m, 3, size, size) normalised centre squares of pictures that are learned from."""
     rows, _ = hold_out(len(data), tuning.HELD_OUT, config.seed)
-    pictures = Pictures(data, round(network.size * tuning.MARGIN), config.workers, cache_bytes=0)
+    pictures = Pictures(data, round(network.size * tuning.MARGIN), config.workers, cache="off")
     rows = readable(pictures, rows[:SAMPLE], 1.0)
     return networks.normalise(centre_crop(pictures.batch(rows)[0], network.size), network.normalise)

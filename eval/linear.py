@@ -7,7 +7,6 @@ learning rate chosen on a tenth of the training part, which the probes do not le
 """
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ktransfer.training.loop import Source
 
 from .arms import Arm, model_of
 from .config import EvalConfig
-from .maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, pooled_maps
+from .maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading, stored_side
 from .presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from .probe import Probes, hold_out, optimiser, predictions, probe_loss, scores
 from .protocols import Judged
@@ -67,31 +66,28 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     config = with_schedule(config)
     model = model_of(arm, config.seed).to(device).eval()
     layers = preset_layers(model, arm.network, config)
-    paths = networks.layers(arm.network, model)
-    chosen = {layer.name: paths[layer.name] for layer in layers}
-
-    pooled = partial(pooled_maps, model, arm.network, layers, chosen, config, device)
-    side, numbers = round(arm.network.size * 8 / 7), layers[-1].stop
+    pooled = reading(model, arm, layers, config, device)
+    side, numbers = stored_side(arm), layers[-1].stop
     crops = PRESETS[config.preset].crops
     source: Source
     plain: Source
     tested: Source
     if not crops and map_bytes(layers, parts, config) <= config.cache * 1e9:
         views = [
-            cached_maps(folder / f"train-{mirror}.h5", pooled, numbers, side, train, config, mirror)
+            cached_maps(folder / f"train-{mirror}.h5", arm, layers, pooled, parts, 0, config, mirror)
             for mirror in (False, True)
         ]
         plain = Views(views[:1])
-        of_test = cached_maps(folder / "test.h5", pooled, numbers, side, test, config, False)
+        of_test = cached_maps(folder / "test.h5", arm, layers, pooled, parts, 1, config, False)
         tested = Views([of_test])
         source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
     else:
-        pictures = [Pictures(data, side, config.workers) for data in parts]
+        pictures = [Pictures(data, side, config.workers, cache=config.cache_pictures, device=device) for data in parts]
         for part in pictures:
             readable(part, torch.arange(len(part.dataset)), config.max_broken)
         if crops:
-            squares = cropped_maps(model, arm, layers, chosen, config, device)
+            squares = cropped_maps(model, arm, layers, config, device)
             plain, tested = (Crops(squares, part, arm.network.size) for part in pictures)
             source = plain
         else:

@@ -1,25 +1,29 @@
 """Maps of frozen layers: one pass over the trunk for all of them, kept on disk while a protocol works with them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ktransfer import networks
+from ktransfer import networks, ranks
 from ktransfer.augment import centre_crop
 from ktransfer.config import nearest
-from ktransfer.dataset import Dataset
+from ktransfer.dataset import Dataset, open_parts
 from ktransfer.errors import StageError, UsageError
 from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, reasons
 from ktransfer.progress import bar
+from ktransfer.run import input_hash
 from ktransfer.training import loop
+from ktransfer.turns import in_turn
 
 from .arms import Arm, model_of
 from .config import EvalConfig
@@ -110,7 +114,7 @@ class Frozen:
     features: Features
     broken: list[str]
 
-    def layer(self, layer: Layer) -> np.ndarray:
+    def layer(self, layer: Layer) -> NDArray[np.float32]:
         """(m, numbers) float32 of the pictures that are not broken."""
         return np.asarray(self.features.rows[:, layer.start : layer.stop], np.float32)[self.features.valid]
 
@@ -135,17 +139,25 @@ def frozen_maps(
     """
     model = model_of(arm, config.seed).to(device).eval()
     chosen = layers or choose_layers(model, arm.network, config.layers, grid)
-    paths = networks.layers(arm.network, model)
-    pooled = partial(
-        pooled_maps, model, arm.network, chosen, {layer.name: paths[layer.name] for layer in chosen}, config, device
-    )
-    side = round(arm.network.size * 8 / 7)
+    pooled, side = reading(model, arm, chosen, config, device), stored_side(arm)
     found: list[Frozen] = []
-    for data, name in zip(parts, ("train", "test"), strict=False):
-        features = cached_maps(folder / f"{name}.h5", pooled, chosen[-1].stop, side, data, config, False)
+    for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
+        features = cached_maps(folder / f"{name}.h5", arm, chosen, pooled, parts, part, config, False)
         broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
         found.append(Frozen(chosen, features, broken))
     return found
+
+
+def reading(model: nn.Module, arm: Arm, layers: list[Layer], config: EvalConfig, device: torch.device) -> Pooled:
+    """What reads the layers of an arm's network, which is on the device and in evaluation mode."""
+    paths = networks.layers(arm.network, model)
+    chosen = {layer.name: paths[layer.name] for layer in layers}
+    return partial(pooled_maps, model, arm.network, layers, chosen, config, device)
+
+
+def stored_side(arm: Arm) -> int:
+    """The side of the squares that pictures are read as, of which the network sees the centre."""
+    return round(arm.network.size * 8 / 7)
 
 
 @torch.no_grad()
@@ -186,22 +198,60 @@ def _averaged(maps: Tensor, layer: Layer) -> Tensor:
 
 
 def cached_maps(
-    path: Path, pooled: Pooled, numbers: int, side: int, data: Dataset, config: EvalConfig, mirror: bool
+    path: Path,
+    arm: Arm,
+    layers: list[Layer],
+    pooled: Pooled,
+    parts: tuple[Dataset, ...],
+    part: int,
+    config: EvalConfig,
+    mirror: bool,
 ) -> Features:
-    """The maps of every picture (`numbers` each, of squares of `side` pixels), kept on disk and resumable."""
+    """The maps of every picture of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
     if path.is_file():
         return open_features(path)
+    data, side, numbers = parts[part], stored_side(arm), layers[-1].stop
     writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
-    pictures = Pictures(data, side, config.workers, cache_bytes=0)
-    rows = torch.arange(writer.rows_done, len(data))
-    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=writer.rows_done) as shown:
-        for chosen, pixels, valid, _ in pictures.batches(part for part in rows.split(FORWARD_BATCH) if len(part)):
-            features = torch.where(valid[:, None], pooled(pixels, torch.full((len(chosen),), mirror)), 0.0)
-            writer.write(int(chosen[0]), features.numpy(), valid.numpy())
-            shown.update(len(chosen))
+    first = writer.rows_done
+    if ranks.count() > 1:
+        facts = {"network": asdict(arm.network), "weights": str(arm.weights.resolve()) if arm.weights else None}
+        hashes = {"sha256": input_hash(arm.weights) if arm.weights else None, "fingerprint": data.fingerprint}
+        work = {"do": "maps", "part": part, "mirror": mirror, "first": first, "layers": [asdict(one) for one in layers]}
+        ranks.tell(work | facts | hashes | {"config": asdict(config)})
+        ranks.agree(None)
+    pictures = Pictures(data, side, config.workers, cache="off")
+    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=first) as shown:
+
+        def take(start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
+            writer.write(start, features, valid)
+            shown.update(len(valid))
+
+        in_turn(pictures, first, FORWARD_BATCH, partial(_seen, pooled, mirror), numbers, take)
     check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
+
+
+def map_share(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's maps (ktransfer/ranks.py)."""
+    with ranks.opening():
+        config, arm = EvalConfig(**order["config"]), Arm("", Network(**order["network"]), None)
+        if order["weights"]:
+            arm = replace(arm, weights=Path(order["weights"]))
+        data = open_parts(str(config.labelled))[order["part"]]
+        known = input_hash(arm.weights) if arm.weights else None, data.fingerprint
+        if known != (order["sha256"], order["fingerprint"]):
+            raise StageError(f"{arm.weights} or {config.labelled}: differ here from the first process's; copy them")
+        device = loop.choose_device(config)
+        layers = [Layer(**one | {"pool": one["pool"] and tuple(one["pool"])}) for one in order["layers"]]
+        pooled = reading(model_of(arm, config.seed).to(device).eval(), arm, layers, config, device)
+        pictures = Pictures(data, stored_side(arm), config.workers, cache="off")
+    numbers = layers[-1].stop
+    in_turn(pictures, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), numbers, None)
+
+
+def _seen(pooled: Pooled, mirror: bool, pixels: Tensor) -> Tensor:
+    return pooled(pixels, torch.full((len(pixels),), mirror))
 
 
 class Computed:

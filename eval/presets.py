@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransfer import rng
+from ktransfer import networks, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -149,12 +149,12 @@ def cropped_maps(
     model: nn.Module,
     arm: Arm,
     layers: list[Layer],
-    paths: dict[str, str],
     config: EvalConfig,
     device: torch.device,
 ) -> Pooled:
     """(b, 3, s, s) uint8 pictures and (b,) views of `Crops` -> (b, d) maps of those squares."""
-    size = arm.network.size
+    size, known = arm.network.size, networks.layers(arm.network, model)
+    paths = {layer.name: known[layer.name] for layer in layers}
     averaged = partial(averaged_maps, model, arm.network, layers, paths, config, device)
 
     def pooled(pixels: Tensor, views: Tensor) -> Tensor:

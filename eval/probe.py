@@ -63,8 +63,8 @@ def probe_loss(targets: Tensor, views: int) -> Callable[[nn.Module, Batch], tupl
     """The loss for the training loop: the sum of all probes' cross-entropies, which share no weights."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        wanted = targets[batch.rows[batch.valid] // views]
-        outputs = model(batch.pixels[batch.valid])
+        wanted = targets[batch.rows[batch.kept] // views]
+        outputs = model(batch.pixels[batch.kept])
         total = torch.stack([F.cross_entropy(logits.float(), wanted) for logits in outputs]).sum()
         correct = torch.stack([(logits.argmax(1) == wanted).sum() for logits in outputs]).float().max()
         return total, {"best_accuracy": correct, "count": batch.valid.sum()}

@@ -130,7 +130,7 @@ def _draw(
         wanted = [row for row in wanted if test.features.valid[row]][: int(config.queries)]
     of_gallery = np.flatnonzero(train.features.valid)
     place = {int(row): at for at, row in enumerate(np.flatnonzero(test.features.valid))}
-    asked, answers = (Pictures(part, SIDE, config.workers, cache_bytes=0) for part in (tested, gallery))
+    asked, answers = (Pictures(part, SIDE, config.workers, cache="off") for part in (tested, gallery))
     strips = []
     for row in wanted:
         if row not in place:

@@ -116,7 +116,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
     rows = order[: config.robust_pictures or len(test)].sort().values
     side = round(arm.network.size * 8 / 7)
-    pictures = Pictures(test, side, config.workers, cache_bytes=0)
+    pictures = Pictures(test, side, config.workers, cache="off")
     told: list[dict[str, Any]] = []
     sweep = numbers("robust-eps", config.robust_eps, 255)
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps

@@ -25,8 +25,9 @@ from ktransfer.pictures import Pictures, readable
 from ktransfer.progress import say
 from ktransfer.run import need_disk
 from ktransfer.training import loop
-from ktransfer.training.loop import Batch, Diverged
-from ktransfer.training.options import MachineOptions
+from ktransfer.training.log import Diverged
+from ktransfer.training.loop import Batch
+from ktransfer.training.options import LoopOptions
 
 from .arms import Arm
 from .config import EvalConfig
@@ -84,9 +85,9 @@ class Tuned(nn.Module):
 class Labelled:
     """The pictures of one part, and the labels that are learned from them: one a picture, or several."""
 
-    def __init__(self, data: Dataset, network: Network, config: MachineOptions, device: torch.device) -> None:
+    def __init__(self, data: Dataset, network: Network, config: LoopOptions, device: torch.device) -> None:
         self.data = data
-        self.pictures = Pictures(data, round(network.size * MARGIN), config.workers)
+        self.pictures = Pictures(data, round(network.size * MARGIN), config.workers, cache=config.cache_pictures)
         self.several = data.tags is not None
         labels = data.targets if data.tags is None else data.tags
         self.labels = torch.from_numpy(labels.astype("int64")).to(device)
@@ -308,11 +309,12 @@ def crop_answers(
     squash = partial(torch.softmax, dim=1) if pictures.dataset.tags is None else torch.sigmoid
     answers: list[Tensor] = []
     model.eval()
-    for batch, _ in loop.stream(pictures, rows.split(config.batch), 0, device):
+    for chosen, pixels, _, _ in pictures.batches(iter(rows.split(config.batch))):
+        chosen, pixels = chosen.to(device), pixels.to(device)
         squares = [
-            random_square(batch.pixels, batch.rows, network.size, config.seed, number, "eval/test-crops")
+            random_square(pixels, chosen, network.size, config.seed, number, "eval/test-crops")
             for number in range(config.test_crops)
-        ] or [centre_crop(batch.pixels, network.size)]
+        ] or [centre_crop(pixels, network.size)]
         with loop.autocast(config, device):
             logits = [model(networks.normalise(square, network.normalise)) for square in squares]
         answers.append(torch.stack([squash(one.float()) for one in logits]).mean(0).cpu())

@@ -1,6 +1,7 @@
 """Augmentations as batched functions on uint8 tensors, each picture with its own draws (ktransfer.rng)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,40 @@ from torch import Tensor
 
 from ktransfer import rng
 
+_PART_BYTES = 2**20  # what a core keeps to itself, and less than what torch takes huge pages for
+
+
+def in_parts(make: Callable[[slice], Tensor], pictures: int, numbers: int, device: torch.device) -> Tensor:
+    """What `make` gives for all pictures; on a CPU for a few at a time, so that what it needs on the way stays in the
+    cache and is not taken from the system anew.
+
+    Args:
+        make: a slice of the pictures -> (of them, ...) float32; each picture must not depend on the others.
+        pictures: how many there are.
+        numbers: of a picture, as far as known; only speed depends on it.
+        device: where it computes.
+    """
+    step = max(1, _PART_BYTES // (4 * numbers)) * torch.get_num_threads()
+    if device.type != "cpu" or pictures <= step:
+        return make(slice(0, pictures))
+    first = make(slice(0, step))
+    made = first.new_empty((pictures, *first.shape[1:]))
+    made[:step] = first
+    for start in range(step, pictures, step):
+        part = slice(start, start + step)
+        made[part] = make(part)
+    return made
+
 
 def random_resized_crop(
-    pixels: Tensor, rows: Tensor, size: int, seed: int, epoch: int, purpose: str, smallest: float = 0.08
+    pixels: Tensor,
+    rows: Tensor,
+    size: int,
+    seed: int,
+    epoch: int,
+    purpose: str,
+    smallest: float = 0.08,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """A random part of each picture, resized to a square, and mirrored half the time.
 
@@ -21,10 +53,33 @@ def random_resized_crop(
         pixels: (batch, 3, s, s) uint8.
         rows: (batch,) int64, the pictures' rows, which key the draws.
         size: side of the result in pixels.
+        finish: what is done to crops, (some, 3, size, size) float32, each by itself, such as to normalise them.
 
     Returns:
-        (batch, 3, size, size) float32 in 0..255.
+        (batch, 3, size, size) float32 in 0..255, or as `finish` leaves it.
     """
+    transforms = _transforms(rows, seed, epoch, purpose, smallest)
+
+    def crops(part: slice) -> Tensor:
+        cropped = _cropped(pixels[part], transforms[part], size)
+        return finish(cropped) if finish else cropped
+
+    return in_parts(crops, len(pixels), 3 * size**2, pixels.device)
+
+
+def _cropped(pixels: Tensor, transform: Tensor, size: int) -> Tensor:
+    with torch.autocast(pixels.device.type, enabled=False):  # a grid in bfloat16 would be half a pixel off
+        # Nothing is turned: columns are the same in every row of the grid, and rows in every column.
+        shape = (len(pixels), size, size)
+        x = F.affine_grid(transform, [len(pixels), 3, 1, size], align_corners=False)[..., 0].expand(shape)
+        y = F.affine_grid(transform, [len(pixels), 3, size, 1], align_corners=False)[..., 1].expand(shape)
+    grid = torch.stack([x, y], dim=-1)
+    source = pixels.to(torch.float32)
+    return F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _transforms(rows: Tensor, seed: int, epoch: int, purpose: str, smallest: float) -> Tensor:
+    """(batch, 2, 3) float32: where a point of the result, in -1..1, lies in the picture."""
     area, aspect, x, y, mirror = rng.uniform(seed, f"{purpose}/crop", epoch, rows, 5).unbind(1)
     area = smallest + (1 - smallest) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
@@ -34,11 +89,7 @@ def random_resized_crop(
     centre_x, centre_y = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
     sign = torch.where(mirror < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(width)
-    transform = torch.stack([sign * width, zero, centre_x, zero, height, centre_y], dim=1).view(-1, 2, 3)
-    with torch.autocast(pixels.device.type, enabled=False):  # a grid in bfloat16 would be half a pixel off
-        grid = F.affine_grid(transform, [len(pixels), 3, size, size], align_corners=False)
-    source = pixels.to(torch.float32)
-    return F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return torch.stack([sign * width, zero, centre_x, zero, height, centre_y], dim=1).view(-1, 2, 3)
 
 
 def centre_crop(pixels: Tensor, size: int) -> Tensor:

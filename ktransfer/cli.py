@@ -20,10 +20,9 @@ import click
 from ktransfer import __version__
 from ktransfer.config import build, kind, read_toml
 from ktransfer.errors import Answer, KTransferError, Stopped, UsageError
-from ktransfer.stages import STAGES, Call, complete, function, inherit_data, plan, refuse_changes, settings
+from ktransfer.stages import STAGES, Call, complete, function, inherit_data, plan, refuse_changes, servant, settings
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHARED = ("cluster", "assign")  # stages that several processes carry out together
 LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
 STOPPED = "stopped; nothing is lost. This goes on where it was: ktransfer"
 
@@ -65,36 +64,20 @@ def carry_out(
         raise UsageError(f"{wanted[0][0]}: no run folder given; name one: ktransfer --run runs/mine {wanted[0][0]} ...")
     from ktransfer import ranks
 
-    if ranks.started() > 1:
-        _refuse_several(wanted)
     with ranks.joined():
         if not ranks.leads():
-            serve: Callable[[], int] = importlib.import_module("ktransfer.cluster.ranks").serve
-            return serve()
+            return ranks.serve(servant)
         with ranks.leading():
             _carry_out(wanted, run_folder, file, recipe)
     return 0
 
 
-def _refuse_several(wanted: list[Call]) -> None:
-    for stage, _ in wanted:
-        if stage not in SHARED:
-            raise UsageError(
-                f"torchrun: {stage} does not work in several processes yet ({' and '.join(SHARED)} do); "
-                "start ktransfer itself, once, for it"
-            )
-
-
 def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: str | None) -> None:
-    from ktransfer import ranks
-
     wanted = calls
     tables = _tables(file, recipe)
     wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
     inherit_data(wanted)
     wanted = complete(wanted, run_folder, tables)
-    if ranks.count() > 1:
-        _refuse_several(wanted)
     for stage, given in wanted:
         pictures = Path(given.get("data") or ".")
         if given.get("data") and pictures.is_dir() and run_folder.resolve().is_relative_to(pictures.resolve()):
@@ -241,6 +224,38 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
     from ktransfer.pack import pack as make
 
     make(data, out, size, raw, quality, workers, max_broken)
+
+
+class _Alone(click.Command):
+    """A command whose options may follow its argument: in a chain, they would be taken for the next command."""
+
+    def make_context(self, *given: Any, **extra: Any) -> click.Context:
+        """As click's, but for that."""
+        return super().make_context(*given, **extra | {"allow_interspersed_args": True, "allow_extra_args": False})
+
+
+@cli.command(cls=_Alone)
+@click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
+@click.option("--data", help="Pictures: a folder, a list of paths, a pack, or scenes:; made JPEGs when not given.")
+@click.option("--arch", help="The network.  [default: vgg16; retrain: alexnet]")
+@click.option("--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Scales all channels.")
+@click.option("--size", default=0, type=click.IntRange(0, 2048), help="Side in pixels; 0: the stage's usual one.")
+@click.option("--batch", default=0, type=click.IntRange(0), help="Pictures a step; 0: 256, without a GPU 16.")
+@click.option("--task", default="jigsawpp", show_default=True, help="The pretext task of data and step.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
+@click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read pictures; 0: one a core.")
+@click.option("--seconds", default=5.0, type=click.FloatRange(0.1), show_default=True, help="For each measurement.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write all numbers here.")
+def bench(part: str, **given: Any) -> None:
+    """Measure a part of the way from pictures to gradients, alone and together, beside what the machine could do.
+
+    decode: pictures to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
+    step of the target network. Nothing is written but --json.
+    """
+    from ktransfer.bench import command
+
+    click.echo(command(part, **given))
 
 
 @cli.command()

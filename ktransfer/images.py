@@ -70,13 +70,18 @@ def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.ui
     with _opened(source) as image:
         if short_side is not None and image.format in ("JPEG", "MPO"):
             width, height = image.size
-            scale = next((s for s in (8, 4, 2) if min(width, height) >= s * 2 * short_side), 1)
+            scale = reduction(min(width, height), short_side)
             image.draft(image.mode, (width // scale, height // scale))
         with _GIANTS if image.width * image.height > _GIANT_PIXELS else nullcontext():
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _rgb(image)
             return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def reduction(side: int, short_side: int) -> int:
+    """By how much a JPEG is decoded smaller, 1, 2, 4 or 8, when its short side is `side` and `short_side` is wanted."""
+    return next((scale for scale in (8, 4, 2) if side >= scale * 2 * short_side), 1)
 
 
 def short_side(source: Path | bytes) -> int:
@@ -101,15 +106,15 @@ def square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         size: side of the square, > 0.
 
     Returns:
-        (size, size, 3) uint8.
+        (size, size, 3) uint8; a view of `pixels` where nothing is to be resized.
     """
     height, width = pixels.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    centre = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    centre = pixels[top : top + side, left : left + side]
     if side == size:
         return centre
-    return np.asarray(Image.fromarray(centre).resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(centre)).resize((size, size), Image.Resampling.BILINEAR))
 
 
 @contextmanager
@@ -164,7 +169,7 @@ def _rgb(image: Image.Image) -> Image.Image:
             grey[values == clear] = 255
         return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     layer = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(layer, mask=layer.getchannel("A"))

@@ -12,7 +12,7 @@ ResNet, `blocks.0`.. and `norm` of a vision transformer, `features.0`.. (or what
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from ktransfer import descriptors, files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
+from ktransfer.training.device import constant
 from ktransfer.zoos import TIMM, TORCHVISION, of_timm, of_torchvision
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
@@ -268,6 +269,10 @@ def has_class_token(model: nn.Module) -> bool:
     return bool(tokens_before(model)) and bool(getattr(model, "has_class_token", True))
 
 
+class _AllThere(Exception):
+    """The layers that are wanted have been computed."""
+
+
 def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: str = "patch") -> dict[str, Tensor]:
     """One forward pass, the outputs of several layers.
 
@@ -281,14 +286,21 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: s
         layer name -> (batch, channels, h', w'), with h' = w' = 1 for "mean" and "cls".
     """
     found: dict[str, Tensor] = {}
+    # In ours every module is called once, so that nothing behind the last layer of interest has to be computed.
+    ours = isinstance(model, AlexNet | VGGTrunk)
+
+    def note(name: str, out: Tensor) -> None:
+        found[name] = _as_maps(model, out, token)
+        if ours and len(found) == len(paths):
+            raise _AllThere
+
     hooks = [
-        model.get_submodule(path).register_forward_hook(
-            lambda _m, _i, out, name=name: found.update({name: _as_maps(model, out, token)})
-        )
+        model.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: note(name, out))
         for name, path in paths.items()
     ]
     try:
-        model(x)
+        with suppress(_AllThere):
+            model(x)
     finally:
         for hook in hooks:
             hook.remove()
@@ -317,8 +329,8 @@ def normalise(pixels: Tensor, how: str) -> Tensor:
         mean = x.mean(dim=(1, 2, 3), keepdim=True)
         variance = x.var(dim=(1, 2, 3), keepdim=True, correction=0)
         return (x - mean) * (variance + 1e-5).rsqrt()
-    mean, deviation = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) * 255 for values in statistics(how))
-    return (x - mean) / deviation
+    mean, deviation = (constant(values, x.device).view(1, 3, 1, 1) * 255 for values in statistics(how))
+    return (x - mean).div_(deviation)
 
 
 def statistics(how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

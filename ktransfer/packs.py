@@ -18,7 +18,7 @@ SHA-256 of the encoding and all tables, thus by `digest` of all pictures.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ktransfer import images
+from ktransfer import images, jpegs
 from ktransfer.dataset import Dataset, file_name
 from ktransfer.errors import BrokenPicture, StageError, UsageError
 from ktransfer.features import decode_keys
@@ -104,7 +104,8 @@ def open_pack(spec: str, path: Path) -> Dataset:
         return Place(path, keys[row], pack.data_at + at, end - at, number, height, width, sound, raw)
 
     def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
-        pixels = read_picture(place(row), short_side, check=not checked[row])
+        whole = short_side is None or images.reduction(int(shape[row].min()), short_side) == 1
+        pixels = read_picture(place(row), short_side, not checked[row], jpegs.decode if whole else None)
         checked[row] = True
         return pixels
 
@@ -126,12 +127,15 @@ def open_pack(spec: str, path: Path) -> Dataset:
     )
 
 
-def read_picture(place: Place, short_side: int | None, check: bool = True) -> NDArray[np.uint8]:
+def read_picture(
+    place: Place, short_side: int | None, check: bool = True, whole: Callable[[bytes], NDArray[np.uint8]] | None = None
+) -> NDArray[np.uint8]:
     """One picture, (height, width, 3) uint8, by a plain read: nothing is open between two of them, nothing is mapped.
 
     Args:
         short_side: as for `images.decode`; raw pixels ignore it.
         check: compare the bytes with the digest.
+        whole: decodes a JPEG instead of `images.decode`.
 
     Raises:
         BrokenPicture: it was broken when it was packed, and the reason then.
@@ -156,7 +160,7 @@ def read_picture(place: Place, short_side: int | None, check: bool = True) -> ND
         raise BrokenPicture(data.decode("utf-8", "replace"))
     if place.raw:
         return np.frombuffer(data, np.uint8).reshape(place.height, place.width, 3)
-    return images.decode(data, short_side)
+    return whole(data) if whole else images.decode(data, short_side)
 
 
 def read_pack(path: Path) -> Pack:

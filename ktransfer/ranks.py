@@ -1,13 +1,14 @@
 """Several processes of one command, as torchrun starts them: the first leads, the others serve it.
 
-The leader alone reads settings, holds the lock, writes and prints; what the others do for it is sent to them. So a
-stage needs no second version for many processes, and nothing can drift apart between them. Messages and numbers
-travel by gloo through the processes' main memory, whatever device they compute on.
+The leader alone reads settings, holds the lock, writes and prints; what the others do for it is sent to them as orders,
+each of which ends with all processes knowing whether one has failed. So a stage needs no second version for many
+processes, and nothing can drift apart between them. Messages and numbers travel by gloo through the processes' main
+memory, whatever device they compute on; only what a training sums up in each step takes `Bonds` of its own.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,7 @@ from ktransfer.errors import KTransferError, StageError, Stopped, UsageError
 MEETING = timedelta(minutes=5)
 PATIENCE = timedelta(days=30)  # the others wait while the leader works alone
 _group: Any = None
+_sharing_gpus = False  # more processes on this machine than GPUs
 
 
 class Lost(StageError):
@@ -126,18 +128,49 @@ def _end(code: int) -> None:
         tell({"do": "end", "code": code})
 
 
-def tell(message: dict[str, Any]) -> None:
-    """The leader sends a message (JSON) to all others."""
+def tell(message: dict[str, Any], *arrays: NDArray[Any]) -> None:
+    """The leader sends a message (JSON) and arrays to all others."""
+    message = message | {"arrays": [(array.shape, array.dtype.str) for array in arrays]}
     data = np.frombuffer(json.dumps(message).encode(), np.uint8).copy()
     spread(np.array([len(data)]))
     spread(data)
+    for array in arrays:
+        spread(np.ascontiguousarray(array))
 
 
 def hear() -> dict[str, Any]:
-    """Another process waits for the leader's next message."""
+    """Another process waits for the leader's next message; its arrays are in the list `arrays`."""
     length = spread(np.zeros(1, np.int64))
     found: dict[str, Any] = json.loads(spread(np.zeros(int(length[0]), np.uint8)).tobytes())
+    found["arrays"] = [spread(np.empty(shape, dtype)) for shape, dtype in found["arrays"]]
     return found
+
+
+def serve(servant: Callable[[str], Callable[[dict[str, Any]], None]]) -> int:
+    """What the other processes do until the leader ends; the exit code that it gives.
+
+    Args:
+        servant: the word behind "do" in an order -> the function that carries it out.
+    """
+    while True:
+        order = hear()
+        if order["do"] == "end":
+            if order["code"]:
+                rest()
+            return int(order["code"])
+        with suppress(Told):  # all know; the leader decides what comes next
+            servant(order["do"])(order)
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """The part of an order that can fail; at its end all processes know whether it did (the leader by `agree`)."""
+    try:
+        yield
+    except Exception as error:
+        agree(error)
+    else:
+        agree(None)
 
 
 def rest() -> None:
@@ -200,6 +233,26 @@ def agree(error: Exception | None) -> None:
         UsageError, StageError: in the leader, the failure of the lowest number.
         Told: in the others.
     """
+    exchange((), error)
+
+
+def exchange(values: Sequence[int], error: Exception | None = None) -> list[list[int]]:
+    """All processes learn some numbers of each, and whether one of them failed.
+
+    Args:
+        values: equally many in all processes.
+        error: why this one failed; that it lost another one explains nothing where that one has a reason of its own.
+
+    Returns:
+        Process -> its values.
+
+    Raises:
+        As `agree`; where there is one process alone, the error itself.
+    """
+    if count() == 1:
+        if error is not None:
+            raise error
+        return [list(values)]
     import torch
     import torch.distributed as dist
 
@@ -208,16 +261,69 @@ def agree(error: Exception | None) -> None:
         said = str(error) if isinstance(error, KTransferError) else f"{type(error).__name__}: {error}"
         line = (f"process {number()}: {said}" if number() else said).encode()
     code = 0 if error is None else error.exit_code if isinstance(error, KTransferError) else 1
-    states = torch.zeros(count(), 2, dtype=torch.int64)
+    states = torch.zeros(count(), 3 + len(values), dtype=torch.int64)
+    own = torch.tensor([[code, isinstance(error, Lost), len(line), *values]])
     with _connection():
-        dist.all_gather_into_tensor(states, torch.tensor([[code, len(line)]]), group=_group)
-    for who, (failed, length) in enumerate(states.tolist()):
-        if failed:
-            text = np.frombuffer(line, np.uint8).copy() if who == number() else np.zeros(length, np.uint8)
-            said = spread(text, who).tobytes().decode()
-            if number():
-                raise Told(said) from error
-            raise (UsageError if failed == UsageError.exit_code else StageError)(said) from error
+        dist.all_gather_into_tensor(states, own, group=_group)
+    failed = [(lost, who) for who, (code, lost, *_) in enumerate(states.tolist()) if code]
+    if failed:
+        who = min(failed)[1]
+        code, _, length, *_ = states[who].tolist()
+        text = np.frombuffer(line, np.uint8).copy() if who == number() else np.zeros(length, np.uint8)
+        said = spread(text, who).tobytes().decode()
+        if number():
+            raise Told(said) from error
+        raise (UsageError if code == UsageError.exit_code else StageError)(said) from error
+    return [row[3:] for row in states.tolist()]
+
+
+def send(array: NDArray[Any], to: int = 0) -> None:
+    """An array to process `to`, which waits for one of the same shape by `receive`. Contiguous."""
+    import torch
+    import torch.distributed as dist
+
+    with _connection():
+        dist.send(torch.from_numpy(array), to, group=_group)
+
+
+def receive(array: NDArray[Any], source: int) -> NDArray[Any]:
+    """The array, filled with what process `source` sends. Contiguous."""
+    import torch
+    import torch.distributed as dist
+
+    with _connection():
+        dist.recv(torch.from_numpy(array), source, group=_group)
+    return array
+
+
+class Bonds:
+    """What all processes sum up on their devices: by NCCL where each has a GPU of its own, else by gloo.
+
+    They can be cut: the others, waiting for this one's numbers, then get Lost, and can still be told why. Made and used
+    by all processes at the same time.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        import torch.distributed as dist
+
+        nccl = cuda and dist.is_nccl_available() and not _sharing_gpus
+        with _connection():
+            self._group: Any = dist.new_group(backend="nccl" if nccl else "gloo", timeout=PATIENCE)
+
+    def sum(self, tensor: Any) -> None:
+        """Add up all processes' tensors in place; all get the same bytes."""
+        import torch.distributed as dist
+
+        with _connection():
+            dist.all_reduce(tensor, group=self._group)
+
+    def cut(self) -> None:
+        """Let go of the others."""
+        import torch.distributed as dist
+
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 @contextmanager
@@ -233,10 +339,12 @@ def _connection() -> Iterator[None]:
 
 def _choose_gpu() -> None:
     """Leave this process one of the machine's GPUs, before anything has looked for them."""
+    global _sharing_gpus
     import torch
 
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     if devices != [""]:
+        _sharing_gpus = _number("LOCAL_WORLD_SIZE", started()) > len(devices)
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[_number("LOCAL_RANK", 0) % len(devices)]
 
 

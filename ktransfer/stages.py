@@ -34,6 +34,22 @@ SOURCES = {
     "retrain": ("assign", "labels"),
 }
 INHERIT_DATA = {"extract": "data", "cluster": "data", "retrain": "data", "eval": "labelled"}
+# What the leader of several processes has the others do -> module and function (ktransfer/ranks.py).
+ORDERS = {
+    "open": ("ktransfer.cluster.ranks", "open_share"),
+    "scan": ("ktransfer.cluster.ranks", "scan_share"),
+    "extract": ("ktransfer.cluster.extraction", "extract_share"),
+    "read": ("ktransfer.training.reading", "read_share"),
+    "pretext": ("ktransfer.pretext.stage", "train_along"),
+    "retrain": ("ktransfer.retrain.stage", "train_along"),
+    "maps": ("ktransfer.eval.maps", "map_share"),
+}
+# What `ktransfer bench` measures -> module of its `work`.
+WORKERS = {
+    "step": "ktransfer.pretext.speed",
+    "extract": "ktransfer.cluster.speed",
+    "retrain": "ktransfer.retrain.speed",
+}
 Call = tuple[str, dict[str, Any]]
 
 
@@ -59,6 +75,19 @@ def function(stage: str) -> Callable[..., Any]:
     """The function that carries a stage out; imports its room."""
     _, _, module, name, _ = STAGES[stage]
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def servant(do: str) -> Callable[[dict[str, Any]], None]:
+    """The function that carries out an order of the leader; imports its room."""
+    module, name = ORDERS[do]
+    found: Callable[[dict[str, Any]], None] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def worker(part: str) -> Callable[..., Any]:
+    """What `ktransfer bench` measures of a room; imports it."""
+    found: Callable[..., Any] = importlib.import_module(WORKERS[part]).work
     return found
 
 

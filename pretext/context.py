@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ktransfer import rng
 from ktransfer.errors import UsageError
+from ktransfer.training.device import constant
 
 from .tiles import PROJECTED, drop_colours, gather, normalise, recolour
 
@@ -115,7 +116,7 @@ def make_pairs(pixels: Tensor, rows: Tensor, config: ContextConfig, seed: int, e
     label = integers("label", 1, len(PLACES))[:, 0]
     grid = integers("grid", 2, size - span(tile) + 1)[:, None]
     moved = integers("jitter", 4, 2 * jitter + 1).view(batch, 2, 2)  # from 0 on: `span` leaves room to both sides
-    neighbour = torch.tensor(PLACES, device=pixels.device)[label]
+    neighbour = constant(PLACES, pixels.device)[label]
     place = torch.stack([torch.ones_like(neighbour), neighbour], dim=1)
     corner = grid + moved + place * (tile + gap)
     kept = integers("channel", 2, 3)

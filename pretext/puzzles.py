@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ktransfer import rng
+from ktransfer.augment import in_parts
 from ktransfer.errors import UsageError
 
 from .tiles import GREY, PLAIN, PROJECTED, gather, normalise, recolour
@@ -140,9 +141,14 @@ def make_puzzles(
     """
     size = pixels.shape[-1]
     drawn = draw(rows, other_ok, permutations, config, size, seed, epoch)
-    tiles = cut(pixels, others, drawn, config.geometry(size)[1])
-    # As in the released code the channels are mixed after their shift.
-    return Puzzles(normalise(recolour(tiles, drawn.colour)), *drawn)
+    tile = config.geometry(size)[1]
+
+    def tiles(part: slice) -> Tensor:
+        draws = Draws(*(values[part] for values in drawn))
+        # As in the released code the channels are mixed after their shift.
+        return normalise(recolour(cut(pixels[part], others[part], draws, tile), draws.colour))
+
+    return Puzzles(in_parts(tiles, len(rows), SLOTS * 3 * tile**2, pixels.device), *drawn)
 
 
 def draw(

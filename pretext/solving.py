@@ -38,7 +38,8 @@ def loss(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, dict[str, 
     logits = model(made.tiles)
     correct = (logits.argmax(1) == made.label).sum()
     count = _own(batch.valid, task).sum()
-    return F.cross_entropy(logits, made.label), {"accuracy": correct * count / len(made.label), "count": count}
+    accuracy = correct * count / max(1, len(made.label))
+    return F.cross_entropy(logits, made.label), {"accuracy": accuracy, "count": count}
 
 
 def accuracy(

@@ -1,24 +1,27 @@
 """The pretext stage: pictures in, a teacher that solves a task out."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ktransfer import networks, rng
+from ktransfer import networks, ranks, rng
 from ktransfer.config import build
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, readable, typical_short_side
+from ktransfer.pictures import Pictures, cache_place, typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin
 from ktransfer.training import loop
+from ktransfer.training.crew import seen_by_batch_norm
 from ktransfer.training.loop import Batch
+from ktransfer.training.memory import tell_plan
+from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
 
 from . import solving
 from .config import PretextConfig
@@ -53,28 +56,24 @@ def pretext(run: str | Path, **options: Any) -> Path:
         return run / "pretext" / "model.safetensors"
 
     inputs = {"data": data.fingerprint, **task.inputs}
+    inputs |= seen_by_batch_norm(config, lambda: solving.new_network(config, task)[1])
     outputs = ("model.safetensors", *sorted(set(PICTURES.values())), "metrics.jsonl", "checkpoint", "events")
     with begin(run, "pretext", "pretext", config, inputs, outputs, config.overwrite, str(device)) as step:
         weights, sheet = step.folder / "model.safetensors", step.folder / PICTURES[config.task]
         if step.done:
             return weights
-        pictures = Pictures(data, config.size, config.workers)
-        used = readable(pictures, torch.cat([rows, held_out]), config.max_broken)
+        pictures = Pictures(data, config.size, config.workers, cache=config.cache_pictures, device=device)
+        used = readable_by_all(pictures, torch.cat([rows, held_out]), config.max_broken)
         rows, held_out = (part[torch.isin(part, used)] for part in (rows, held_out))
         network, model = solving.new_network(config, task)
         _preview(sheet, pictures, rows, task, device)
         evaluate = partial(solving.accuracy, task=task, pictures=pictures, rows=held_out, config=config, device=device)
-        loop.fit(
-            model,
-            partial(solving.loss, task=task),
-            pictures,
-            lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch, task.following),
-            config,
-            step.folder,
-            device,
-            "pretext",
-            evaluate,
-        )
+        tell_plan(model, partial(solving.loss, task=task), pictures, rows, config, device, "pretext", task.following)
+        if ranks.count() > 1:
+            order = {"do": "pretext", "config": asdict(config), "inputs": task.inputs} | data_facts(data)
+            ranks.tell(order, rows.numpy())
+            ranks.agree(None)
+        _train(config, task, model, pictures, rows, device, step.folder, evaluate)
         networks.save(weights, model.weights(), network)
         result = loop.evaluated(model, evaluate)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
@@ -82,6 +81,45 @@ def pretext(run: str | Path, **options: Any) -> Path:
         loop.remove_checkpoint(step.folder)
         say(f"pretext: done; {solving.summary(result, task)}; {len(broken)} broken pictures; {weights}")
         return weights
+
+
+def train_along(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's training (ktransfer/ranks.py)."""
+    with ranks.opening():
+        config = PretextConfig(**order["config"])
+        device = loop.choose_device(config)
+        task = open_task(config, device)
+        if task.inputs != order["inputs"]:
+            raise StageError(f"{config.permutation_file}: is another file here than where the first process runs")
+        pictures = kept_pictures(order)
+        model = solving.new_network(config, task)[1]
+    rows = torch.from_numpy(order["arrays"][0])
+    _train(config, task, model, pictures, rows, device, Path(), None)
+
+
+def _train(
+    config: PretextConfig,
+    task: Task,
+    model: nn.Module,
+    pictures: Pictures,
+    rows: Tensor,
+    device: torch.device,
+    folder: Path,
+    evaluate: loop.Evaluate | None,
+) -> None:
+    loop.fit(
+        model,
+        partial(solving.loss, task=task),
+        pictures,
+        lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch, task.following),
+        config,
+        folder,
+        device,
+        "pretext",
+        evaluate,
+        following=task.following,
+        shared=True,
+    )
 
 
 def check(
@@ -104,8 +142,9 @@ def check(
         )
     if 0 < config.limit < 4:
         raise UsageError(f"--limit {config.limit}: too few pictures to learn from; give 0 (all) or at least 4")
-    loop.choose_device(config)
+    device = loop.choose_device(config)
     size = config.size or usual_size(config.task, typical_short_side(data))
+    cache_place(config.cache_pictures, len(data), size, device)
     task = open_task(replace(config, size=size))
     if task.side < LEAST_TILE and config.tile:
         raise UsageError(f"--tile {config.tile}: too small for any network; give at least {LEAST_TILE}")

@@ -164,7 +164,7 @@ def _puzzles(batch: Batch, permutations: Tensor, puzzle: PuzzleConfig, seed: int
 
     A broken picture makes no puzzle, and lends no tiles.
     """
-    kept = batch.valid[:-1]
+    kept = slice(None) if batch.whole else batch.valid[:-1]
     return make_puzzles(
         batch.pixels[:-1][kept],
         batch.pixels[1:][kept],
@@ -178,11 +178,11 @@ def _puzzles(batch: Batch, permutations: Tensor, puzzle: PuzzleConfig, seed: int
 
 
 def _rotations(batch: Batch, rotation: RotationConfig, seed: int) -> Rotations:
-    return make_rotations(batch.pixels[batch.valid], batch.rows[batch.valid], rotation, seed, batch.epoch)
+    return make_rotations(batch.pixels[batch.kept], batch.rows[batch.kept], rotation, seed, batch.epoch)
 
 
 def _pairs(batch: Batch, context: ContextConfig, seed: int) -> Pairs:
-    return make_pairs(batch.pixels[batch.valid], batch.rows[batch.valid], context, seed, batch.epoch)
+    return make_pairs(batch.pixels[batch.kept], batch.rows[batch.kept], context, seed, batch.epoch)
 
 
 def _permutations(config: PretextConfig) -> Tensor:

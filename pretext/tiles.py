@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ktransfer.training.device import constant
+
 PLAIN, GREY, PROJECTED = range(3)
 """Kinds of colour, for `recolour`."""
 
@@ -51,7 +53,7 @@ def recolour(tiles: Tensor, colour: Tensor) -> Tensor:
     Returns:
         (b, s, 3, t, t) float32, exact, in sixths of a grey level.
     """
-    matrices = torch.tensor(_SIXTHS, dtype=torch.float32, device=tiles.device)[colour][..., None, None]
+    matrices = constant(_SIXTHS, tiles.device).float()[colour][..., None, None]
     values = tiles.float()
     mixed = matrices[:, :, :, 0] * values[:, :, :1]
     for channel in (1, 2):

@@ -165,7 +165,7 @@ def _train(
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
             model = student.Student(model, average)
             config = replace(config, epochs=config.student_epochs or config.epochs)
-        source = canvas.canvases(pictures, config.size, config.workers)
+        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures)
         readable(source, torch.arange(len(pictures)), config.max_broken)
         draw_augmented(folder / SHEET, data.labelled, source, config.augment, config.seed)
         split = len(data.labelled)
@@ -202,7 +202,7 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         model, described = saved.load(teacher)
         pictures = boxes.without_boxes(other, data.labelled)
         settings = replace(described.settings, threshold=config.threshold)
-        source = canvas.canvases(pictures, described.size, config.workers, cache_bytes=0)
+        source = canvas.canvases(pictures, described.size, config.workers, cache="off")
         rows = torch.arange(len(pictures))
         found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
         about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
@@ -227,7 +227,7 @@ def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
             for name, weights in arms.items():
                 model, described = saved.load(weights)
                 settings = replace(described.settings, threshold=config.test_threshold)
-                source = canvas.canvases(data.test, described.size, config.workers, cache_bytes=0)
+                source = canvas.canvases(data.test, described.size, config.workers, cache="off")
                 rows = torch.arange(len(data.test))
                 answers = detect(
                     model.to(device), data.test, source, rows, described.size, settings, device, label=f"judge {name}"

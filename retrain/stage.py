@@ -1,7 +1,7 @@
 """The retrain stage: pseudo-labels in, a target network that learned them from scratch out."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from ktransfer import networks, rng
+from ktransfer import networks, ranks, rng
 from ktransfer.augment import random_resized_crop
 from ktransfer.config import build
 from ktransfer.dataset import Dataset, open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.labels import read_labels
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, readable, typical_short_side
+from ktransfer.pictures import Pictures, cache_place, typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 from ktransfer.training import loop
+from ktransfer.training.crew import seen_by_batch_norm
 from ktransfer.training.loop import Batch
+from ktransfer.training.memory import tell_plan
+from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
 
 from .config import RetrainConfig
 
@@ -52,32 +55,65 @@ def retrain(run: str | Path, **options: Any) -> Path:
     device = loop.choose_device(config)
 
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
+    task = CLASSES if config.labels == CLASSES else "pseudo-labels"
+    network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
     inputs = {"data": data.fingerprint, "labels": labels_hash}
+    inputs |= seen_by_batch_norm(config, lambda: networks.build(network, config.seed, "retrain"))
     with begin(run, "retrain", "retrain", config, inputs, outputs, config.overwrite, str(device)) as step:
         weights = step.folder / "model.safetensors"
         if step.done:
             return weights
-        task = CLASSES if config.labels == CLASSES else "pseudo-labels"
-        network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
         model = networks.build(network, config.seed, "retrain")
-        pictures = Pictures(data, round(config.size * MARGIN), config.workers)
-        rows = readable(pictures, rows, config.max_broken)
-        loop.fit(
-            model,
-            partial(_loss, labels=labels.to(device), network=network, config=config),
-            pictures,
-            partial(_batches, rows, labels, config),
-            config,
-            step.folder,
-            device,
-            "retrain",
-        )
+        side = round(config.size * MARGIN)
+        pictures = Pictures(data, side, config.workers, cache=config.cache_pictures, device=device)
+        rows = readable_by_all(pictures, rows, config.max_broken)
+        loss = partial(_loss, labels=labels.to(device), network=network, config=config)
+        tell_plan(model, loss, pictures, rows, config, device, "retrain")
+        if ranks.count() > 1:
+            order = {"do": "retrain", "config": asdict(config), "network": asdict(network)} | data_facts(data)
+            ranks.tell(order, labels.numpy(), rows.numpy())
+            ranks.agree(None)
+        _train(config, network, model, pictures, labels, rows, device, step.folder)
         networks.save(weights, model.state_dict(), network)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
         step.finish([weights], broken=broken, result={"classes": classes, "pictures": len(rows)})
         loop.remove_checkpoint(step.folder)
         say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} pictures; {weights}")
         return weights
+
+
+def train_along(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's training (ktransfer/ranks.py)."""
+    with ranks.opening():
+        config, network = RetrainConfig(**order["config"]), Network(**order["network"])
+        device = loop.choose_device(config)
+        pictures = kept_pictures(order)
+        model = networks.build(network, config.seed, "retrain")
+    labels, rows = (torch.from_numpy(array) for array in order["arrays"])
+    _train(config, network, model, pictures, labels, rows, device, Path())
+
+
+def _train(
+    config: RetrainConfig,
+    network: Network,
+    model: nn.Module,
+    pictures: Pictures,
+    labels: Tensor,
+    rows: Tensor,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    loop.fit(
+        model,
+        partial(_loss, labels=labels.to(device), network=network, config=config),
+        pictures,
+        partial(_batches, rows, labels, config),
+        config,
+        folder,
+        device,
+        "retrain",
+        shared=True,
+    )
 
 
 def check(
@@ -93,8 +129,9 @@ def check(
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
     networks.check_arch(config.arch, config.width)
     data = open_dataset(_data_spec(run, config))
-    loop.choose_device(config)
+    device = loop.choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
+    cache_place(config.cache_pictures, len(data), round(size * MARGIN), device)
     config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
@@ -162,8 +199,14 @@ def _batches(rows: Tensor, labels: Tensor, config: RetrainConfig, epoch: int) ->
 def _loss(
     model: nn.Module, batch: Batch, labels: Tensor, network: Network, config: RetrainConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
-    crops = random_resized_crop(pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop)
-    logits = model(networks.normalise(crops, network.normalise))
-    correct = (logits.argmax(1) == labels[rows]).sum()
-    return F.cross_entropy(logits, labels[rows]), {"accuracy": correct, "count": batch.valid.sum()}
+    wanted = labels[batch.rows[batch.kept]]
+    logits = model(augmented(batch, network, config))
+    correct = (logits.argmax(1) == wanted).sum()
+    return F.cross_entropy(logits, wanted), {"accuracy": correct, "count": batch.valid.sum()}
+
+
+def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:
+    """What the network sees of a batch: a random crop of each valid picture, (n, 3, size, size) float32, normalised."""
+    rows, pixels = batch.rows[batch.kept], batch.pixels[batch.kept]
+    finish = partial(networks.normalise, how=network.normalise)
+    return random_resized_crop(pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop, finish)

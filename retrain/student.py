@@ -116,8 +116,8 @@ def joined(human: Detection, pseudo: Detection) -> Detection:
 def batches(human: Tensor, pseudo: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
     """(steps, 2 * batch) int64: in each step `batch` human rows and as many pseudo rows in turns.
 
-    In turns, so that each piece of a divided batch (`--micro-batch`) has both. An epoch is a pass over the human rows; the pseudo rows go on where the epoch before left them, in passes of their
-    own, each in its own order.
+    In turns, so that each piece of a divided batch (`--micro-batch`) has both. An epoch is a pass over the human rows;
+    the pseudo rows go on where the epoch before left them, in passes of their own, each in its own order.
     """
     own = loop.epoch_batches(human, batch, seed, epoch)
     steps, width = own.shape

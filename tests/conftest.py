@@ -1,7 +1,12 @@
 """A run with a small teacher, trained once and copied for each test that wants it."""
 
+import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +56,29 @@ def folder(tmp_path):
     (root / "a" / "05.jpg").write_bytes(b"\xff\xd8 not a jpeg")
     (root / "README.txt").write_text("not a picture")
     return root
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Run a line in `world` processes (launcher.py): their exit codes, and what each said."""
+    script = Path(__file__).parent / "launcher.py"
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | threads,
+    )
+    logs = tmp_path_factory.mktemp("logs")
+
+    def run(world, *argv, **order):
+        order |= {"world": world, "argv": [str(word) for word in argv], "logs": str(logs)}
+        launcher.stdin.write(json.dumps(order) + "\n")
+        launcher.stdin.flush()
+        status = json.loads(launcher.stdout.readline())["status"]
+        return status, [(logs / str(rank)).read_text() for rank in range(world)]
+
+    yield run
+    launcher.stdin.close()
+    launcher.wait()

@@ -1,9 +1,10 @@
 """Starts command lines of ktransfer in several processes as torchrun does, forked from one that has all imported.
 
 One JSON object a line comes in: {"argv": [...], "world": n, "logs": folder, "fault": {"rank": r, "scan": s, "kind":
-k}}, one goes out: {"status": [exit code of each, or minus the signal]}. At its s-th scan, process r gets the fault:
-"error", an exception; "kill", SIGKILL; "stop", SIGINT to all processes as Ctrl-C gives it. "file": its feature file is
-another one.
+k}}, one goes out: {"status": [exit code of each, or minus the signal]}. At its s-th scan ("scan": s) or call of a
+function ("call": "MODULE:NAME", "at": s), process r gets the fault: "error", an exception; "kill", SIGKILL; "stop",
+SIGINT to all processes as Ctrl-C gives it. "file": its feature file is another one. Checkpoints are written after every
+step of a training.
 """
 
 import importlib
@@ -20,12 +21,38 @@ MODULES = (
     "h5py",
     "sklearn.metrics",
     "torch.distributed",
+    "ktransfer.cluster.extraction",
     "ktransfer.cluster.ranks",
     "ktransfer.cluster.stage",
+    "ktransfer.pretext.stage",
+    "ktransfer.retrain.stage",
+    "ktransfer.eval.stage",
 )
 
 
+def plant_call(fault: dict[str, Any]) -> None:
+    module, name = fault["call"].split(":")
+    home, left = importlib.import_module(module), fault["at"]
+    function = getattr(home, name)
+
+    def faulty(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0 and fault["kind"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if left == 0 and fault["kind"] == "stop":
+            os.killpg(0, signal.SIGINT)
+        if left == 0 and fault["kind"] == "error":
+            raise MemoryError("no room")
+        return function(*arguments, **named)
+
+    setattr(home, name, faulty)
+
+
 def plant(fault: dict[str, Any]) -> None:
+    if "call" in fault:
+        plant_call(fault)
+        return
     from ktransfer.cluster import ranks
 
     scan, left = ranks._scan, fault.get("scan", 0)
@@ -60,7 +87,9 @@ def child(order: dict[str, Any], rank: int, port: int) -> int:
         os.environ.update({name: str(value) for name, value in given.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     from ktransfer import cli
+    from ktransfer.training import loop
 
+    loop.LOG_SECONDS, loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.0, 0.0, 1e9
     if order.get("fault", {}).get("rank") == rank:
         plant(order["fault"])
     code = cli.main(order["argv"])

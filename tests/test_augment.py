@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
-from ktransfer import rng
-from ktransfer.augment import centre_crop, random_resized_crop, random_square
+from ktransfer import augment, rng
+from ktransfer.augment import centre_crop, in_parts, random_resized_crop, random_square
 
 SIZE, OUT = 64, 24
 
@@ -135,3 +135,40 @@ def test_random_squares_are_parts_of_the_pictures_mirrored_half_the_time() -> No
     assert not random_square(pixels, rows, OUT, 0, 4, "test").equal(found)
     whole = random_square(pixels, rows, SIZE, 0, 3, "test")
     assert all(a.equal(b) or a.equal(b.flip(-1)) for a, b in zip(whole, pixels, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64])
+def test_parts_are_those_of_the_whole(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.arange(count * 6.0).view(count, 2, 3)
+    seen: list[int] = []
+
+    def make(part: slice) -> torch.Tensor:
+        seen.append(len(values[part]))
+        return values[part] * 2
+
+    monkeypatch.setattr(augment, "_PART_BYTES", 3 * 4 * 6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert torch.equal(in_parts(make, count, 6, torch.device("cpu")), values * 2)
+    assert sum(seen) == count and max(seen) <= 3
+    seen.clear()
+    in_parts(make, count, 6, torch.device("cuda"))
+    assert seen == [count]
+
+
+def test_crops_do_not_depend_on_how_they_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pixels = torch.arange(50, 61), noise(11)
+    crops = random_resized_crop(pixels, rows, OUT, 5, 2, "t", finish=lambda x: x / 2)
+    monkeypatch.setattr(augment, "_PART_BYTES", 1)
+    assert torch.equal(random_resized_crop(pixels, rows, OUT, 5, 2, "t", finish=lambda x: x / 2), crops)
+    assert torch.equal(random_resized_crop(pixels, rows, OUT, 5, 2, "t") / 2, crops)
+
+
+@pytest.mark.parametrize("size", [8, 96, 224])
+def test_the_grid_is_that_of_affine_grid(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.arange(16)
+    grids: list[torch.Tensor] = []
+    monkeypatch.setattr(augment.F, "grid_sample", lambda source, grid, **_: grids.append(grid) or source)
+    random_resized_crop(noise(16), rows, size, 5, 2, "t")
+    whole = augment._transforms(rows, 5, 2, "t", 0.08)
+    expected = augment.F.affine_grid(whole, [16, 3, size, size], align_corners=False)
+    torch.testing.assert_close(torch.cat(grids), expected, atol=1e-6, rtol=0)

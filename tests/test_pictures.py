@@ -1,5 +1,7 @@
 """A batch is a function of its rows: threads, order, cache and broken neighbours change nothing."""
 
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -10,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ktransfer.cli import main
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.errors import BrokenPicture, StageError
+from ktransfer.errors import BrokenPicture, StageError, UsageError
 from ktransfer.images import square
-from ktransfer.pictures import Pictures, check_broken, typical_short_side
+from ktransfer.pictures import Pictures, cache_place, check_broken, typical_short_side
 
 BROKEN = {3: "known format", 7: "empty file"}
 COUNT = 24
@@ -179,3 +182,90 @@ def test_check_broken(data: Dataset) -> None:
 
 def test_files_of_a_path_stay_on_their_rows(data: Dataset) -> None:
     assert [Path(key).stem for key in data.keys] == [f"{row:02}" for row in range(COUNT)]
+
+
+@pytest.mark.parametrize("cache", ["auto", "ram", "off"])
+def test_where_they_are_kept_changes_nothing(data: Dataset, cache: str) -> None:
+    watched, reads = counted(data)
+    pictures = Pictures(watched, 8, 2, cache=cache)
+    assert pictures.kept_on == (None if cache == "off" else torch.device("cpu"))
+    for _ in range(2):
+        pixels, valid = pictures.batch(torch.arange(COUNT))
+        truth, sound = expected(data, list(range(COUNT)), 8)
+        assert torch.equal(pixels, truth) and torch.equal(valid, sound)
+    sound_ones = COUNT - len(BROKEN)
+    assert len(reads) == sound_ones * (2 if cache == "off" else 1) + len(BROKEN)
+
+
+def test_a_cache_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktransfer.pictures.available_bytes", lambda: 40_000)
+    cpu = torch.device("cpu")
+    assert cache_place("auto", 52, 8, cpu) == cpu  # 52 x 192 bytes are just less than a quarter
+    assert cache_place("auto", 53, 8, cpu) is None
+    assert cache_place("ram", 208, 8, cpu) == cpu
+    assert cache_place("off", 1, 8, cpu) is None
+    with pytest.raises(UsageError, match=r"--cache-pictures ram: 209 pictures of 8 x 8 take 0.0 GB, .* are free; give"):
+        cache_place("ram", 209, 8, cpu)
+    with pytest.raises(
+        UsageError, match=r"--cache-pictures device: cpu has no memory of its own; give auto, ram or off"
+    ):
+        cache_place("device", 1, 8, cpu)
+
+
+def test_a_gpu_with_room_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40_000, 80_000))
+    monkeypatch.setattr("ktransfer.pictures.available_bytes", lambda: 10**9)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert cache_place("auto", 104, 8, gpu) == gpu  # half of what is free
+    assert cache_place("auto", 105, 8, gpu) == cpu
+    assert cache_place("device", 208, 8, gpu) == gpu
+    assert cache_place("ram", 1, 8, gpu) == cpu
+    with pytest.raises(UsageError, match="--cache-pictures device: 209 pictures"):
+        cache_place("device", 209, 8, gpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", ["device", "ram", "off"])
+def test_on_a_gpu_they_are_the_same(data: Dataset, cache: str) -> None:
+    pictures = Pictures(data, 12, 3, cache=cache, device=torch.device("cuda"))
+    assert (pictures.kept_on is not None) == (cache != "off")
+    orders = [[5, 3, 5, 0], list(range(COUNT)), list(reversed(range(COUNT))), [7], [3, 1]]
+    for _ in range(2):
+        found = list(pictures.batches(torch.tensor(order) for order in orders))
+        for (_, pixels, valid, _), order in zip(found, orders, strict=True):
+            truth, sound = expected(data, order, 12)
+            assert pixels.device.type == "cuda" and valid.device.type == "cpu"
+            assert torch.equal(pixels.cpu(), truth) and torch.equal(valid, sound)
+
+
+READ_ALL = """
+import sys, numpy as np, torch
+from ktransfer.dataset import Dataset
+from ktransfer.pictures import Pictures
+
+count = int(sys.argv[1])
+read = lambda row, short_side: np.full((64, 64, 3), row % 256, np.uint8)
+keys = tuple(f"{row:06}" for row in range(count))
+data = Dataset("made", "made", keys, np.full(count, -1, np.int32), (), "0" * 64, read)
+pictures = Pictures(data, 64, 2, cache="off")
+for rows, pixels, valid, wait in pictures.batches(torch.arange(count).split(64)):
+    assert int(pixels[0, 0, 0, 0]) == int(rows[0]) % 256
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see the peak of memory")
+def test_memory_does_not_grow_with_the_pictures() -> None:
+    peaks = []
+    for count in (1000, 10_000):  # 12 and 123 MB of squares
+        done = subprocess.run([sys.executable, "-c", READ_ALL, str(count)], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.parametrize("stage", [["pretext"], ["retrain", "--labels", "classes"]])
+def test_stages_refuse_before_they_start(stage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*stage, "--data", "scenes:images=20,size=64", "--device", "cpu", "--cache-pictures", "device"]
+    assert main(["--run", str(tmp_path / "run"), *line]) == 2
+    assert "--cache-pictures device: cpu has no memory of its own" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -46,7 +46,7 @@ class Jitter(NamedTuple):
         return (self.extents * self.scale[:, None] - self.offset).clamp(max=self.size)
 
 
-def canvases(data: Detection, size: int, workers: int | None = None, cache_bytes: int | None = None) -> Pictures:
+def canvases(data: Detection, size: int, workers: int | None = None, cache: str = "auto") -> Pictures:
     """The pictures as (3, size, size) uint8 canvases, padded with zeros, as a source for `loop.fit`.
 
     A picture whose sides are not those that its file states (turned upside by EXIF, replaced) is broken: its boxes
@@ -56,7 +56,7 @@ def canvases(data: Detection, size: int, workers: int | None = None, cache_bytes
     def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
         return laid(data.read, row, (int(data.sizes[row, 0]), int(data.sizes[row, 1])), size)
 
-    return Pictures(replace(data, read=read), size, workers, cache_bytes)
+    return Pictures(replace(data, read=read), size, workers, cache=cache)
 
 
 def laid(

@@ -46,6 +46,7 @@ def _drawn(batch: Boxed, place: int) -> Tensor:
     width, height = batch.extents[place]
     pixels = batch.pixels[place] * ((middle < height)[:, None] & (middle < width))
     boxes = batch.boxes[place][batch.kept[place]]
-    if len(boxes):
-        pixels = draw_bounding_boxes(pixels, boxes, colors="yellow", width=max(1, side // 160))
-    return pixels
+    if not len(boxes):
+        return pixels
+    drawn: Tensor = draw_bounding_boxes(pixels, boxes, colors="yellow", width=max(1, side // 160))
+    return drawn

@@ -5,104 +5,43 @@ and a checkpoint holds weights, optimiser and the number of steps done.
 """
 
 import contextlib
-import json
 import math
-import resource
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ktransfer import files, rng
-from ktransfer.errors import StageError, UsageError
+from ktransfer import files, ranks, rng
+from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
-from ktransfer.training.options import LoopOptions, MachineOptions, TrainOptions
+from ktransfer.training.batch import Batch as Batch
+from ktransfer.training.batch import Loss as Loss
+from ktransfer.training.batch import Source as Source
+from ktransfer.training.compiled import Compiled
+from ktransfer.training.crew import Crew, Piece
+from ktransfer.training.device import autocast as autocast
+from ktransfer.training.device import bfloat16 as bfloat16
+from ktransfer.training.device import choose_device as choose_device
+from ktransfer.training.log import Log
+from ktransfer.training.memory import explained
+from ktransfer.training.options import LoopOptions, TrainOptions
 
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
 """Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
-
-
-class Diverged(StageError):
-    """The loss of a training is not finite."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures of one step: `rows` (b,) int64, `pixels` (b, 3, s, s) uint8, `valid` (b,) bool, all on the device."""
-
-    rows: Tensor
-    pixels: Tensor
-    valid: Tensor
-    epoch: int
-
-
-class Source(Protocol):
-    """What batches are read from: pictures, or anything that hands out rows in the same way."""
-
-    def batches(self, rows: Iterable[Tensor], /) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows -> those rows, their content (b, ...), (b,) valid, and the seconds that the caller waited."""
-
-
-class Loss(Protocol):
-    """(model, batch) -> the loss, and sums over the batch for the log; `count` is what the others are divided by."""
-
-    def __call__(self, model: nn.Module, batch: Batch, /) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the class."""
+SAME_CTRL_C = 2.0  # seconds
 
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-
-
-def choose_device(options: MachineOptions) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: no such device; give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: not supported; give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
-    return device
-
-
-def bfloat16(options: MachineOptions, device: torch.device) -> bool:
-    """Whether convolutions and products are computed in bfloat16; `auto`: where the hardware multiplies it faster."""
-    if options.precision != "auto":
-        return options.precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
-
-
-def autocast(options: MachineOptions, device: torch.device) -> torch.autocast:
-    """The arithmetic that `--precision` names."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(options, device))
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def rate(step: int, total: int, options: LoopOptions, base: float = 0.0) -> float:
@@ -137,48 +76,76 @@ def fit(
     label: str,
     evaluate: Evaluate | None = None,
     optimiser: torch.optim.Optimizer | None = None,
+    following: int = 0,
+    shared: bool = False,
 ) -> None:
     """Train `model` in place; interrupted at any instant and called again, it ends with the same weights.
 
     Args:
-        batches: epoch -> (steps, b) int64 rows of the dataset, a pure function.
+        batches: epoch -> (steps, b + following) int64 rows of the dataset, a pure function.
         folder: where `checkpoint/` and `metrics.jsonl` go.
         label: the stage's name, on the bar and in the seeds.
         evaluate: called after each epoch with the model in evaluation mode.
         optimiser: SGD of `options`, which are TrainOptions, when not given; its rates are scaled by the schedule.
+        following: rows that a batch has beyond its own pictures, those that come after them in the epoch's order.
+        shared: whether all processes of the command call this together, with the same arguments; the first one alone
+            evaluates and writes. The batches are those of one process, and so are the weights but for rounding.
 
     Raises:
         Diverged: the loss is not finite.
+        StageError: none of a batch's pictures can be read, or another process failed.
+        Told: in the others, when one of them failed or is to stop.
     """
-    model.to(device).to(memory_format=torch.channels_last)
-    if optimiser is None:
-        assert isinstance(options, TrainOptions)
-        optimiser = sgd(model, options, device)
-    base_rates = [group["lr"] for group in optimiser.param_groups]
-    per_epoch = len(batches(0))
+    per_epoch, rows = batches(0).shape
     total = per_epoch * options.epochs
     checkpoint = folder / "checkpoint" / "last.pt"
-    step = _restore(checkpoint, model, optimiser, device)
-    log = Log(folder / "metrics.jsonl", step, options.tensorboard)
-    last_save, save_cost = time.monotonic(), 0.0
+    leads = ranks.leads()
+    with contextlib.ExitStack() as within:
+        crew = within.enter_context(Crew(model, rows - following, options.micro_batch, following, device, shared))
+        model.to(device).to(memory_format=torch.channels_last)
+        if optimiser is None:
+            assert isinstance(options, TrainOptions)
+            optimiser = sgd(model, options, device)
+        base_rates = [group["lr"] for group in optimiser.param_groups]
+        step = _begin(crew, checkpoint, model, optimiser, device)
+        network = Compiled(model, options, device, label, crew.shared)
 
-    with bar(total * options.batch, label, done=step * options.batch) as shown, ctrl_c_between_steps() as stop:
+        def gradients(called: nn.Module, pieces: list[Piece], seed: int) -> dict[str, Tensor]:
+            return _gradients(called, loss, pieces, seed, options, device, called is model)
+
+        log = Log(folder / "metrics.jsonl", step, options.tensorboard) if leads else None
+        last_save, save_cost = time.monotonic(), 0.0
+        shown = within.enter_context(bar(total * options.batch, label, done=step * options.batch))
+        stop = within.enter_context(ctrl_c_between_steps(crew.shared))
+
+        def leave() -> None:
+            """All processes together: the leader keeps what it has."""
+            crew.part()
+            if not leads:
+                raise ranks.Told("stopped")
+            _save(checkpoint, model, optimiser, step)
+            raise KeyboardInterrupt
+
         while step < total:
             epoch = step // per_epoch
             model.train()
-            for batch, wait in stream(pictures, batches(epoch)[step % per_epoch :], epoch, device):
+            for share in crew.stream(pictures, batches(epoch)[step % per_epoch :], epoch):
+                pieces, stopped = crew.meet(share, stop.is_set())
+                if stopped and crew.shared:
+                    leave()
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
                     group["lr"] = base * rate(step, total, options, base)
-                torch.manual_seed(rng.torch_seed(options.seed, f"{label}/step", step))
-                with autocast(options, device):
-                    value, sums = loss(model, batch)
                 optimiser.zero_grad(set_to_none=True)
-                value.backward()
-                optimiser.step()
+                seed = rng.torch_seed(options.seed, f"{label}/step", step)
+                with explained(model, device, label, options):
+                    sums = crew.add_up(network.run(partial(gradients, pieces=pieces, seed=seed)))
+                    optimiser.step()
                 step += 1
-                log.add(sums | {"loss": value.detach() * sums["count"]}, wait)
                 shown.update(options.batch)
-                if log.due() or step == total:
+                if log is None:
+                    continue
+                log.add(sums, share.wait)
+                if log.due(LOG_SECONDS) or step == total:
                     # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
                     shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device), False)
                 if stop.is_set() or time.monotonic() - last_save > max(
@@ -188,25 +155,83 @@ def fit(
                     _save(checkpoint, model, optimiser, step)
                     last_save = time.monotonic()
                     save_cost = last_save - started
-                if stop.is_set():
+                if stop.is_set() and not crew.shared:
                     raise KeyboardInterrupt
-            if evaluate is not None:
+            if evaluate is not None and log is not None and not stop.is_set():
                 log.note(step, epoch, evaluated(model, evaluate))
-            if stop.is_set():  # while it was evaluated
-                _save(checkpoint, model, optimiser, step)
-                raise KeyboardInterrupt
+                if stop.is_set() and not crew.shared:  # while it was evaluated
+                    _save(checkpoint, model, optimiser, step)
+                    raise KeyboardInterrupt
+        if crew.shared:  # the leader may have failed after the last step, or be told to stop
+            if crew.meet(None, stop.is_set())[1]:
+                leave()
+            crew.part()
+
+
+def _begin(
+    crew: Crew, checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
+) -> int:
+    """Go on from the checkpoint if there is one, all processes with the leader's numbers; the steps done."""
+    step = _restore(checkpoint, model, optimiser, device) if ranks.leads() else 0
+    if not crew.shared:
+        return step
+    state = crew.same(_state(model, optimiser, step))
+    if not ranks.leads():
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"])
+
+
+def _gradients(
+    model: nn.Module,
+    loss: Loss,
+    pieces: list[Piece],
+    seed: int,
+    options: LoopOptions,
+    device: torch.device,
+    plain: bool,
+) -> dict[str, Tensor]:
+    """Add the gradients of the mean loss over the batch that the `pieces` are parts of; sums for the log.
+
+    A compiled model, one that is not `plain`, draws its masks by itself: there each piece has a seed of its own.
+    """
+    sums: dict[str, Tensor] = {}
+    for piece in pieces:
+        torch.manual_seed(seed if plain else seed + piece.first)
+        with autocast(options, device), piece.masks() if plain else contextlib.nullcontext():
+            value, found = loss(model, piece.batch)
+        if piece.count == piece.total:
+            value.backward()
+        else:
+            (value * (piece.count / piece.total)).backward()
+        found = found | {"loss": value.detach() * found["count"]}
+        for name, number in found.items():
+            # A mean over nothing is no number; it adds nothing.
+            added = number.detach() if piece.count else torch.zeros_like(number)
+            sums[name] = sums[name] + added if name in sums else added
+    return sums
 
 
 @contextlib.contextmanager
-def ctrl_c_between_steps() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that no step is cut in two; the second one interrupts at once."""
+def ctrl_c_between_steps(several: bool = False) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that no step is cut in two; the second one interrupts at once.
+
+    With `several` processes one Ctrl-C comes twice, from the terminal and from torchrun: what follows within two
+    seconds is taken for the same one.
+    """
     stop = threading.Event()
+    first = math.inf
     if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers there alone
         yield stop
         return
 
     def note(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
+        nonlocal first
+        if not several:
+            signal.signal(signal.SIGINT, before)
+        elif time.monotonic() - first > SAME_CTRL_C:
+            raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         stop.set()
 
     before = signal.signal(signal.SIGINT, note)
@@ -235,87 +260,12 @@ def epoch_batches(rows: Tensor, batch: int, seed: int, epoch: int, extra: int = 
     return order[places % len(rows)]
 
 
-def stream(pictures: Source, rows: Tensor, epoch: int, device: torch.device) -> Iterator[tuple[Batch, float]]:
-    """The batches of (steps, b) `rows` on the device, each with the seconds that the caller waited for it."""
-    for chosen, pixels, valid, wait in pictures.batches(iter(rows)):
-        moved = [part.to(device, non_blocking=True) for part in (chosen, pixels, valid)]
-        yield Batch(moved[0], moved[1], moved[2], epoch), wait
-
-
-class Log:
-    """Running sums on the device, read only when a line is written; lines past `step` (of a killed run) are dropped."""
-
-    def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
-        self.path = path
-        self.events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(path.parent / "events", purge_step=step)
-        self.sums: dict[str, Tensor] = {}
-        self.wait, self.started = 0.0, time.monotonic()
-        if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            files.write_text(path, "".join(line + "\n" for line in kept))
-
-    def add(self, sums: dict[str, Tensor], wait: float) -> None:
-        """Add one step's sums."""
-        for name, value in sums.items():
-            detached = value.detach().to(torch.float64) if value.device.type == "cpu" else value.detach().float()
-            self.sums[name] = self.sums[name] + detached if name in self.sums else detached
-        self.wait += wait
-
-    def due(self) -> bool:
-        """Whether it is time for a line."""
-        return time.monotonic() - self.started > LOG_SECONDS
-
-    def write(self, step: int, epoch: int, lr: float, device: torch.device) -> str:
-        """Write a line to metrics.jsonl, start new sums, and return the line's short form for the bar."""
-        seconds = time.monotonic() - self.started
-        values = {name: float(value) for name, value in self.sums.items()}
-        count = values.pop("count")
-        means = {name: value / max(1.0, count) for name, value in values.items()}
-        if not math.isfinite(means["loss"]):
-            raise Diverged(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
-        speed = {
-            "lr": lr,
-            "pictures_per_second": round(count / seconds, 1),
-            # A wait that was going on at the start of the window counts whole.
-            "data_wait": round(min(self.wait / seconds, 1.0), 4),
-            "memory_gb": round(memory_gb(device), 2),
-        }
-        self.note(step, epoch, means | speed)
-        self.sums, self.wait, self.started = {}, 0.0, time.monotonic()
-        return ", ".join(f"{name} {value:.3f}" for name, value in means.items()) + f", wait {speed['data_wait']:.0%}"
-
-    def note(self, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Append a line of any values, and show them to TensorBoard if it was asked for."""
-        if self.events is not None:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
-            self.events.flush()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, "epoch": epoch} | values) + "\n")
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory so far: of the device where it is a GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62
+def _state(model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    return {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
 
 
 def _save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-    files.write_whole(path, lambda part: torch.save(state, part))
+    files.write_whole(path, lambda part: torch.save(_state(model, optimiser, step), part))
 
 
 def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> int:

@@ -30,6 +30,26 @@ class LoopOptions(MachineOptions):
 
     epochs: int = option(90, "passes over the pictures", low=1)
     batch: int = option(256, "pictures a step", low=2)
+    micro_batch: int = option(
+        0,
+        "pictures of a step that are computed at once, so that any batch fits the device; 0: all. The step stays the "
+        "same, but batch norm sees so many",
+        low=0,
+        execution=True,
+    )
+    cache_pictures: str = option(
+        "auto",
+        "where decoded pictures are kept from epoch to epoch; auto: in half of a GPU's free memory, else in a quarter "
+        "of the machine's, if they fit",
+        choices=("auto", "device", "ram", "off"),
+        execution=True,
+    )
+    compile: str = option(
+        "auto",
+        "compile the network's step; auto: on CUDA, and if it fails go on without",
+        choices=("auto", "on", "off"),
+        execution=True,
+    )
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
     schedule: str = option(
@@ -39,7 +59,9 @@ class LoopOptions(MachineOptions):
     warmup: float = option(0.05, "share of the steps over which the rate grows from 0", low=0, high=0.5)
 
     def __post_init__(self) -> None:
-        """Refuse what is not installed when the command starts."""
+        """Refuse what cannot be, or is not installed, when the command starts."""
+        if self.micro_batch == 1:
+            raise UsageError("--micro-batch 1: batch norm needs two pictures; give 0 (all) or at least 2")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError("--tensorboard: is not installed; pip install 'ktransfer[report]'")
 

@@ -307,7 +307,7 @@ def test_pickled_cloned_searched_and_unfitted():
         ({"max_iter": True}, "max_iter = True"),
         ({"n_init": "some"}, "n_init = 'some': give auto"),
         ({"tol": -1}, "tol = -1"),
-        ({"engine": "fast"}, "engine = 'fast': give one of auto, faiss, exact"),
+        ({"engine": "fast"}, "engine = 'fast': give one of auto, faiss, faiss-float16, exact"),
         ({"init": "kmeans"}, r"init = 'kmeans': give k-means\+\+ or random"),
         ({"init": np.zeros((3, 5))}, r"init has shape \(3, 5\), not .* \(8, 6\)"),
         ({"init": np.full((8, 6), np.nan)}, "init contains NaN"),

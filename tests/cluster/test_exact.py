@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktransfer.cluster import bounds, engine, engines, exact, native
+from ktransfer.cluster import bounds, dense, engine, engines, exact, native
+from ktransfer.cluster.device import device_engine
 from ktransfer.cluster.engine import Rows, faiss_engine
 from ktransfer.cluster.exact import exact_engine
 from ktransfer.cluster.kmeans import assign_rows, kmeans, load_state, save_state
@@ -16,13 +17,24 @@ from ktransfer.errors import UsageError
 
 COMPILED = native.library() is not None
 LEVELS = list(range(1, native.library().ktransfer_level() + 1)) if COMPILED else []
-VARIANTS = [{"compiled": False}, *({"level": level, "threads": level} for level in LEVELS)]
+VARIANTS = [
+    {"compiled": False},
+    {"device": "cpu"},
+    {"float16": True},
+    *({"level": level, "threads": level} for level in LEVELS),
+]
 needs_extension = pytest.mark.skipif(not COMPILED, reason="the extension is not built, or no AVX2 here")
 
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
     monkeypatch.setattr(engine, "BLOCK_NUMBERS", 2000)
+
+
+def made(variant):
+    if "float16" in variant:
+        return faiss_engine(**variant)
+    return device_engine(**variant) if "device" in variant else exact_engine(**variant)
 
 
 def rows_of(data):
@@ -88,7 +100,7 @@ def kinds_of(monkeypatch):
 
 def steps(variant, data, start, count):
     """(pass, the centroids it was given), `count` times, by one engine that keeps its memory."""
-    scan = exact_engine(**variant).scan
+    scan = made(variant).scan
     rows, centroids = rows_of(data), start
     for _ in range(count):
         found = scan(rows, centroids, lambda done: None)
@@ -189,10 +201,9 @@ def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
     data = decaying(3000, 256)
     kmeans(rows_of(data), 200, 4, engine=exact_engine())
     kinds = [kind for kind, _ in dots]
-    assert (
-        kinds == [native.DENSE, native.PROJECT, *[native.FILTERED] * 3, native.PROJECT, native.FILTERED][: len(kinds)]
-    )
-    assert kinds.count(native.FILTERED) >= 4
+    # Centroids are projected for each pass, rows once.
+    assert kinds[:6] == [native.DENSE, native.PROJECT, native.PROJECT, native.FILTERED, native.PROJECT, native.FILTERED]
+    assert kinds.count(native.DENSE) == 1 and kinds.count(native.FILTERED) >= 4
     for kind, count in dots:
         assert count < (0.05 * 3000 * 200 if kind == native.FILTERED else 100)
     assert "bounds in" in capsys.readouterr().err
@@ -211,6 +222,60 @@ def test_bounds_leave_few_pairs_and_work_is_saved(monkeypatch, capsys):
 
 
 @needs_extension
+@pytest.mark.parametrize("level", LEVELS)
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    kind=st.sampled_from(["decaying", "grid", "repeated", "far"]),
+    share=st.sampled_from([0.0, 0.02, 0.2, 0.9]),
+    blocks=st.sampled_from([2000, 10**6]),
+)
+def test_rows_that_settled_give_the_bytes_of_a_fresh_pass(level, seed, kind, share, blocks):
+    """Only some centroids move from pass to pass, sometimes onto others, or far out, which makes more rows tie."""
+    rng = np.random.default_rng(seed)
+    data = decaying(220, 48, seed) + np.float32(1e5 * (kind == "far"))
+    if kind == "grid":
+        data = np.rint(data)
+    if kind == "repeated":
+        data = data[rng.integers(0, 40, 220)]
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context():
+        forced_bounds(monkeypatch, 8)
+        monkeypatch.setattr(engine, "BLOCK_NUMBERS", blocks)
+        rows, kept = rows_of(data), exact_engine(level=level)
+        centroids = data[rng.permutation(220)[:40]]
+        looked = []
+        run = native.run
+        monkeypatch.setattr(native, "run", lambda *args: looked.append(args[3].get("few", -1)) or run(*args))
+        for step in range(7):
+            found = kept.scan(rows, centroids, lambda done: None)
+            np.testing.assert_array_equal(found.labels, nearest64(data, centroids)[0])
+            fresh = exact_engine(level=level).scan(rows, centroids, lambda done: None)
+            for left, right in zip(found, fresh, strict=True):
+                assert left.tobytes() == right.tobytes()
+            centroids = centroids.copy()
+            going = np.flatnonzero(rng.random(40) < (1 if step == 1 else share))
+            means = (found.sums / np.maximum(found.counts, 1)[:, None]).astype(np.float32)
+            centroids[going] = np.where(rng.random(len(going))[:, None] < 0.3, data[going], means[going])
+        assert share == 0.9 or max(looked) >= 0
+    monkeypatch.undo()
+
+
+@needs_extension
+@pytest.mark.parametrize("d", [40, 300])
+def test_runs_that_settle_look_at_few_centroids(d, monkeypatch):
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 10**6)
+    forced_bounds(monkeypatch, 16)
+    looked = []
+    run = native.run
+    monkeypatch.setattr(native, "run", lambda *args: looked.append(args[3].get("few", 50)) or run(*args))
+    data = decaying(900, d)
+    found = kmeans(rows_of(data), 50, 40, seed=3, engine=exact_engine())
+    assert found.moved[-1] == 0 and min(looked) <= 2
+    same(found, kmeans(rows_of(data), 50, 40, seed=3, engine=exact_engine(room=0)))
+
+
+@needs_extension
 def test_the_bound_is_one():
     """Projected scores are never below exact ones by more than the doubt that the filter allows."""
     data = decaying(500, 200)
@@ -219,14 +284,14 @@ def test_the_bound_is_one():
     basis = bounds.Basis(target.origin, bounds._leading(target.centred, 24), 1e-6)
     level = LEVELS[-1]
     given = exact._fields(target, level)
-    project, filtered = exact._filter_fields(target, basis, given, level)
+    memory = bounds.Memory(rows_of(data), 0, print)
+    project, filtered = exact._filter_fields(memory, target, basis, given, level, 1)
     projected = np.empty((500, 26), np.float32)
     native.run(level, 1, native.PROJECT, project | {"rows": 500, "x": data, "projected": projected})
     x = data.astype(np.float64) - target.origin
     c = centroids.astype(np.float64) - target.origin
     scores = x @ c.T - (c**2).sum(axis=1) / 2
-    e_c = basis.error + 2 * 2.0**-24
-    upper = projected[:, :25] @ exact._project_centroids(target, basis, e_c).T - (c**2).sum(axis=1) / 2
+    upper = projected[:, :25] @ memory.across[1][:, :25].T - (c**2).sum(axis=1) / 2
     longest = given["longest"]
     doubt = filtered["filter_error"] * (projected[:, 25:] * longest + longest**2 / 2)
     assert (upper >= scores - doubt).all()
@@ -298,8 +363,9 @@ def test_the_caller_may_write_to_its_arrays(widths, monkeypatch):
 
 
 @needs_extension
-def test_a_pass_that_broke_off_leaves_no_bounds(monkeypatch):
-    forced_bounds(monkeypatch)
+@pytest.mark.parametrize("widths", [(), (12, 16)])
+def test_a_pass_that_broke_off_leaves_no_bounds(widths, monkeypatch):
+    forced_bounds(monkeypatch, *widths)
     data = decaying(300, 40)
     broken = False
 
@@ -310,14 +376,18 @@ def test_a_pass_that_broke_off_leaves_no_bounds(monkeypatch):
 
     rows, scan = Rows(300, 40, read), exact_engine().scan
     generator = np.random.default_rng(0)
-    for step in range(10):
-        centroids = data[:30] + generator.normal(size=(30, 40)).astype(np.float32) * 0.3
-        broken = step in (2, 5)
+    centroids = data[:30].copy()
+    for step in range(14):
+        broken = step in (2, 4, 5, 7, 9, 11)
         if broken:
             with pytest.raises(OSError, match="gone"):
-                scan(rows, centroids, lambda done: None)
+                near = centroids + 0.6 * generator.normal(size=(30, 40)).astype(np.float32)
+                scan(rows, near, lambda done: None)
             broken = False
         check(scan(rows, centroids, lambda done: None), data, centroids)
+        going = generator.random(30) < (1 if step < 5 else 0.5)
+        far = generator.normal(size=(30, 40)) * (0.3 if step < 5 else 1e-3)
+        centroids = (centroids + far * going[:, None]).astype(np.float32)
 
 
 @needs_extension
@@ -340,9 +410,9 @@ def test_weights_count_as_often(monkeypatch):
     centroids = data[:20].copy()
     for variant in VARIANTS:
         weighed = Rows(200, 24, lambda start, stop: data[start:stop], weights)
-        found = exact_engine(**variant).scan(weighed, centroids, lambda done: None)
+        found = made(variant).scan(weighed, centroids, lambda done: None)
         repeated = np.repeat(data, weights.astype(int), axis=0)
-        again = exact_engine(**variant).scan(rows_of(repeated), centroids, lambda done: None)
+        again = made(variant).scan(rows_of(repeated), centroids, lambda done: None)
         np.testing.assert_allclose(found.sums, again.sums, rtol=1e-12)
 
 
@@ -365,7 +435,7 @@ def test_threads_instruction_sets_blocks_and_cache_change_no_byte(monkeypatch):
 @pytest.mark.parametrize(("d", "k", "offset"), [(5, 40, 0), (96, 70, 0), (40, 500, 0), (30, 25, 1e4)])
 def test_whole_runs_equal_those_of_faiss(variant, d, k, offset):
     data = decaying(500, d) + np.float32(offset)
-    found = kmeans(rows_of(data), k, 12, seed=1, engine=exact_engine(**variant))
+    found = kmeans(rows_of(data), k, 12, seed=1, engine=made(variant))
     peer = kmeans(rows_of(data), k, 12, seed=1, engine=faiss_engine())
     np.testing.assert_array_equal(found.labels, peer.labels)
     np.testing.assert_array_equal(found.moved, peer.moved)
@@ -383,10 +453,10 @@ def test_resume_after_every_iteration_gives_the_same_bytes(variant, tmp_path):
         paths.append(tmp_path / f"{len(paths)}.npz")
         save_state(paths[-1], state)
 
-    expected = kmeans(rows_of(data), 45, 8, seed=5, on_iteration=save, engine=exact_engine(**variant))
+    expected = kmeans(rows_of(data), 45, 8, seed=5, on_iteration=save, engine=made(variant))
     assert len(paths) == 8
     for path in paths:
-        same(expected, kmeans(rows_of(data), 45, 8, seed=5, state=load_state(path), engine=exact_engine(**variant)))
+        same(expected, kmeans(rows_of(data), 45, 8, seed=5, state=load_state(path), engine=made(variant)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -396,7 +466,7 @@ def test_near_ties_are_decided_in_float64(variant):
     data = rng.normal(size=(200, 48)).astype(np.float32)
     base = rng.normal(size=(20, 48)).astype(np.float32)
     centroids = np.concatenate([np.nextafter(base, np.float32(9)), base])
-    labels, _ = assign_rows(rows_of(data), centroids, exact_engine(**variant))
+    labels, _ = assign_rows(rows_of(data), centroids, made(variant))
     np.testing.assert_array_equal(labels, nearest64(data, centroids)[0])
     assert len(np.unique(labels >= 20)) == 2
 
@@ -414,6 +484,21 @@ def test_without_the_extension_a_dense_product_stands_in(monkeypatch, capsys):
         np.testing.assert_array_equal(found.labels, nearest64(data, found.centroids)[0])
     finally:
         native.library.cache_clear()
+
+
+def test_threads_without_the_extension_change_no_byte_and_pass_on_errors(monkeypatch):
+    data = decaying(700, 64)
+    first = kmeans(rows_of(data), 40, 6, seed=2, engine=exact_engine(1, compiled=False))
+    monkeypatch.setattr(dense, "SCORES_AT_ONCE", 40 * 7)
+    for threads in (2, 5):
+        same(first, kmeans(rows_of(data), 40, 6, seed=2, engine=exact_engine(threads, compiled=False)))
+
+    def fail(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(dense, "_nearest", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        kmeans(rows_of(data), 40, 6, seed=2, engine=exact_engine(2, compiled=False))
 
 
 def test_engines_by_name(capsys):

@@ -1,11 +1,7 @@
 """Clustering by several processes against one: the same labels, one voice, and nobody left waiting."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -26,32 +22,6 @@ def file(tmp_path_factory):
     writer.write(0, rows, np.arange(903) % 31 != 2)
     writer.finish()
     return path
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Run a line in `world` processes: their exit codes, and what each said."""
-    script = Path(__file__).parent.parent / "launcher.py"
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | threads,
-    )
-    logs = tmp_path_factory.mktemp("logs")
-
-    def run(world, *argv, **order):
-        order |= {"world": world, "argv": [str(word) for word in argv], "logs": str(logs)}
-        launcher.stdin.write(json.dumps(order) + "\n")
-        launcher.stdin.flush()
-        status = json.loads(launcher.stdout.readline())["status"]
-        return status, [(logs / str(rank)).read_text() for rank in range(world)]
-
-    yield run
-    launcher.stdin.close()
-    launcher.wait()
 
 
 def line(run, file, *more):
@@ -127,11 +97,11 @@ def test_another_file_elsewhere_is_noticed(tmp_path, file, launch):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("pretext", "--data", "scenes:images=40,size=48"), "pretext does not work in several processes yet"),
+        (("pretext", "--data", "scenes:images=2,size=48"), "too few"),
         (("cluster", "--k", "2000", "--features", "FILE"), "more clusters than"),
         (("cluster", "--kk", "3"), "No such option"),
         (("assign",), "cluster is missing"),
-        (("cluster", "--k", "3", "--data", "scenes:images=40,size=48"), "the features are not there yet"),
+        (("cluster", "--k", "3", "--data", "scenes:images=40,size=48"), "pretext is missing"),
     ],
 )
 def test_misuse_is_one_line_of_one_process(tmp_path, file, launch, words, why):

@@ -175,7 +175,9 @@ def test_the_budget_is_divided_before_the_start(tmp_path, capsys):
     plan = plan_memory(features, 10, 6, 4)
     assert plan.kept == plan.rows == 700 and "all rows are kept" in plan_line(plan)
     assert plan.fixed + plan.engine + plan.kept * plan.width <= plan.budget == 4e9
-    tight = (module.PROCESS_BYTES + module.CENTROID_BYTES * 60 + module.ROW_BYTES * 700 + 20_000) / 1e9
+    tight = (
+        module.PROCESS_BYTES + module.CENTROID_BYTES * 60 + (module.ROW_BYTES + module.PROJECTED_BYTES) * 700 + 10_000
+    ) / 1e9
     plan = plan_memory(features, 10, 6, tight)
     assert plan.kept == 416 and "416 rows are kept" in plan_line(plan) and "284 are streamed" in plan_line(plan)
     with pytest.raises(UsageError, match=r"--memory 0\.5: 10 centroids.*give more by --memory"):
@@ -185,6 +187,29 @@ def test_the_budget_is_divided_before_the_start(tmp_path, capsys):
     assert cluster(tmp_path / "b", features=str(path), k=10, memory=tight).read_bytes() == whole
     said = capsys.readouterr().err
     assert "all rows are kept" in said and "are streamed" in said
+
+
+def test_memory_of_a_block_is_used_again_once_nobody_holds_it():
+    room_for = module._rooms(1000)
+    first, second = room_for(100), room_for(100)
+    address, part = first.ctypes.data, first[5:]
+    del first
+    third = room_for(90)  # not where a part of the first is held
+    assert len({address, second.ctypes.data, third.ctypes.data}) == 3
+    del part
+    again = [room_for(count).ctypes.data for count in (100, 95, 100)]  # pytest holds what stands in an assertion
+    assert again == [address] * 3
+    held = [room_for(100) for _ in range(5)]
+    assert len({block.ctypes.data for block in (second, third, *held)}) == 7
+    assert room_for(3).shape == (3, 1000) and room_for(101).shape == (101, 1000)
+
+
+def test_blocks_that_are_kept_are_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WORTH", 1)
+    path, data, valid = some(tmp_path)
+    rows = rows_of(open_features(path), None, False)
+    held = [rows.read(start, min(start + 60, rows.count)) for start in range(0, rows.count, 60)]
+    np.testing.assert_array_equal(np.concatenate(held), data[valid].astype(np.float32))
 
 
 SCAN = """

@@ -372,7 +372,7 @@ def test_a_finished_cache_is_used_as_it_is(parts, tmp_path):
     layers = choose_layers(model, NETWORK, "conv1")
     pooled = partial(maps.pooled_maps, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)
     for _ in range(2):
-        found = maps.cached_maps(tmp_path / "x.h5", pooled, layers[-1].stop, 64, data, CONFIG, False)
+        found = maps.cached_maps(tmp_path / "x.h5", Arm("x", NETWORK, None), layers, pooled, (data,), 0, CONFIG, False)
         assert isinstance(found, Features)
         assert len(rows) == 48
     assert open_features(tmp_path / "x.h5").attributes["fingerprint"] == data.fingerprint

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ktransfer.errors import StageError, UsageError
-from ktransfer.training import loop
+from ktransfer.training import device, loop
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 CPU = torch.device("cpu")
@@ -420,7 +420,7 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch):
     for precision in ("bfloat16", "float32"):
         assert loop.bfloat16(MachineOptions(precision=precision), CPU) == (precision == "bfloat16")
     for flags, expected in (({"avx2"}, False), ({"amx_bf16", "avx2"}, True), ({"avx512_bf16"}, True)):
-        monkeypatch.setattr(loop, "_cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(device, "_cpu_flags", lambda flags=flags: flags)
         assert loop.bfloat16(MachineOptions(), CPU) is expected
     with loop.autocast(MachineOptions(precision="bfloat16"), CPU):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
