@@ -44,7 +44,7 @@ def _drawn(batch: Boxed, place: int) -> Tensor:
     side = batch.pixels.shape[-1]
     middle = torch.arange(side) + 0.5
     width, height = batch.extents[place]
-    pixels = batch.pixels[place] * ((middle < height)[:, None] & (middle < width))
+    pixels: Tensor = batch.pixels[place] * ((middle < height)[:, None] & (middle < width))
     boxes = batch.boxes[place][batch.kept[place]]
     if not len(boxes):
         return pixels

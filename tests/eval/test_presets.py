@@ -115,7 +115,8 @@ def test_squares_are_cut_where_their_view_says(monkeypatch):
     monkeypatch.setattr(
         presets, "averaged_maps", lambda model, network, layers, paths, config, device, squares: squares
     )
-    pooled = presets.cropped_maps(None, Arm("a", replace(NETWORK, size=5), None), [], {}, config("zhang"), CPU)
+    model = networks.build(NETWORK, 0, "test")
+    pooled = presets.cropped_maps(model, Arm("a", replace(NETWORK, size=5), None), [], config("zhang"), CPU)
     pixels = torch.arange(2 * 3 * 64).view(2, 3, 8, 8)
     found = pooled(pixels, torch.tensor([(1 * 4 + 3) * 2, (2 * 4 + 0) * 2 + 1]))
     assert found[0].equal(pixels[0, :, 1:6, 3:8])
