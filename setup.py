@@ -23,5 +23,10 @@ setup(
         *(f"ktransfer.{name}" for name in find_packages("ktransfer")),
         *(f"ktransfer.{folder}" for folder in (*ROOMS, "recipes")),
     ],
-    package_data={"ktransfer": ["py.typed"], "ktransfer.recipes": ["*.toml"]},
+    package_data={
+        "ktransfer": ["py.typed"],
+        "ktransfer.recipes": ["*.toml"],
+        "ktransfer.eval": ["published.csv"],
+        "ktransfer.retrain": ["published.csv"],
+    },
 )

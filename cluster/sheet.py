@@ -1,42 +1,20 @@
 """Clusters for the eye: the pictures nearest to some centroids."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from ktransfer import files
 from ktransfer.dataset import Dataset, open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.features import Features
 from ktransfer.pictures import Pictures
 from ktransfer.progress import say
+from ktransfer.sheets import SIDE, Strip, draw_sheet
+from ktransfer.sheets import save_sheet as save
 
 NEAREST = 16
-SIDE = 64
-GAP = 3
-MARGIN = 14
-TEXT = 16
-_INK = (40, 40, 40)
-_PAPER = (255, 255, 255)
-_BLANK = (205, 205, 205)
-
-
-class Strip(NamedTuple):
-    """One cluster of a sheet.
-
-    Attributes:
-        caption: one line.
-        pixels: (m, 3, side, side) uint8, nearest first, 1 <= m <= `NEAREST`.
-        valid: (m,) bool, false where the picture could not be read.
-    """
-
-    caption: str
-    pixels: NDArray[np.uint8]
-    valid: NDArray[np.bool_]
 
 
 def spread_of_sizes(sizes: NDArray[np.int64], most: int) -> list[int]:
@@ -107,22 +85,4 @@ def save_sheet(
         count = int(sizes[cluster])
         caption = f"cluster {cluster}: {count:,} picture{'' if count == 1 else 's'}"
         strips.append(Strip(caption, pixels.numpy(), valid.numpy()))
-    sheet = draw_sheet(strips)
-    files.write_whole(path, lambda part: sheet.save(part, format="PNG"))
-
-
-def draw_sheet(strips: list[Strip]) -> Image.Image:
-    """An RGB picture with one row for each strip (at least one), its caption above; grey for an unreadable picture."""
-    side = strips[0].pixels.shape[-1]
-    width = NEAREST * (side + GAP) - GAP + 2 * MARGIN
-    height = TEXT + side + MARGIN
-    sheet = Image.new("RGB", (width, height * len(strips) + MARGIN), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for row, strip in enumerate(strips):
-        top = MARGIN + row * height
-        pen.text((MARGIN, top), strip.caption, fill=_INK)
-        for column, (pixels, valid) in enumerate(zip(strip.pixels, strip.valid, strict=True)):
-            picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            blank = Image.new("RGB", picture.size, _BLANK)
-            sheet.paste(picture if valid else blank, (MARGIN + column * (side + GAP), top + TEXT))
-    return sheet
+    save(path, draw_sheet(strips, NEAREST))

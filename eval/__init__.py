@@ -1,12 +1,13 @@
-"""Room 4: how good is a network: linear probes."""
+"""Room 4: how good is a network: judged by named protocols, and compared."""
 
 from typing import TYPE_CHECKING
 
 from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
+    from .comparison import compare as compare
     from .config import EvalConfig as EvalConfig
     from .stage import evaluate as evaluate
 
-__all__ = ["EvalConfig", "evaluate"]
-__getattr__ = exports(__name__, {"evaluate": "stage", "EvalConfig": "config"})
+__all__ = ["EvalConfig", "compare", "evaluate"]
+__getattr__ = exports(__name__, {"evaluate": "stage", "compare": "comparison", "EvalConfig": "config"})

@@ -1,66 +1,42 @@
 """Linear probes on several layers with several learning rates at once, and what they reach."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransfer import rng
-from ktransfer.features import Features
 from ktransfer.training.loop import Batch, Source
 
+from .maps import Layer
+
 Z95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`."""
-
-    name: str
-    channels: int
-    grid: int
-    start: int
-    stop: int
-
-
-class Views:
-    """Rows of cached maps, read as the training loop reads pictures: `views[v]` holds view v of every picture."""
-
-    def __init__(self, views: list[Features]) -> None:
-        self.views = views
-
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
-        count = len(self.views)
-        for chosen in rows:
-            picture, view = (chosen // count).numpy(), (chosen % count).numpy()
-            maps = np.empty((len(chosen), self.views[0].rows.shape[1]), np.float32)
-            for number, features in enumerate(self.views):
-                maps[view == number] = features.rows[picture[view == number]]
-            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[picture]), 0.0
 
 
 class Probes(nn.Module):
     """One linear classifier for each (layer, learning rate), on maps standardised by channel.
 
     Standardising by the training part's mean and deviation is what batch norm without scale comes to when the trunk is
-    frozen. (batch, d) -> one (batch, classes) for each learning rate and layer, layer by layer.
+    frozen; without `maps` to measure them on, they stay as they are. (batch, d) -> one (batch, classes) for each
+    learning rate and layer, layer by layer.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, layers: list[Layer], rates: list[float], classes: int, maps: Tensor) -> None:
+    def __init__(self, layers: list[Layer], rates: list[float], classes: int, maps: Tensor | None) -> None:
         super().__init__()
         self.layers = layers
         self.rates = rates
-        shift, scale = zip(*(standardisation(maps[:, part.start : part.stop], part) for part in layers), strict=True)
-        self.register_buffer("shift", torch.cat(shift))
-        self.register_buffer("scale", torch.cat(scale))
+        if maps is None:
+            shift, scale = (fill(layers[-1].stop) for fill in (torch.zeros, torch.ones))
+        else:
+            by_layer = [standardisation(maps[:, part.start : part.stop], part) for part in layers]
+            shift, scale = (torch.cat(numbers) for numbers in zip(*by_layer, strict=True))
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
         self.heads = nn.ModuleList(nn.Linear(part.stop - part.start, classes) for part in layers for _ in rates)
         for head in self.heads:
             assert isinstance(head, nn.Linear)

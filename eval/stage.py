@@ -1,148 +1,193 @@
-"""The eval stage: networks and labelled pictures in, a table of what came across out."""
+"""The eval stage: networks and labelled pictures in, tables of what came across out."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ktransfer import files, networks
-from ktransfer.config import build, result_settings
-from ktransfer.dataset import Dataset, open_parts
-from ktransfer.errors import UsageError
-from ktransfer.networks import Network
+from ktransfer.config import build, in_words, nearest, result_settings, settings_of
+from ktransfer.errors import Answer, UsageError
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, input_hash, need_disk, read_record
+from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training import loop
 
-from .config import EvalConfig
-from .linear import PROTOCOL, Arm, choose_layers, judge, map_bytes, rates, resized
+from . import protocols, supervised
+from .arms import Arm, coming_network, final_network, find_arms
+from .comparison import compare
+from .config import PROTOCOLS, EvalConfig, own_settings
+from .published import published
+from .seeds import merged
 from .table import to_csv, to_markdown
 
-RANDOM = "random"
-FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
 PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of pictures
+PATHS = ("labelled", "beside", "subset")
+SCHEMA = 2
 
 
-def evaluate(run: str | Path, **options: Any) -> Path:
-    """Judge the run's final network, the same with random weights, and those of other runs, by linear probes.
+class Judging(NamedTuple):
+    """One protocol as it will be run."""
+
+    protocol: str
+    config: EvalConfig
+    parts: Any
+    settings: Any
+    """Those of `config` that this protocol reads."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the labelled pictures, by part, and of the list of those whose labels are used."""
+        found = {name: part.fingerprint for name, part in zip(("train", "test"), self.parts, strict=False)}
+        if self.protocol == "lowshot" and self.config.subset:
+            found["subset"] = files.sha256(Path(self.config.subset))
+        return found
+
+
+def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
+    """Judge the run's final network, the same with random weights, and those of other runs, by named protocols.
 
     Args:
-        run: the run folder; `run/eval/linear.json`, `.csv` and `.md` are written.
+        run: the run folder; `run/eval/PROTOCOL.json`, `.csv` and `.md` are written.
         options: the fields of `EvalConfig`.
 
     Returns:
-        The path of `linear.json`.
+        Protocol -> the path of its json file.
 
     Raises:
         UsageError, StageError: one line each.
     """
     run = Path(run)
-    config, parts = check(run, options)
-    arms = _arms(run, config)
+    return {judging.protocol: _evaluate(run, judging) for judging in check(run, options)}
+
+
+def _evaluate(run: Path, judging: Judging) -> Path:
+    name, config, parts, settings = judging
+    protocol = protocols.load(name)
     device = loop.choose_device(config)
-    inputs = {part: data.fingerprint for part, data in zip(("train", "test"), parts, strict=True)}
-    inputs |= {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
-    names = ["linear.json", "linear.csv", "linear.md"]
-    with begin(run, "eval", "linear", config, inputs, [*names, "work"], config.overwrite, str(device)) as step:
-        report = step.folder / "linear.json"
+    if config.supervised:
+        supervised.train(run, config, device)
+    arms = find_arms(run, config)
+    inputs = judging.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
+    inputs |= protocol.inputs(arms) if hasattr(protocol, "inputs") else {}
+    names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
+    with begin(
+        run, "eval", name, settings, inputs, [*names, name, f"work-{name}"], config.overwrite, str(device)
+    ) as step:
+        report = step.folder / names[0]
         if step.done:
-            print(to_markdown(files.read_json(report)))
+            print(_shown(files.read_json(report), judging))
             return report
+        work = step.folder / f"work-{name}"
         result: dict[str, Any] = {
-            "schema": 1,
-            "protocol": PROTOCOL,
+            "schema": SCHEMA,
+            "protocol": f"{protocol.PROTOCOL} {config.preset}" if _other_preset(judging) else protocol.PROTOCOL,
+            "title": protocol.TITLE,
+            "measures": protocol.MEASURES,
             "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
-            "chance": 1 / len(parts[0].classes),
-            "settings": result_settings(config),
+            "chance": _chance(parts),
+            "command": _command(run, judging),
+            "settings": result_settings(settings),
+            "inputs": inputs,
+            "versions": versions(),
             "arms": {},
         }
+        for name_of in ("LOWER_IS_BETTER", "NEITHER_IS_BETTER", "RELATIVE", "NOTE"):
+            if hasattr(protocol, name_of):
+                result[name_of.lower()] = getattr(protocol, name_of)
         broken: dict[str, None] = {}  # in order, each once
+        drawn: list[str] = []
+        judged = [
+            {arm.name: _judged(protocol, arm, judging, seed, work, device) for arm in arms}
+            for seed in range(config.seeds)
+        ]
+        if hasattr(protocol, "relate"):
+            for together in judged:
+                protocol.relate(together, config)
         for arm in arms:
-            work = step.folder / "work" / arm.name
-            kept = work.with_name(f"{arm.name}.json")
-            if not kept.is_file():  # judged before an interruption
-                files.write_json(kept, judge(arm, parts, config, work, device))
-            judged = files.read_json(kept)
-            broken |= dict.fromkeys(judged.pop("broken", []))
-            result["arms"][arm.name] = judged
+            repetitions = [together[arm.name] for together in judged]
+            broken |= dict.fromkeys(line for one in repetitions for line in one.pop("broken", []))
+            drawn += [file for one in repetitions for file in one.pop("files", [])]
+            result["arms"][arm.name] = merged(repetitions)
         files.write_json(report, result)
-        files.write_text(step.folder / "linear.csv", to_csv(result))
-        files.write_text(step.folder / "linear.md", to_markdown(result))
-        step.finish([step.folder / name for name in names], broken=list(broken))
-        files.remove(step.folder / "work")
-        print(to_markdown(result))
-        say(f"eval: done; {len(broken)} broken pictures; {report}")
+        files.write_text(step.folder / names[1], to_csv(result))
+        files.write_text(step.folder / names[2], to_markdown(result))
+        drawn = [f"{name}/{file}" for file in dict.fromkeys(drawn)]
+        step.finish([step.folder / file for file in [*names, *drawn]], broken=list(broken))
+        files.remove(work)
+        print(_shown(result, judging))
+        say(f"eval {name}: done; {len(broken)} broken pictures; {report}")
         return report
 
 
-def check(
-    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
-) -> tuple[EvalConfig, tuple[Dataset, Dataset]]:
-    """Everything that can be found wrong before the work; the settings with pictures, size and stride resolved.
+def _command(run: Path, judging: Judging) -> str:
+    """The line that judges the same again: every setting that counts and is not the default, and the paths."""
+    names = [name for name in PATHS if hasattr(judging.settings, name)] + list(result_settings(judging.settings))
+    names += ["supervised", "supervised_epochs"] if judging.config.supervised else []
+    own = {name: getattr(judging.config, name) for name in names}
+    changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
+    return in_words(run.resolve().name, "eval", {"protocol": judging.protocol} | changed)
+
+
+def _shown(result: dict[str, Any], judging: Judging) -> str:
+    """The tables for the screen."""
+    return to_markdown(result) + (f"\n{published(judging.protocol)}" if judging.config.published else "")
+
+
+def _other_preset(judging: Judging) -> bool:
+    """Whether it is the linear probe as others do it."""
+    return judging.protocol == "linear" and judging.config.preset != "zhang"
+
+
+def _chance(parts: Any) -> float:
+    """What guessing reaches: one class of all; of several labels a picture, the share of pictures that have one."""
+    if (tags := getattr(parts[1], "tags", None)) is None:
+        return 1 / len(parts[0].classes)
+    return float((tags == 1).sum() / (tags >= 0).sum())
+
+
+def _judged(
+    protocol: protocols.Module, arm: Arm, judging: Judging, repetition: int, work: Path, device: Any
+) -> dict[str, Any]:
+    """What the protocol says of one network, from the file where it was judged before an interruption."""
+    place = work / (arm.name if judging.config.seeds == 1 else f"{arm.name}-seed{repetition}")
+    kept = place.with_name(f"{place.name}.json")
+    if not kept.is_file():
+        config = replace(judging.config, seed=judging.config.seed + repetition)
+        files.write_json(kept, protocol.judge(arm, judging.parts, config, place, device))
+    found: dict[str, Any] = files.read_json(kept)
+    return found
+
+
+def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> list[Judging]:
+    """Everything that can be found wrong before the work; for each protocol its settings resolved, and its pictures.
 
     Raises:
+        Answer: `--compare` was given; it holds the tables.
         UsageError: one line for what is wrong.
     """
-    config = build(EvalConfig, options, "eval")
-    rates(config)
-    loop.choose_device(config)
+    given = build(EvalConfig, options, "eval")
+    if given.compare:
+        raise Answer(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
+    loop.choose_device(given)
+    names = list(dict.fromkeys(part.strip() for part in given.protocol.split(",")))
+    for name in names:
+        if name not in PROTOCOLS:
+            raise UsageError(f"--protocol {name or given.protocol}: no such protocol; {nearest(name, PROTOCOLS)}")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    spec = config.labelled or (made and made["config"]["data"])
+    spec = given.labelled or (made and made["config"]["data"])
     if not spec:
         raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
-    parts = open_parts(spec)
-    config = replace(config, labelled=spec)
-    coming = _coming(run, pending or {})
-    network = coming or networks.describe(_final(run))
-    size, stride = network.size, network.stride
-    if network.task in PRETEXT:
-        size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
-    config = replace(config, size=config.size or size, stride=config.stride or stride)
-    for arm in _arms(run, config, coming):
-        if arm.weights:
-            layers = choose_layers(networks.build(arm.network, 0, "check"), arm.network, config.layers)
-            needed = map_bytes(layers, parts, config)
-            if needed <= config.cache * 1e9:
-                need_disk(run, needed, "eval")
-    return config, parts
-
-
-def _final(run: Path) -> Path:
-    """The last network that a run made."""
-    for stage, name in FINAL:
-        if read_record(run, stage, name):
-            done_record(run, stage, name, stage)
-            return run / stage / "model.safetensors"
-    raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
-
-
-def _coming(run: Path, pending: Mapping[str, Any]) -> Network | None:
-    """The final network that the stages before in the same line will make, if they do."""
-    if "retrain" in pending:
-        made_by = pending["retrain"]
-        return Network(made_by.arch, made_by.width, made_by.stride, made_by.size, 2, "imagenet", "pseudo-labels")
-    if "pretext" in pending and not read_record(run, "retrain", "retrain"):
-        made_by = pending["pretext"]
-        return Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
-    return None
-
-
-def _arms(run: Path, config: EvalConfig, coming: Network | None = None) -> list[Arm]:
-    """Random weights, the run's own network (`coming` where it is still to be made), and those of the runs beside."""
-    runs = [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]
-    found: list[Arm] = []
-    for place in runs:
-        mine = coming if place == run else None
-        weights = run / "to come" if mine else _final(place)
-        network = resized(mine or networks.describe(weights), config.size, config.stride)
-        name = place.resolve().name
-        if name in (arm.name for arm in found):
-            raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")
-        found.append(Arm(name, network, weights))
-    if config.random:
-        if RANDOM in (arm.name for arm in found):
-            raise UsageError(f"eval: a run named '{RANDOM}' beside random weights; rename its folder, or --no-random")
-        fresh = replace(found[0].network, task="random")
-        found.insert(0, Arm(RANDOM, fresh, None))
+    coming = coming_network(run, pending or {})
+    found: list[Judging] = []
+    for name in names:
+        parts = protocols.open_data(name, spec)
+        network = coming or networks.describe(final_network(run))
+        size, stride = network.size, network.stride
+        if network.task in PRETEXT:
+            size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
+        found_out = {"size": given.size or size, "stride": given.stride or stride}
+        config = replace(given, protocol=name, labelled=spec, **(found_out | own_settings(given, name)))
+        arms = find_arms(run, config, coming)
+        protocols.load(name).check([arm.network for arm in arms], parts, config, run)
+        found.append(Judging(name, config, parts, settings_of(config, name)))
     return found

@@ -1,4 +1,4 @@
-"""Results as tables: for the screen and README (Markdown), for programs (CSV), with the paper's rows beside ours."""
+"""Results as tables: for the screen and README (Markdown), for programs (CSV)."""
 
 import csv
 import io
@@ -14,63 +14,87 @@ TASKS = {
     "classes": "trained on true labels",
 }
 
-# Top-1 in per cent on ImageNet, AlexNet, 1000 classes (paper, Table of linear classifiers; reference jigsawpp.md §6.2).
-PAPER = {
-    "Random": (11.6, 17.1, 16.9, 16.3, 14.1),
-    "Jigsaw++": (18.2, 28.7, 34.1, 33.2, 28.0),
-    "CC+Jigsaw++": (18.9, 30.5, 35.7, 35.4, 32.2),
-    "CC+vgg-Jigsaw++": (19.2, 32.0, 37.3, 37.1, 34.6),
-    "Supervised": (19.3, 36.3, 44.2, 48.3, 50.5),
-}
+WIDE = 8
+"""Columns that a table has at most."""
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Top-1 and mean accuracy per class of every arm and layer in per cent, +- half of the 95 % interval."""
+    """A table for each measure, in per cent, +- half of the 95 % interval, and the deviation over seeds."""
     arms = result["arms"]
-    layers = list(dict.fromkeys(layer for arm in arms.values() for layer in arm["layers"]))
     lines: list[str] = []
-    for measure, title in (("top1", "top-1"), ("mean_class", "mean per class")):
-        rows = [[_title(name, arm), *(_cell(arm, layer, measure) for layer in layers)] for name, arm in arms.items()]
-        lines += [*_table([f"linear probe, {title} %", *layers], rows), ""]
+    for measure, words in result["measures"].items():
+        columns = columns_of(arms, measure)
+        if not columns:
+            continue  # of labels of another kind
+        rows = [
+            [title(name, arm), *(cell_text(arm, column, measure) for column in columns)] for name, arm in arms.items()
+        ]
+        lines += [*table(*turned([f"{result['title']}, {words}", *columns], rows)), ""]
+    return "\n".join([*lines, footer(result)]) + "\n"
+
+
+def footer(result: dict[str, Any]) -> str:
+    """What a result was measured on."""
     data = result["data"]
-    lines.append(
-        f"{result['protocol']}: {data['train']} pictures to train, {data['test']} to test, {data['classes']} classes, "
-        f"chance {result['chance']:.1%}."
+    seen = {
+        cell["pictures"] for arm in result["arms"].values() for cell in arm["scores"].values() if "pictures" in cell
+    }
+    judged = f" ({max(seen)} of them judged)" if seen and max(seen) < data["test"] else ""
+    counts = f"{data['train']} pictures to train, {data['test']} to test{judged}, {data['classes']} classes, "
+    note = result.get("note", f"{counts}chance {result['chance']:.1%}.").replace("{counts}", counts)
+    return f"{result['protocol']}: {note}"
+
+
+def columns_of(arms: dict[str, Any], measure: str) -> list[str]:
+    """The columns in which any of the networks has a measure, in order."""
+    return list(
+        dict.fromkeys(column for arm in arms.values() for column, found in arm["scores"].items() if measure in found)
     )
-    if layers == ["conv1", "conv2", "conv3", "conv4", "conv5"]:
-        rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in PAPER.items()]
-        lines += ["", "For orientation, the paper's own (AlexNet, ImageNet, 1000 classes):", ""]
-        lines += _table(["top-1 %", *layers], rows)
-    return "\n".join(lines) + "\n"
+
+
+def turned(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table with its columns as rows where there are more than `WIDE` of them."""
+    if len(header) - 1 <= WIDE:
+        return header, rows
+    flipped = [list(line) for line in zip(header, *rows, strict=True)]
+    return flipped[0], flipped[1:]
 
 
 def to_csv(result: dict[str, Any]) -> str:
-    """One line for each arm and layer; accuracies as shares."""
+    """One line for each arm, column and measure; shares, not per cent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    columns = ("top1", "top1_low", "top1_high", "mean_class", "mean_class_low", "mean_class_high")
-    writer.writerow(["protocol", "arm", "arch", "task", "layer", "numbers", "lr", *columns])
+    writer.writerow(["protocol", "arm", "arch", "task", "column", "measure", "value", "low", "high", "deviation"])
     for name, arm in result["arms"].items():
-        for layer, found in arm["layers"].items():
-            values = [found["top1"], *found["top1_interval"], found["mean_class"], *found["mean_class_interval"]]
-            first = [result["protocol"], name, arm["arch"], arm["task"], layer, found["numbers"], found["lr"]]
-            writer.writerow(first + [f"{value:.6f}" for value in values])
+        for column, found in arm["scores"].items():
+            for measure in result["measures"]:
+                if measure in found:
+                    values = [found[measure], *found[f"{measure}_interval"]]
+                    numbers = [f"{value:.6f}" for value in values]
+                    deviation = found.get(f"{measure}_deviation")
+                    numbers.append("" if deviation is None else f"{deviation:.6f}")
+                    writer.writerow([result["protocol"], name, arm["arch"], arm["task"], column, measure, *numbers])
     return out.getvalue()
 
 
-def _title(name: str, arm: dict[str, Any]) -> str:
+def title(name: str, arm: dict[str, Any]) -> str:
+    """What a row of a table is called."""
     return f"{arm['arch']}, {TASKS.get(arm['task'], arm['task'])}" + ("" if name == "random" else f" ({name})")
 
 
-def _cell(arm: dict[str, Any], layer: str, measure: str) -> str:
-    found = arm["layers"].get(layer)
-    if not found:
+def cell_text(arm: dict[str, Any], column: str, measure: str) -> str:
+    """What stands in a cell: per cent, half of the interval, and the deviation over seeds where there are several."""
+    found = arm["scores"].get(column)
+    if not found or measure not in found:
         return "-"
     low, high = found[f"{measure}_interval"]
-    return f"{100 * found[measure]:.1f} ± {50 * (high - low):.1f}"
+    deviation = found.get(f"{measure}_deviation")
+    spread = "" if deviation is None else f" (seeds {100 * deviation:.1f})"
+    return f"{100 * found[measure]:.1f} ± {50 * (high - low):.1f}{spread}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(row: list[str]) -> str:

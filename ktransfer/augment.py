@@ -96,3 +96,17 @@ def centre_crop(pixels: Tensor, size: int) -> Tensor:
     """(batch, 3, s, s) -> its central (batch, 3, size, size), size <= s."""
     start = (pixels.shape[-1] - size) // 2
     return pixels[..., start : start + size, start : start + size]
+
+
+def random_square(pixels: Tensor, rows: Tensor, size: int, seed: int, epoch: int, purpose: str) -> Tensor:
+    """A square of `size` pixels out of each picture, at a random place and mirrored half the time, without scaling.
+
+    (batch, 3, s, s) -> (batch, 3, size, size) of the same type, size <= s; `rows` (batch,) int64 key the draws.
+    """
+    corner = rng.integers(seed, f"{purpose}/place", epoch, rows, 2, pixels.shape[-1] - size + 1)
+    mirrored = rng.integers(seed, f"{purpose}/mirror", epoch, rows, 1, 2).bool()
+    place = torch.arange(size, device=pixels.device)
+    y = corner[:, :1] + place
+    x = corner[:, 1:] + torch.where(mirrored, place.flip(0), place)
+    picture = torch.arange(len(pixels), device=pixels.device)
+    return pixels[picture[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)

@@ -58,6 +58,8 @@ def carry_out(
     wanted = [call for call in calls if call is not None]
     if not wanted:
         return 0
+    if run_folder is None and wanted[0][1].get("compare"):
+        run_folder = Path(wanted[0][1]["compare"].partition(",")[0])
     if run_folder is None:
         raise UsageError(f"{wanted[0][0]}: no run folder given; name one: ktransfer --run runs/mine {wanted[0][0]} ...")
     from ktransfer import ranks
@@ -254,6 +256,16 @@ def bench(part: str, **given: Any) -> None:
     from ktransfer.bench import command
 
     click.echo(command(part, **given))
+
+
+@cli.command()
+@click.option("--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/selftraining.md.")
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+def study(recipe: Path, run: Path) -> None:
+    """Self-training in every cell of a grid, skipping what is done, with one table at the end."""
+    from ktransfer.retrain.study import study as carry_out
+
+    carry_out(recipe, run)
 
 
 @cli.command()

@@ -6,6 +6,7 @@ This module and the dataclasses import nothing heavy, so that the command line c
 import dataclasses
 import difflib
 import math
+import shlex
 import tomllib
 import types
 import typing
@@ -26,16 +27,32 @@ def option(
     low: float | None = None,
     high: float | None = None,
     execution: bool = False,
+    of: tuple[str, ...] = (),
 ) -> Any:
     """A field of a stage's settings.
 
     `execution` marks what a resume may change: what cannot change results beyond float rounding (workers, device), and
-    paths, whose contents are compared instead.
+    paths, whose contents are compared instead. `of` names those parts of the stage that alone read it: a change of it
+    leaves the others as they are (see `settings_of`).
     """
+    if of:
+        help = f"{', '.join(of)}: {help}"  # noqa: A001
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution},
+        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution, "of": of},
     )
+
+
+def settings_of(config: Any, part: str) -> Any:
+    """The settings that one part of a stage reads, as a frozen dataclass of their own."""
+    read = [field for field in dataclasses.fields(config) if part in field.metadata["of"] or not field.metadata["of"]]
+    chosen = [(field.name, field.type, option(None, "", **_limits(field))) for field in read]
+    made = dataclasses.make_dataclass(type(config).__name__, chosen, frozen=True)
+    return made(**{field.name: getattr(config, field.name) for field in read})
+
+
+def _limits(field: "dataclasses.Field[Any]") -> dict[str, Any]:
+    return {name: field.metadata[name] for name in ("choices", "low", "high", "execution")}
 
 
 def kind(field: "dataclasses.Field[Any]") -> type:
@@ -107,6 +124,18 @@ def result_settings(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if not field.metadata["execution"]
     }
+
+
+def in_words(run: "str | Path", stage: str, options: Mapping[str, Any]) -> str:
+    """The command that does the same as a stage called with these options."""
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(["ktransfer", "--run", shlex.quote(str(run)), stage, *flags])
 
 
 def read_toml(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

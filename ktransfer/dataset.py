@@ -39,7 +39,8 @@ class Dataset:
     back. `targets` is (n,) int32, an index into `classes`, -1 where unknown. `fingerprint` is the hex SHA-256 over keys
     and file sizes; of a pack it is that of the pack. `read(row, short_side)` returns (height, width, 3) uint8 (see
     `images.decode`), `short_side(row)` looks at the header alone; both raise `BrokenPicture`. `reader(row)` is `read`
-    of that row alone and can be pickled, for another process.
+    of that row alone and can be pickled, for another process. `tags` are there where a picture may belong to several of
+    the `classes`: (n, classes) int8, 1 it does, 0 it does not, -1 not counted; `targets` are then all -1.
     """
 
     spec: str
@@ -51,6 +52,7 @@ class Dataset:
     read: Callable[[int, int | None], NDArray[np.uint8]]
     short_side: Callable[[int], int] | None = None
     reader: Callable[[int], Reader] | None = None
+    tags: NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
         """Number of rows, broken pictures included."""
@@ -86,20 +88,26 @@ def open_dataset(spec: str) -> Dataset:
 def open_parts(spec: str) -> tuple[Dataset, Dataset]:
     """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val`.
 
-    Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`).
+    Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`). A root with CSV
+    files, a VOCdevkit or COCO's annotations is known by what lies in it (`labelled.py`).
 
-    Both parts have the same `classes`, and a target for every picture; UsageError where a folder is missing, the
-    classes differ or a picture lies outside of the class folders.
+    Both parts have the same `classes`, and a target for every picture or, where a picture may have several labels,
+    `tags`; UsageError where a folder or file is missing, the classes differ or a picture lies outside of the class
+    folders.
     """
     if spec.startswith("scenes:"):
         return _scenes(spec, "train"), _scenes(spec, "val")
     root = _existing(spec)
+    from ktransfer.labelled import open_layout
+
+    if other := open_layout(spec, root):
+        return other
     train, val = _part(root, ("train",)), _part(root, VAL_NAMES)
     if train is None or val is None:
         missing = f"{' or '.join(VAL_NAMES)}" if train else "train"
         raise UsageError(
             f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/, or with packs "
-            "of them, train.h5 and val.h5"
+            "of them, train.h5 and val.h5, or with train.csv and val.csv, or a VOCdevkit, or COCO's instances_*.json"
         )
     parts = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
     for path, part in zip((train, val), parts, strict=True):
@@ -179,26 +187,30 @@ def _folder(spec: str, root: Path) -> Dataset:
         )
     if not found.names:
         raise UsageError(f"{spec}: no pictures in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
-    keys = _escaped(found.names)
+    keys = escaped(found.names)
     labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if "" in labels or len(set(labels)) < 2:
         labels = [""] * len(keys)
-    return _of_files(spec, root, root.name, found.names, found.sizes, labels)
+    return of_files(spec, root, root.name, found.names, found.sizes, labels)
 
 
 def _list(spec: str, path: Path) -> Dataset:
-    names, labels = _read_list(path)
+    names, labels = read_list(path)
     if not names:
         raise UsageError(f"{spec} lists no pictures; write one path a line, relative to the folder of the list")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{spec} lists {name} {times} times; name each picture once")
     sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
-    return _of_files(spec, path.parent, path.stem, names, sizes, labels)
+    return of_files(spec, path.parent, path.stem, names, sizes, labels)
 
 
-def _read_list(path: Path) -> tuple[list[str], list[str]]:
-    """Paths and labels ("" where there is none) as they are written."""
+def read_list(path: Path) -> tuple[list[str], list[str]]:
+    """Paths and labels ("" where there is none) of a list, as they are written.
+
+    Raises:
+        UsageError: it cannot be read, or has no column of paths.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
@@ -232,11 +244,12 @@ def _read_list(path: Path) -> tuple[list[str], list[str]]:
     return names, labels
 
 
-def _of_files(
+def of_files(
     spec: str, root: Path, name: str, names: Sequence[str], sizes: Sequence[int], labels: Sequence[str]
 ) -> Dataset:
-    keys = _escaped(names)
-    classes = _classes(_escaped(labels))
+    """Pictures that are files below `root`, of `sizes` bytes, with labels ("" where there is none)."""
+    keys = escaped(names)
+    classes = class_names(escaped(labels))
     number = {label: index for index, label in enumerate(classes)}
     digest = hashlib.sha256()
     for key, size in zip(keys, sizes, strict=True):
@@ -245,7 +258,7 @@ def _of_files(
         spec=spec,
         name=file_name(name),
         keys=tuple(keys),
-        targets=np.array([number.get(label, UNKNOWN) for label in _escaped(labels)], np.int32),
+        targets=np.array([number.get(label, UNKNOWN) for label in escaped(labels)], np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
         read=lambda row, short_side: images.decode(root / names[row], short_side),
@@ -254,14 +267,15 @@ def _of_files(
     )
 
 
-def _classes(labels: Sequence[str]) -> tuple[str, ...]:
+def class_names(labels: Sequence[str]) -> tuple[str, ...]:
     """The distinct labels in order: of value where all are whole numbers, else of code points."""
     found = set(labels) - {""}
     numeric = all(re.fullmatch("[0-9]{1,18}", label) for label in found)
     return tuple(sorted(found, key=lambda label: (int(label) if numeric else 0, label)))
 
 
-def _escaped(names: Sequence[str]) -> list[str]:
+def escaped(names: Sequence[str]) -> list[str]:
+    """Names as keys are written (`Dataset`)."""
     return [_ODD.sub(_escape, name) for name in names]
 
 

@@ -3,12 +3,12 @@
 It does what a user's commands would do, and shows them.
 """
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ktransfer.config import in_words
 from ktransfer.progress import say
 from ktransfer.run import FOLDERS, read_record
 from ktransfer.stages import function
@@ -50,12 +50,6 @@ def run_demo(out: Path, images: int = 2000) -> None:
         say(f"\n$ {in_words(run, stage, options)}")
         function(stage)(run, **options)
     click.echo("\n".join(_times(line)))
-
-
-def in_words(run: Path, stage: str, options: dict[str, Any]) -> str:
-    """The command that does the same."""
-    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items())
-    return f"ktransfer --run {shlex.quote(str(run))} {stage} {flags}".rstrip()
 
 
 def _times(line: list[tuple[Path, str, dict[str, Any]]]) -> list[str]:

@@ -31,6 +31,7 @@ FOLDERS = {
     "assign": "clusters",
     "retrain": "retrain",
     "eval": "eval",
+    "selftrain": "selftrain",
 }
 """Stage -> its folder in a run."""
 _locks: dict[Path, int] = {}

@@ -109,6 +109,12 @@ def render(seed: int, part: str, index: int, size: int) -> tuple[NDArray[np.uint
     return pixels, [_describe(category, outline) for category, outline in outlines]
 
 
+def objects(seed: int, part: str, index: int, size: int) -> list[SceneObject]:
+    """The objects of the picture that `render` draws from the same arguments, without drawing it."""
+    rng = np.random.default_rng([seed, zlib.crc32(part.encode()), index])
+    return [_describe(category, outline) for category, outline in _arrange(rng, index % len(CLASSES), size)]
+
+
 def coverage(polygons: Sequence[Sequence[float]], size: int) -> NDArray[np.float32]:
     """(size, size) float32 in [0, 1]: the share of each pixel that the union of COCO polygons covers."""
     return _coverage(_points(polygons), (0, 0, size, size), _MASK_SAMPLES)

@@ -17,6 +17,13 @@ STAGES = {
     "cluster": ("ktransfer.cluster.config", "ClusterConfig", "ktransfer.cluster.stage", "cluster", "check_cluster"),
     "assign": ("ktransfer.cluster.config", "AssignConfig", "ktransfer.cluster.stage", "assign", "check_assign"),
     "retrain": ("ktransfer.retrain.config", "RetrainConfig", "ktransfer.retrain.stage", "retrain", "check"),
+    "selftrain": (
+        "ktransfer.retrain.config",
+        "SelftrainConfig",
+        "ktransfer.retrain.selftraining",
+        "selftrain",
+        "check",
+    ),
     "eval": ("ktransfer.eval.config", "EvalConfig", "ktransfer.eval.stage", "evaluate", "check"),
 }
 # Stage -> the stage whose outcome it reads, and the option that gives it something else instead.
@@ -35,7 +42,7 @@ ORDERS = {
     "read": ("ktransfer.training.reading", "read_share"),
     "pretext": ("ktransfer.pretext.stage", "train_along"),
     "retrain": ("ktransfer.retrain.stage", "train_along"),
-    "maps": ("ktransfer.eval.linear", "map_share"),
+    "maps": ("ktransfer.eval.maps", "map_share"),
 }
 # What `ktransfer bench` measures -> module of its `work`.
 WORKERS = {
@@ -94,15 +101,17 @@ def plan(wanted: list[Call], run: Path) -> list[Planned]:
     for stage, given in wanted:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
         checked = check(run, given, {planned.stage: planned.config for planned in line})
+        if stage == "eval":
+            line += [
+                Planned(stage, given | {"protocol": one.protocol}, one.protocol, one.settings, one.fingerprints())
+                for one in checked
+            ]
+            continue
         config, data = checked if isinstance(checked, tuple) else (checked, None)
         step = stage
-        names: tuple[str, ...] = ("data",)
         if stage == "extract":
             step = config.name or data.name
-        if stage == "eval":
-            step, names = config.protocol, ("train", "test")
-        parts = data if isinstance(data, tuple) else () if data is None else (data,)
-        inputs = {name: part.fingerprint for name, part in zip(names, parts, strict=False)}
+        inputs = {"data": data.fingerprint} if data is not None else {}
         line.append(Planned(stage, given, step, config, inputs))
         if getattr(config, "overfit", 0) and len(wanted) > 1:
             raise UsageError(f"{stage} --overfit: a self-test, which makes nothing for other stages; give it alone")

@@ -27,3 +27,66 @@ class RetrainConfig(TrainOptions):
     crop: float = option(0.08, "smallest share of a picture's area that a random crop shows", low=0.01, high=1)
     uniform: bool = option(False, "draw clusters, not pictures, equally often")
     overwrite: bool = option(False, "make the stage again", execution=True)
+
+
+@dataclass(frozen=True)
+class SelftrainConfig(TrainOptions):
+    """Train a detector on labelled pictures, let it label others, and train a student on both.
+
+    After Zoph et al.; their settings are for COCO and large batches, and are the defaults where they are known.
+    """
+
+    labelled: str | None = option(
+        None, "pictures with boxes: a root with COCO files or a VOCdevkit, one COCO file, or scenes:", execution=True
+    )
+    fraction: float = option(1.0, "share of the labelled training pictures whose boxes are used", low=0.0001, high=1)
+    stratified: bool = option(False, "keep the mix of classes in that share")
+    ids: str | None = option(
+        None, "a JSON list of picture ids, whose boxes are used instead of a share", execution=True
+    )
+    unlabelled: str | None = option(
+        None, "pictures for pseudo-boxes; those that --fraction or --ids leaves when not given", execution=True
+    )
+    detector: str = option("retinanet", "the detector", choices=("retinanet", "fasterrcnn"))
+    backbone: str = option(
+        "resnet50", "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision"
+    )
+    width: float = option(1.0, "scales all channels (alexnet, alexnet_bn, vgg16, vgg16_bn)", low=0.05, high=4)
+    norm: str = option("gn", "normalisation", choices=("bn", "syncbn", "gn", "frozen"))
+    channels: int = option(256, "channels of the pyramid and of the heads", low=8, high=1024)
+    size: int = option(640, "side of the square that the detector sees, in pixels", low=64, high=2048)
+    init: str = option(
+        "random",
+        "weights of the backbone: random; run: the target network of this run; a model.safetensors; torchvision:NAME; "
+        "or a checkpoint made elsewhere for --backbone",
+        execution=True,
+    )
+    augment: str = option("S1", "strength of the augmentation", choices=("none", "S1", "S2", "S3", "S4"))
+    teacher: str | None = option(None, "a detector that a selftrain step made, instead of a new one", execution=True)
+    pseudo: str | None = option(
+        None, "a COCO file with boxes of the unlabelled pictures, instead of the teacher's", execution=True
+    )
+    threshold: float = option(0.5, "least score of a pseudo-box", low=0, high=1, of=("pseudo", "student"))
+    adaptive: bool = option(
+        False,
+        "raise the threshold of a class until it has no more boxes a picture than the labelled ones have",
+        of=("student",),
+    )
+    empty: str = option("keep", "pictures in which the teacher sees nothing", choices=("keep", "drop"), of=("student",))
+    rounds: int = option(1, "how often a student becomes the next teacher", low=1, high=20, of=("rounds",))
+    balance: str = option(
+        "normalised",
+        "normalised: by moving averages of both losses; plain: their sum",
+        choices=("normalised", "plain"),
+        of=("student",),
+    )
+    alpha: float = option(1.0, "weight of the loss on pseudo-boxes", low=0, of=("student",))
+    decay: float = option(0.9997, "of the moving averages of the losses", low=0, high=0.999999, of=("student",))
+    ema: float = option(
+        0.0, "decay of the student's own average, which is then the result; 0: none", low=0, high=1, of=("student",)
+    )
+    student_epochs: int = option(
+        0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student",)
+    )
+    test_threshold: float = option(0.05, "least score of a box that is judged", low=0, high=1, of=("scores",))
+    overwrite: bool = option(False, "make the steps again", execution=True)

@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from ktransfer import augment, rng
-from ktransfer.augment import centre_crop, in_parts, random_resized_crop
+from ktransfer.augment import centre_crop, in_parts, random_resized_crop, random_square
 
 SIZE, OUT = 64, 24
 
@@ -117,6 +117,24 @@ def test_centre_crop_is_torchvisions(side, size):
         assert torch.equal(found, v2.center_crop(pixels, [size, size]))
     rest = (side - size) // 2
     assert torch.equal(found, pixels[..., rest : rest + size, rest : rest + size])
+
+
+def test_random_squares_are_parts_of_the_pictures_mirrored_half_the_time() -> None:
+    pixels, rows = noise(200), torch.arange(200) + 7
+    found = random_square(pixels, rows, OUT, 0, 3, "test")
+    assert found.shape == (200, 3, OUT, OUT) and found.dtype == torch.uint8
+    corner = rng.integers(0, "test/place", 3, rows, 2, SIZE - OUT + 1)
+    mirrored = rng.integers(0, "test/mirror", 3, rows, 1, 2)[:, 0]
+    for row in range(200):
+        top, left = corner[row].tolist()
+        square = pixels[row, :, top : top + OUT, left : left + OUT]
+        assert found[row].equal(square.flip(-1) if mirrored[row] else square)
+    assert 70 < int(mirrored.sum()) < 130
+    assert corner.min() == 0 and corner.max() == SIZE - OUT
+    assert random_square(pixels[50:60], rows[50:60], OUT, 0, 3, "test").equal(found[50:60])
+    assert not random_square(pixels, rows, OUT, 0, 4, "test").equal(found)
+    whole = random_square(pixels, rows, SIZE, 0, 3, "test")
+    assert all(a.equal(b) or a.equal(b.flip(-1)) for a, b in zip(whole, pixels, strict=True))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64])

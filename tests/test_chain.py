@@ -76,7 +76,7 @@ def test_command_line_and_python_do_the_same(tmp_path, capsys):
     cluster(again, k=4)
     assign(again)
     retrain(str(again), arch="alexnet_bn", stride=2, **tiny)
-    assert evaluate(again, epochs=1, batch=8) == again / "eval" / "linear.json"
+    assert evaluate(again, epochs=1, batch=8) == {"linear": again / "eval" / "linear.json"}
     whole(again, "scenes")
     assert results(again) == before
 

@@ -173,7 +173,7 @@ MISUSES = [
     (["--run", "run", *PROBE, "--lrs", "nan", "--overwrite"], "--lrs nan"),
     (["--run", "run", *PROBE, "--layers", "conv6", "--overwrite"], "--layers conv6: alexnet_bn has no such layer"),
     (["--run", "run", *PROBE, "--beside", "nowhere", "--overwrite"], "--run nowhere: holds no finished network"),
-    (["--run", "run", *PROBE, "--lr", "0.1", "--overwrite"], "No such option '--lr'"),
+    (["--run", "run", *PROBE, "--learning-rate", "0.1", "--overwrite"], "No such option '--learning-rate'"),
     (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "4", *TARGET, *PROBE], "flat has no folder train"),
     (["--run", "new", *PUZZLE, "--data", "pictures", "cluster", "--k", "4", *TARGET, *PROBE, "--layers", "conv6"],
      "--layers conv6: alexnet_bn has no such layer"),

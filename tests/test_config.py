@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktransfer import cli
-from ktransfer.config import build, kind, nearest, option, read_toml, result_settings
+from ktransfer.config import build, in_words, kind, nearest, option, read_toml, result_settings
 from ktransfer.errors import UsageError
 
 
@@ -143,3 +143,9 @@ def test_wrong_toml(tmp_path, data, why):
 def test_missing_toml(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
         read_toml(tmp_path / "none.toml", cli.STAGES)
+
+
+def test_commands_are_shown_as_a_user_would_type_them():
+    line = in_words(Path("runs/my run"), "retrain", {"weight_decay": 0.1, "labels": "classes", "uniform": False})
+    assert line == "ktransfer --run 'runs/my run' retrain --weight-decay 0.1 --labels classes --no-uniform"
+    assert in_words("a", "eval", {"random": True}) == "ktransfer --run a eval --random"

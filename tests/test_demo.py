@@ -27,8 +27,3 @@ def test_the_demo_ends_with_the_table_the_times_and_files_that_exist(
         for word in line.split():
             if word.startswith(str(tmp_path)):
                 assert Path(word.rstrip(",")).is_file()
-
-
-def test_commands_are_shown_as_a_user_would_type_them(tmp_path: Path) -> None:
-    line = demo.in_words(Path("runs/my run"), "retrain", {"weight_decay": 0.1, "labels": "classes"})
-    assert line == "ktransfer --run 'runs/my run' retrain --weight-decay 0.1 --labels classes"

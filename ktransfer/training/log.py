@@ -14,6 +14,10 @@ from ktransfer import files
 from ktransfer.errors import StageError
 
 
+class Diverged(StageError):
+    """The loss of a training is not finite."""
+
+
 class Log:
     """Running sums on the device, read only when a line is written; lines past `step` (of a killed run) are dropped."""
 
@@ -48,7 +52,7 @@ class Log:
         count = values.pop("count")
         means = {name: value / max(1.0, count) for name, value in values.items()}
         if not math.isfinite(means["loss"]):
-            raise StageError(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
+            raise Diverged(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
         speed = {
             "lr": lr,
             "pictures_per_second": round(count / seconds, 1),

@@ -36,21 +36,25 @@ from ktransfer.training.options import LoopOptions, TrainOptions
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
+MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
+"""Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
 SAME_CTRL_C = 2.0  # seconds
 
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
-def rate(step: int, total: int, options: LoopOptions) -> float:
-    """The factor on the learning rate at `step` of `total` steps (0 <= step < total), in [0, 1]."""
+def rate(step: int, total: int, options: LoopOptions, base: float = 0.0) -> float:
+    """The factor on the learning rate `base` at `step` of `total` steps (0 <= step < total), in [0, 1]."""
     warm = round(options.warmup * total)
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, total - warm)
     if options.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    return 0.1 ** sum(done >= mark for mark in (1 / 3, 2 / 3, 8 / 9))
+    if options.schedule == "sqrt":
+        return 1 / math.sqrt(1 + base * options.weight_decay * step)
+    return 0.1 ** sum(done >= mark for mark in MARKS[options.schedule])
 
 
 def sgd(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
@@ -88,7 +92,8 @@ def fit(
             evaluates and writes. The batches are those of one process, and so are the weights but for rounding.
 
     Raises:
-        StageError: the loss is not finite, none of a batch's pictures can be read, or another process failed.
+        Diverged: the loss is not finite.
+        StageError: none of a batch's pictures can be read, or another process failed.
         Told: in the others, when one of them failed or is to stop.
     """
     per_epoch, rows = batches(0).shape
@@ -129,7 +134,7 @@ def fit(
                 if stopped and crew.shared:
                     leave()
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                    group["lr"] = base * rate(step, total, options)
+                    group["lr"] = base * rate(step, total, options, base)
                 optimiser.zero_grad(set_to_none=True)
                 seed = rng.torch_seed(options.seed, f"{label}/step", step)
                 with explained(model, device, label, options):

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import shlex
 import shutil
 
 import pytest
 
 from ktransfer import networks
+from ktransfer.cli import main
 from ktransfer.errors import UsageError
-from ktransfer.eval import EvalConfig, evaluate, stage
+from ktransfer.eval import EvalConfig, evaluate, linear
+from ktransfer.eval.arms import find_arms
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
 from ktransfer.retrain import retrain
@@ -41,7 +44,7 @@ def result(run):
 def test_a_network_and_its_random_twin(runs, capsys):
     run = runs / "target"
     path = evaluate(run, **FAST)
-    assert path == run / "eval" / "linear.json"
+    assert path == {"linear": run / "eval" / "linear.json"}
     found = result(run)
     assert found["protocol"] == "linear/1"
     assert found["data"] == {"train": 40, "test": 12, "classes": 12}
@@ -50,13 +53,13 @@ def test_a_network_and_its_random_twin(runs, capsys):
     assert list(found["arms"]) == ["random", "target"]
     assert [arm["task"] for arm in found["arms"].values()] == ["random", "classes"]
     for arm in found["arms"].values():
-        assert list(arm["layers"]) == NAMES
+        assert list(arm["scores"]) == NAMES
     random, mine = found["arms"].values()
     for name in NAMES:  # alike but for the weights
-        assert random["layers"][name]["numbers"] == mine["layers"][name]["numbers"]
-        for layer in (random["layers"][name], mine["layers"][name]):
+        assert random["scores"][name]["numbers"] == mine["scores"][name]["numbers"]
+        for layer in (random["scores"][name], mine["scores"][name]):
             assert layer["top1"] * 12 == pytest.approx(round(layer["top1"] * 12))
-    assert random["layers"] != mine["layers"]
+    assert random["scores"] != mine["scores"]
     assert sorted(p.name for p in (run / "eval").iterdir()) == [
         "linear.csv",
         "linear.json",
@@ -68,11 +71,12 @@ def test_a_network_and_its_random_twin(runs, capsys):
     assert text in capsys.readouterr().out
     with (run / "eval" / "linear.csv").open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert [(row["arm"], row["layer"]) for row in rows] == [(arm, name) for arm in found["arms"] for name in NAMES]
+    expected = [(arm, name, m) for arm in found["arms"] for name in NAMES for m in ("top1", "mean_class")]
+    assert [(row["arm"], row["column"], row["measure"]) for row in rows] == expected
     for row in rows:
-        layer = found["arms"][row["arm"]]["layers"][row["layer"]]
-        assert float(row["top1"]) == pytest.approx(layer["top1"], abs=1e-6)
-        assert float(row["mean_class_high"]) == pytest.approx(layer["mean_class_interval"][1], abs=1e-6)
+        layer = found["arms"][row["arm"]]["scores"][row["column"]]
+        assert float(row["value"]) == pytest.approx(layer[row["measure"]], abs=1e-6)
+        assert float(row["high"]) == pytest.approx(layer[f"{row['measure']}_interval"][1], abs=1e-6)
         assert f"{100 * layer['top1']:.1f} ±" in text
 
     before = {p.name: p.read_bytes() for p in (run / "eval").iterdir()}
@@ -84,7 +88,7 @@ def test_a_network_and_its_random_twin(runs, capsys):
     evaluate(run, overwrite=True, **(FAST | {"random": False, "layers": "conv5,conv2"}))
     found = result(run)
     assert list(found["arms"]) == ["target"]
-    assert list(found["arms"]["target"]["layers"]) == ["conv5", "conv2"]
+    assert list(found["arms"]["target"]["scores"]) == ["conv5", "conv2"]
 
 
 def test_a_teacher_alone_is_judged_on_its_trunk(runs):
@@ -92,7 +96,7 @@ def test_a_teacher_alone_is_judged_on_its_trunk(runs):
     evaluate(run, random=False, **FAST)
     arm = result(run)["arms"]["puzzle"]
     assert (arm["task"], arm["arch"], arm["width"]) == ("jigsawpp", "alexnet_bn", 0.05)
-    assert list(arm["layers"]) == NAMES
+    assert list(arm["scores"]) == NAMES
     # 7/8 of 48 pixels in steps of eight, with the stride of whole pictures.
     config = json.loads((run / "eval" / "stage.json").read_text())["linear"]["config"]
     assert (config["size"], config["stride"], config["labelled"]) == (40, 4, SCENES)
@@ -136,9 +140,9 @@ def judged(monkeypatch):
             "mean_class": 0.5,
             "mean_class_interval": [0, 1],
         }
-        return {"task": arm.network.task, "arch": arm.network.arch, "width": 1, "layers": {"conv1": numbers}}
+        return {"task": arm.network.task, "arch": arm.network.arch, "width": 1, "scores": {"conv1": numbers}}
 
-    monkeypatch.setattr(stage, "judge", fake)
+    monkeypatch.setattr(linear, "judge", fake)
     return seen
 
 
@@ -148,12 +152,12 @@ def test_names_with_dots_do_not_share_their_numbers(runs, monkeypatch):
     seen = judged(monkeypatch)
     evaluate(runs / "exp.2", beside=str(runs / "exp.1"), **FAST)
     assert [name for name, _, _ in seen] == ["random", "exp.2", "exp.1"]
-    assert [arm["layers"]["conv1"]["top1"] for arm in result(runs / "exp.2")["arms"].values()] == [0.01, 0.02, 0.03]
+    assert [arm["scores"]["conv1"]["top1"] for arm in result(runs / "exp.2")["arms"].values()] == [0.01, 0.02, 0.03]
 
 
 def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
     seen = judged(monkeypatch)
-    fake = stage.judge
+    fake = linear.judge
 
     def killed(arm, *rest):
         if arm.name == "puzzle" and len(seen) == 2:
@@ -161,13 +165,13 @@ def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
         return fake(arm, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "judge", killed)
+        patch.setattr(linear, "judge", killed)
         evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
     assert not (runs / "target" / "eval" / "linear.json").exists()
     evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
     assert [name for name, _, _ in seen] == ["random", "target", "puzzle"]
-    assert [arm["layers"]["conv1"]["top1"] for arm in result(runs / "target")["arms"].values()] == [0.01, 0.02, 0.03]
-    assert not (runs / "target" / "eval" / "work").exists()
+    assert [arm["scores"]["conv1"]["top1"] for arm in result(runs / "target")["arms"].values()] == [0.01, 0.02, 0.03]
+    assert not (runs / "target" / "eval" / "work-linear").exists()
 
 
 def test_runs_of_the_same_name(runs, tmp_path):
@@ -199,13 +203,13 @@ def test_broken_pictures_are_recorded_with_their_reason(runs, folder, tmp_path, 
     broken = json.loads((runs / "target" / "eval" / "stage.json").read_text())["linear"]["broken"]
     assert [line.split(": ")[0] for line in broken] == ["train/a/05.jpg", "val/a/05.jpg"]
     assert all("picture" in line or "damaged" in line for line in broken)
-    assert "eval: done; 2 broken pictures" in capsys.readouterr().err
+    assert "eval linear: done; 2 broken pictures" in capsys.readouterr().err
     assert all("broken" not in arm for arm in result(runs / "target")["arms"].values())
 
 
 def test_other_size_and_stride_than_in_training(runs):
     evaluate(runs / "target", size=64, stride=4, layers="conv1", random=False, **FAST)
-    assert result(runs / "target")["arms"]["target"]["layers"]["conv1"]["grid"] == 10
+    assert result(runs / "target")["arms"]["target"]["scores"]["conv1"]["grid"] == 10
 
 
 def test_random_weights_have_the_layers_of_the_network(runs):
@@ -214,7 +218,7 @@ def test_random_weights_have_the_layers_of_the_network(runs):
     weights = run / "retrain" / "model.safetensors"
     for arch, classes in (("vgg16", 5), ("resnet18", 5), ("alexnet", 0)):
         networks.save(weights, {}, Network(arch, size=32, classes=5, task="pseudo-labels"))
-        random, mine = stage._arms(run, EvalConfig(size=64, stride=3))
+        random, mine = find_arms(run, EvalConfig(size=64, stride=3))
         assert mine.network == Network(arch, 1.0, 3, 64, classes, task="pseudo-labels")
         assert random.network == Network(arch, 1.0, 3, 64, classes, task="random")
         assert (random.weights, mine.weights) == (None, weights)
@@ -227,7 +231,8 @@ def test_random_weights_have_the_layers_of_the_network(runs):
         ({"size": 8}, "--size 8: alexnet_bn does not take pictures so small"),
         ({"lrs": "fast"}, "--lrs fast"),
         ({"labelled": "nowhere"}, "nowhere does not exist"),
-        ({"protocol": "guess"}, "linear"),
+        ({"protocol": "guess"}, "--protocol guess: no such protocol.*linear"),
+        ({"protocol": "linear,"}, "--protocol linear,: no such protocol"),
         ({"device": "abacus"}, "--device abacus"),
         ({"beside": "nowhere"}, "--run nowhere: holds no finished network"),
     ],
@@ -247,3 +252,60 @@ def test_pictures_without_parts_and_runs_without_networks(runs, folder, tmp_path
     with pytest.raises(UsageError, match="holds no finished network"):
         evaluate(tmp_path / "new", labelled=SCENES, **FAST)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_of_a_result_makes_it_again(runs, tmp_path):
+    options = {
+        "layers": "conv2",
+        "random": False,
+        "seed": 3,
+        "labelled": "scenes:images=24,size=48",
+        "precision": "float32",
+    }
+    evaluate(runs / "target", protocol="filters,knn", beside=str(runs / "puzzle"), grid=2, **options)
+    for name in ("filters", "knn"):
+        path = runs / "target" / "eval" / f"{name}.json"
+        found = json.loads(path.read_text())
+        assert set(found["inputs"]) == {"train", "test", "network target", "network puzzle"}
+        words = shlex.split(found["command"])
+        assert words[:5] == ["ktransfer", "--run", "target", "eval", "--protocol"]
+        before = path.read_bytes()
+        path.unlink()
+        assert main(["--run", str(runs / "target"), *words[3:], "--overwrite"]) == 0
+        assert path.read_bytes() == before
+
+
+def test_each_protocol_of_a_line_is_carried_out_once(runs, capsys):
+    line = ["--run", str(runs / "target"), "eval", "--protocol", "filters,knn", "--layers", "conv2", "--no-random"]
+    assert main(line) == 0
+    shown = capsys.readouterr()
+    assert [shown.out.count(f"{name}/1: ") for name in ("filters", "knn")] == [1, 1]
+    assert "done before" not in shown.err
+    assert main([*line, "--published"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("done before, skipped") == 2
+    assert "DeepCluster" in shown.out
+    assert "DeepCluster" not in (runs / "target" / "eval" / "knn.md").read_text()
+
+
+def test_what_is_said_of_networks_together_and_of_a_protocol(runs, monkeypatch):
+    from ktransfer.eval import filters
+
+    def relate(together, config):
+        assert list(together) == ["random", "target"]
+        for place, one in enumerate(together.values()):
+            one["scores"]["conv1"] |= {"rank": place + config.seed, "rank_interval": [place, place + 1]}
+
+    monkeypatch.setattr(filters, "relate", relate, raising=False)
+    monkeypatch.setattr(filters, "LOWER_IS_BETTER", ("rank",), raising=False)
+    monkeypatch.setattr(filters, "MEASURES", filters.MEASURES | {"rank": "rank"})
+    evaluate(runs / "target", protocol="filters", seeds=2, precision="float32")
+    found = json.loads((runs / "target" / "eval" / "filters.json").read_text())
+    assert found["lower_is_better"] == ["rank"]
+    assert found["note"] == filters.NOTE
+    assert [arm["scores"]["conv1"]["rank_seeds"] for arm in found["arms"].values()] == [[0, 0], [1, 1]]
+    assert found["arms"]["random"]["scores"]["conv1"]["colour_deviation"] > 0
+    assert found["arms"]["target"]["scores"]["conv1"]["colour_deviation"] == 0
+    assert {path.name for path in (runs / "target" / "eval" / "filters").iterdir()} == {"random.png", "target.png"}
+    outputs = json.loads((runs / "target" / "eval" / "stage.json").read_text())["filters"]["outputs"]
+    assert {"filters/random.png", "filters/target.png"} <= set(outputs)

@@ -14,16 +14,18 @@ from ktransfer import networks
 from ktransfer.augment import centre_crop
 from ktransfer.dataset import open_parts
 from ktransfer.errors import StageError, UsageError
-from ktransfer.eval import linear
+from ktransfer.eval import linear, maps
+from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
-from ktransfer.eval.linear import Arm, choose_layers, judge, rates
+from ktransfer.eval.linear import judge, rates
+from ktransfer.eval.maps import choose_layers
 from ktransfer.eval.probe import hold_out
 from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.images import square
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
-CONFIG = EvalConfig(epochs=2, batch=8, precision="float32", lrs="0.001,0.003")
+CONFIG = EvalConfig(epochs=2, batch=8, weight_decay=1e-4, precision="float32", lrs="0.001,0.003")
 NETWORK = Network("alexnet_bn", 0.05, 2, 56)
 NAMES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
 
@@ -74,9 +76,9 @@ def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
     test, tested = counted(parts[1])
     found = judge(arm(), (train, test), CONFIG, tmp_path / "work", CPU)
     assert found["arch"] == "alexnet_bn"
-    assert list(found["layers"]) == NAMES
+    assert list(found["scores"]) == NAMES
     for name in NAMES:
-        layer = found["layers"][name]
+        layer = found["scores"][name]
         assert set(layer["held_out"]) == {"0.001", "0.003"}
         assert layer["held_out"][str(layer["lr"])] == max(layer["held_out"].values())
         assert 0 <= layer["top1_interval"][0] <= layer["top1"] <= layer["top1_interval"][1] <= 1
@@ -130,10 +132,10 @@ def test_labels_of_test_and_held_out_rows_change_nothing_that_is_trained(parts, 
     assert all(weights[key].equal(other[key]) for key in weights)
     for name in NAMES:
         # The rate is chosen without a look at the test part.
-        assert third["layers"][name]["lr"] == first["layers"][name]["lr"]
-        assert third["layers"][name]["held_out"] == first["layers"][name]["held_out"]
-    assert second["layers"]["conv1"]["held_out"]["0.003"] == 1 != first["layers"]["conv1"]["held_out"]["0.003"]
-    assert any(third["layers"][n]["top1"] != first["layers"][n]["top1"] for n in NAMES)
+        assert third["scores"][name]["lr"] == first["scores"][name]["lr"]
+        assert third["scores"][name]["held_out"] == first["scores"][name]["held_out"]
+    assert second["scores"]["conv1"]["held_out"]["0.003"] == 1 != first["scores"]["conv1"]["held_out"]["0.003"]
+    assert any(third["scores"][n]["top1"] != first["scores"][n]["top1"] for n in NAMES)
 
 
 def test_the_rate_is_the_best_on_the_held_out_rows_and_its_answers_are_scored(parts, tmp_path, monkeypatch):
@@ -157,7 +159,7 @@ def test_the_rate_is_the_best_on_the_held_out_rows_and_its_answers_are_scored(pa
         ), rows
 
     monkeypatch.setattr(linear, "predictions", answers)
-    found = judge(arm(), parts, config, tmp_path / "work", CPU)["layers"]
+    found = judge(arm(), parts, config, tmp_path / "work", CPU)["scores"]
     best = {"conv1": 1, "conv2": 0, "conv3": 2, "conv4": 1, "conv5": 0}
     for place, name in enumerate(NAMES):
         assert found[name]["lr"] == (0.001, 0.002, 0.004)[best[name]]
@@ -244,8 +246,8 @@ def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
     work = tmp_path / "work"
     write = Killer(name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(linear, "FORWARD_BATCH", 7)
-        patch.setattr(linear, "create_or_resume", write)
+        patch.setattr(maps, "FORWARD_BATCH", 7)
+        patch.setattr(maps, "create_or_resume", write)
         judge(arm(), parts, CONFIG, work, CPU)
     assert (work / f"{name}.h5.part").is_file()
     resumed = []
@@ -255,7 +257,7 @@ def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
         resumed.append((path.stem, writer.rows_done))
         return writer
 
-    monkeypatch.setattr(linear, "create_or_resume", watch)
+    monkeypatch.setattr(maps, "create_or_resume", watch)
     assert judge(arm(), parts, CONFIG, work, CPU) == expected
     assert resumed[0] == (name, 7)
     assert not work.exists()
@@ -326,13 +328,13 @@ def test_maps_too_large_for_float16_say_what_to_do(parts, tmp_path):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_model", loud)
+        patch.setattr(linear, "model_of", loud)
         for cache in (20.0, 0.0):
             with pytest.raises(StageError, match=r"65504, the largest float16: give .*--dtype float32 --overwrite"):
                 judge(arm(), parts, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
         for cache in (20.0, 0.0):
             wide = replace(CONFIG, cache=cache, dtype="float32", epochs=1, layers="conv1")
-            assert judge(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["layers"]["conv1"]["top1"] <= 1
+            assert judge(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["scores"]["conv1"]["top1"] <= 1
 
 
 def labelled(folder, tmp_path):
@@ -368,10 +370,9 @@ def test_a_finished_cache_is_used_as_it_is(parts, tmp_path):
     data, rows = counted(parts[0])
     model = networks.build(NETWORK, 0, "eval/random").eval()
     layers = choose_layers(model, NETWORK, "conv1")
-    pooled = partial(linear._pooled, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)
-    arm = linear.Arm("x", NETWORK, None)
+    pooled = partial(maps.pooled_maps, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)
     for _ in range(2):
-        found = linear._cached(tmp_path / "x.h5", arm, pooled, layers[-1].stop, (data, data), 0, CONFIG, False)
+        found = maps.cached_maps(tmp_path / "x.h5", Arm("x", NETWORK, None), layers, pooled, (data,), 0, CONFIG, False)
         assert isinstance(found, Features)
         assert len(rows) == 48
     assert open_features(tmp_path / "x.h5").attributes["fingerprint"] == data.fingerprint

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from ktransfer.eval.config import EvalConfig
+from ktransfer.eval.maps import Layer, Views
 from ktransfer.eval.probe import (
-    Layer,
     Probes,
-    Views,
     hold_out,
     optimiser,
     predictions,
@@ -49,7 +48,7 @@ def trained(tmp_path, rows, targets, layers, classes=5, epochs=40):
     """Probes that went through the training loop, on rows 0..n-1 of a single view."""
     torch.manual_seed(0)
     probes = Probes(layers, RATES, classes, torch.from_numpy(rows))
-    config = EvalConfig(epochs=epochs, batch=32, precision="float32")
+    config = EvalConfig(epochs=epochs, batch=32, weight_decay=1e-4, precision="float32")
     everything = torch.arange(len(rows))
     loop.fit(
         probes,
@@ -108,7 +107,7 @@ def test_each_rate_is_trained_as_if_alone(tmp_path):
         head = torch.nn.Linear(48, 5)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
-        config = EvalConfig(epochs=3, batch=32)
+        config = EvalConfig(epochs=3, batch=32, weight_decay=1e-4)
         adjust = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
         steps = [batch for epoch in range(3) for batch in loop.epoch_batches(torch.arange(200), 32, 0, epoch)]
         for step, batch in enumerate(steps):

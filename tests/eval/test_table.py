@@ -1,12 +1,10 @@
-"""The table: a golden one, and the paper's rows against the reference."""
+"""The table: a golden one, and which columns it has."""
 
 import csv
 import io
 import re
 
-from ktransfer.eval.table import PAPER, TASKS, to_csv, to_markdown
-
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+from ktransfer.eval.table import TASKS, to_csv, to_markdown
 
 
 def found(top1, mean, half=0.01):
@@ -23,18 +21,20 @@ def found(top1, mean, half=0.01):
 
 
 RESULT = {
-    "schema": 1,
+    "schema": 2,
     "protocol": "linear/1",
+    "title": "linear probe",
+    "measures": {"top1": "top-1 %", "mean_class": "mean per class %"},
     "data": {"train": 90, "test": 30, "classes": 12},
     "chance": 1 / 12,
     "settings": {},
     "arms": {
-        "random": {"task": "random", "arch": "alexnet", "width": 1.0, "layers": {"conv1": found(0.1234, 0.2)}},
+        "random": {"task": "random", "arch": "alexnet", "width": 1.0, "scores": {"conv1": found(0.1234, 0.2)}},
         "mine": {
             "task": "pseudo-labels",
             "arch": "alexnet",
             "width": 1.0,
-            "layers": {"conv1": found(0.5, 0.4), "conv2": found(0.6789, 0.05, 0.1)},
+            "scores": {"conv1": found(0.5, 0.4), "conv2": found(0.6789, 0.05, 0.1)},
         },
     },
 }
@@ -71,36 +71,52 @@ def test_golden_markdown():
 
 def test_csv_holds_the_same_numbers():
     rows = list(csv.DictReader(io.StringIO(to_csv(RESULT))))
-    assert [(row["arm"], row["layer"]) for row in rows] == [("random", "conv1"), ("mine", "conv1"), ("mine", "conv2")]
+    expected = [("random", "conv1"), ("mine", "conv1"), ("mine", "conv2")]
+    assert [(row["arm"], row["column"]) for row in rows[::2]] == expected
+    assert [row["measure"] for row in rows] == ["top1", "mean_class"] * 3
     for row in rows:
-        layer = RESULT["arms"][row["arm"]]["layers"][row["layer"]]
+        layer = RESULT["arms"][row["arm"]]["scores"][row["column"]]
         assert row["protocol"] == "linear/1"
         assert row["task"] == RESULT["arms"][row["arm"]]["task"]
-        assert int(row["numbers"]) == 200
-        assert float(row["lr"]) == 0.003
-        for measure in ("top1", "mean_class"):
-            written = [float(row[name]) for name in (measure, f"{measure}_low", f"{measure}_high")]
-            wanted = [layer[measure], *layer[f"{measure}_interval"]]
-            assert [abs(a - b) < 1e-6 for a, b in zip(written, wanted, strict=True)] == [True] * 3
+        wanted = [layer[row["measure"]], *layer[f"{row['measure']}_interval"]]
+        for name, value in zip(("value", "low", "high"), wanted, strict=True):
+            assert abs(float(row[name]) - value) < 1e-6
+        assert row["deviation"] == ""
 
 
-def test_five_layers_of_alexnet_stand_beside_the_papers_own():
-    arm = {"task": "random", "arch": "alexnet", "width": 1.0, "layers": {name: found(0.1, 0.1) for name in LAYERS}}
-    text = to_markdown(RESULT | {"arms": {"random": arm}})
-    table = cells(text[text.index("For orientation") :])
-    # Linear classifier on frozen features, ImageNet, top-1 % (reference jigsawpp.md §6.2).
-    assert table == [
-        ["top-1 %", *LAYERS],
-        ["Random", "11.6", "17.1", "16.9", "16.3", "14.1"],
-        ["Jigsaw++", "18.2", "28.7", "34.1", "33.2", "28.0"],
-        ["CC+Jigsaw++", "18.9", "30.5", "35.7", "35.4", "32.2"],
-        ["CC+vgg-Jigsaw++", "19.2", "32.0", "37.3", "37.1", "34.6"],
-        ["Supervised", "19.3", "36.3", "44.2", "48.3", "50.5"],
-    ]
-    assert len(PAPER) == 5
+def test_a_measure_has_the_columns_that_have_it():
+    arm = RESULT["arms"]["mine"]
+    other = arm | {"scores": arm["scores"] | {"sum": {"ece": 0.125, "ece_interval": [0.1, 0.15]}}}
+    result = RESULT | {"measures": RESULT["measures"] | {"ece": "error %", "map": "mAP %"}, "arms": {"mine": other}}
+    text = to_markdown(result)
+    assert [line.count("|") for line in text.splitlines() if line.startswith("| linear")] == [4, 4, 3]
+    assert "| 12.5 ± 2.5 |" in text
+    assert "mAP" not in text
+
+
+def test_a_wide_table_is_turned():
+    scores = {f"c{place}": found(place / 10, 0.5) for place in range(9)}
+    arms = {name: RESULT["arms"][name] | {"scores": scores} for name in ("random", "mine")}
+    table = cells(to_markdown(RESULT | {"arms": arms}))
+    wanted = ["linear probe, top-1 %", "alexnet, random weights", "alexnet, retrained on pseudo-labels (mine)"]
+    assert table[0] == wanted
+    assert table[4] == ["c3", "30.0 ± 1.0", "30.0 ± 1.0"]
+
+
+def test_a_note_in_place_of_chance():
+    assert to_markdown(RESULT | {"note": "weights alone."}).splitlines()[-1] == "linear/1: weights alone."
+    last = to_markdown(RESULT | {"note": "{counts}of the second."}).splitlines()[-1]
+    assert last == "linear/1: 90 pictures to train, 30 to test, 12 classes, of the second."
 
 
 def test_every_task_has_a_title():
     for task, words in TASKS.items():
-        arm = {"task": task, "arch": "resnet18", "width": 1.0, "layers": {"layer4": found(0.1, 0.1)}}
+        arm = {"task": task, "arch": "resnet18", "width": 1.0, "scores": {"layer4": found(0.1, 0.1)}}
         assert f"| resnet18, {words} (run) " in to_markdown(RESULT | {"arms": {"run": arm}})
+
+
+def test_how_many_test_pictures_were_judged():
+    cell = RESULT["arms"]["mine"]["scores"]["conv1"] | {"pictures": 12}
+    result = RESULT | {"arms": {"mine": RESULT["arms"]["mine"] | {"scores": {"clean": cell}}}}
+    assert "30 to test (12 of them judged), 12 classes" in to_markdown(result)
+    assert "30 to test, 12 classes" in to_markdown(RESULT)

@@ -1,0 +1,1 @@
+"""Boxes and masks: data, canvases, trunks, detectors and what they reach."""

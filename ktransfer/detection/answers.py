@@ -1,0 +1,118 @@
+"""What a detector answers: boxes, scores and labels of each picture, after NMS or soft-NMS."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from ktransfer.detection import canvas, detectors
+from ktransfer.detection.data import Detection
+from ktransfer.detection.detectors import Settings
+from ktransfer.progress import bar
+from ktransfer.training.loop import Source
+
+# Soft-NMS looks at so many of the best answers of a picture.
+SOFT_CANDIDATES = 1000
+
+
+class Answer(NamedTuple):
+    """Of one picture, best first: boxes (m, 4) float32 in its own pixels, scores (m,) float32, labels (m,) int64."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, sigma: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """Gaussian soft-NMS (Bodla et al., 2017) of boxes of one class.
+
+    Again and again the best box left is taken, and the scores of the others are multiplied by exp(-IoU^2 / sigma).
+
+    Args:
+        boxes: (m, 4). scores: (m,).
+        threshold: boxes whose score falls below are dropped.
+
+    Returns:
+        (k,) int64 the boxes in the order in which they are taken, and their (k,) scores.
+    """
+    decay = torch.exp(-box_iou(boxes, boxes).square() / sigma)
+    left = scores.clone()
+    order: list[Tensor] = []
+    values: list[Tensor] = []
+    for _ in range(len(scores)):
+        value, best = left.max(0)
+        if value < threshold:
+            break
+        order.append(best)
+        values.append(value)
+        left = left * decay[best]
+        left[best] = -1.0
+    if not order:
+        return torch.empty(0, dtype=torch.int64, device=boxes.device), scores[:0]
+    return torch.stack(order), torch.stack(values)
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    data: Detection,
+    source: Source,
+    rows: Tensor,
+    size: int,
+    settings: Settings,
+    device: torch.device,
+    batch: int = 16,
+    label: str = "detect",
+) -> dict[int, Answer]:
+    """What the detector finds in the pictures of (n,) rows, with scores of at least `settings.threshold`.
+
+    Args:
+        source: canvases of `size` pixels of that data.
+
+    Returns:
+        Row -> answer, on the CPU; broken pictures are left out.
+    """
+    model.eval()
+    overlap, most = (1.0, SOFT_CANDIDATES) if settings.soft else (settings.overlap, settings.most)
+    detectors.answering(model, settings.threshold, overlap, most)
+    edges, scaled = canvas.extents(data, size).to(device), canvas.factors(data, size).to(device)
+    shift, found = detectors.shift(model), dict[int, Answer]()
+    with bar(len(rows), label) as shown:
+        for chosen, pixels, valid, _ in source.batches(iter(rows.split(batch))):
+            kept = chosen[valid].to(device)
+            shown.update(len(chosen))
+            if not len(kept):
+                continue
+            prepared = canvas.normalise(pixels[valid].to(device), edges[kept], model.backbone.how)  # type: ignore[union-attr,arg-type]
+            for row, one in zip(kept.tolist(), model(prepared), strict=True):
+                width, height = edges[row]
+                boxes = torch.stack(
+                    [
+                        side.clamp(min=0, max=float(edge))
+                        for side, edge in zip(
+                            one["boxes"].float().unbind(1), (width, height, width, height), strict=True
+                        )
+                    ],
+                    dim=1,
+                )
+                answer = Answer(boxes / scaled[row], one["scores"].float(), one["labels"] - shift)
+                if settings.soft:
+                    answer = _softened(answer, settings)
+                wide = (answer.boxes[:, 2:] > answer.boxes[:, :2]).all(1)
+                found[row] = Answer(*(part[wide].cpu() for part in answer))
+    return found
+
+
+def _softened(answer: Answer, settings: Settings) -> Answer:
+    """Soft-NMS class by class, then the best of all."""
+    parts: list[Answer] = []
+    for label in answer.labels.unique().tolist():
+        own = (answer.labels == label).nonzero().flatten()
+        order, values = soft_nms(answer.boxes[own], answer.scores[own], settings.soft, settings.threshold)
+        parts.append(Answer(answer.boxes[own[order]], values, answer.labels[own[order]]))
+    if not parts:
+        return answer
+    whole = Answer(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    best = whole.scores.argsort(descending=True, stable=True)[: settings.most]
+    return Answer(*(part[best] for part in whole))

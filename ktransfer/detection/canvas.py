@@ -1,0 +1,160 @@
+"""Pictures as fixed squares with their boxes: the long side resized, the rest padded, jittered on the device.
+
+The long side of a picture becomes `size` pixels, and what its short side leaves free, at the bottom or at the right, is
+padding. So batches have one shape, and nothing is distorted. `extents` (b, 2) float32 are width and height of what is
+picture. Jitter is that of reference selftraining.md §1.2: a scale, then a random crop of what is too large.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ktransfer import networks, rng
+from ktransfer.detection.data import Detection
+from ktransfer.errors import BrokenPicture
+from ktransfer.pictures import Pictures
+
+SMALLEST = 1.0  # pixels: a box that a crop leaves narrower or lower is dropped
+
+
+class Jitter(NamedTuple):
+    """How a batch is moved: x' = scale * x - left, mirrored within the picture before that where `flip`.
+
+    Attributes:
+        scale: (b,) float32.
+        offset: (b, 2) float32 >= 0, what is cropped at the left and at the top, in pixels of the result.
+        flip: (b,) bool.
+        extents: (b, 2) float32, before.
+        size: side of the canvas.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    flip: Tensor
+    extents: Tensor
+    size: int
+
+    def moved_extents(self) -> Tensor:
+        """(b, 2) float32: width and height of what is picture, after."""
+        return (self.extents * self.scale[:, None] - self.offset).clamp(max=self.size)
+
+
+def canvases(data: Detection, size: int, workers: int | None = None, cache: str = "auto") -> Pictures:
+    """The pictures as (3, size, size) uint8 canvases, padded with zeros, as a source for `loop.fit`.
+
+    A picture whose sides are not those that its file states (turned upside by EXIF, replaced) is broken: its boxes
+    would lie elsewhere.
+    """
+
+    def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
+        return laid(data.read, row, (int(data.sizes[row, 0]), int(data.sizes[row, 1])), size)
+
+    return Pictures(replace(data, read=read), size, workers, cache=cache)
+
+
+def laid(
+    read: Callable[[int, int | None], NDArray[np.uint8]], row: int, stated: tuple[int, int], size: int
+) -> NDArray[np.uint8]:
+    """(size, size, 3) uint8: picture `row` of `stated` width and height on its canvas; raises `BrokenPicture`."""
+    width, height = (round(side) for side in extent(stated, size))
+    pixels = read(row, min(width, height))
+    shape = pixels.shape[1], pixels.shape[0]
+    # A reduced decoding rounds each side up, so that it is at most one pixel larger than its share.
+    factor = max(shape) / max(stated)
+    if any(abs(side - factor * whole) > 1.5 for side, whole in zip(shape, stated, strict=True)) or factor > 1.01:
+        raise BrokenPicture(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
+    canvas = np.zeros((size, size, 3), np.uint8)
+    canvas[:height, :width] = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return canvas
+
+
+def extent(stated: tuple[int, int], size: int) -> tuple[float, float]:
+    """Width and height, whole numbers >= 1, of a picture of `stated` width and height on a canvas."""
+    factor = size / max(stated)
+    return float(max(1, round(stated[0] * factor))), float(max(1, round(stated[1] * factor)))
+
+
+def extents(data: Detection, size: int) -> Tensor:
+    """(n, 2) float32: width and height of each picture on its canvas."""
+    return torch.tensor([extent((int(width), int(height)), size) for width, height in data.sizes]).view(-1, 2)
+
+
+def factors(data: Detection, size: int) -> Tensor:
+    """(n, 4) float32: by these the boxes of a picture become those on its canvas."""
+    return (extents(data, size) / torch.from_numpy(data.sizes)).repeat(1, 2)
+
+
+def draw_jitter(
+    rows: Tensor, extents: Tensor, size: int, seed: int, epoch: int, scales: tuple[float, float] = (1.0, 1.0)
+) -> Jitter:
+    """Scale uniform in `scales`, place of the crop uniform, flip with probability 1/2, for each of (b,) rows."""
+    s, x, y, mirror = rng.uniform(seed, "detection/jitter", epoch, rows, 4).unbind(1)
+    scale = scales[0] + (scales[1] - scales[0]) * s
+    over = (extents * scale[:, None] - size).clamp(min=0)
+    return Jitter(scale, over * torch.stack([x, y], dim=1), mirror < 0.5, extents, size)
+
+
+def move_pixels(pixels: Tensor, jitter: Jitter, mode: str = "bilinear") -> Tensor:
+    """(b, c, size, size) uint8 or float -> float32 in the same range; what is not picture holds any values.
+
+    `mode` "nearest" keeps the numbers of classes.
+    """
+    size = jitter.size
+    centres = torch.arange(size, device=pixels.device) + 0.5
+    with torch.autocast(pixels.device.type, enabled=False):  # a grid in bfloat16 would be pixels off
+        x = (centres[None, :] + jitter.offset[:, :1]) / jitter.scale[:, None]
+        y = (centres[None, :] + jitter.offset[:, 1:]) / jitter.scale[:, None]
+        width, height = jitter.extents.unbind(1)
+        # Held inside of the picture, so that padding does not bleed into its edge.
+        x = torch.minimum(x.clamp(min=0.5), (width - 0.5)[:, None])
+        y = torch.minimum(y.clamp(min=0.5), (height - 0.5)[:, None])
+        x = torch.where(jitter.flip[:, None], width[:, None] - x, x)
+        across, down = x * (2 / size) - 1, y * (2 / size) - 1
+        grid = torch.stack([across[:, None, :].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)], dim=3)
+        return F.grid_sample(pixels.float(), grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def move_boxes(boxes: Tensor, jitter: Jitter, place: int) -> tuple[Tensor, Tensor]:
+    """The boxes (m, 4) of picture `place` of the batch after the jitter, and (m,) bool, which of them are left."""
+    moved = move_points(boxes.view(-1, 2, 2), jitter, place)
+    low, high = moved.amin(1), moved.amax(1)
+    edge = jitter.moved_extents()[place]
+    moved = torch.cat([low.clamp(min=0).minimum(edge), high.clamp(min=0).minimum(edge)], dim=1)
+    return moved, (moved[:, 2:] - moved[:, :2] >= SMALLEST).all(1)
+
+
+def move_points(points: Tensor, jitter: Jitter, place: int) -> Tensor:
+    """(..., 2) points x, y of picture `place` of the batch after the jitter, not clipped."""
+    x, y = points.unbind(-1)
+    x = torch.where(jitter.flip[place], jitter.extents[place, 0] - x, x)
+    return torch.stack([x, y], dim=-1) * jitter.scale[place] - jitter.offset[place]
+
+
+def inside(extents: Tensor, size: int) -> Tensor:
+    """(b, 1, size, size) bool: whether the centre of a pixel is picture, and not padding."""
+    centres = torch.arange(size, device=extents.device) + 0.5
+    x, y = (centres[None, :] < side[:, None] for side in extents.unbind(1))
+    return (y[:, :, None] & x[:, None, :])[:, None]
+
+
+def normalise(pixels: Tensor, extents: Tensor, how: str) -> Tensor:
+    """Canvases (b, 3, size, size), uint8 or float in 0..255, as float32 that a network reads; padding becomes 0.
+
+    As `networks.normalise`, where `how` "picture" takes mean and deviation of what is picture alone.
+    """
+    mask = inside(extents, pixels.shape[-1])
+    if how != "picture":
+        return networks.normalise(pixels, how) * mask
+    x = pixels.float() * mask
+    count = mask.sum(dim=(1, 2, 3), keepdim=True) * 3
+    mean = x.sum(dim=(1, 2, 3), keepdim=True) / count
+    centred = (x - mean) * mask
+    variance = centred.square().sum(dim=(1, 2, 3), keepdim=True) / count
+    return centred * (variance + 1e-5).rsqrt()

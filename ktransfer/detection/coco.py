@@ -1,0 +1,164 @@
+"""COCO's instance files: pictures, boxes, polygons, crowds, categories."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ktransfer import images
+from ktransfer.dataset import UNKNOWN
+from ktransfer.detection.data import Detection, Outline, objects_of, summary
+from ktransfer.errors import UsageError
+from ktransfer.folders import file_size
+
+PARTS = ("images", "annotations", "categories")
+
+
+def read(path: Path, spec: str) -> Detection:
+    """A COCO file of instances; pictures without objects are kept.
+
+    The names of the pictures are relative to the folder of the file, to `images/` beside it, or to the folder that
+    COCO's own layout has (`train2017/` beside `annotations/instances_train2017.json`): to the first of these that holds
+    the first picture. Pictures that are not there are broken ones when they are read; here they are counted.
+
+    Raises:
+        UsageError: the file is no COCO file, an id is there twice or names nothing, a name leaves the folder, or no
+            picture is there.
+    """
+    held = _load(path)
+    pictures, notes, categories = (held[part] for part in PARTS)
+    if not pictures:
+        raise UsageError(f"{path}: lists no pictures; give a COCO file that has some")
+    try:
+        ids = [one["id"] for one in pictures]
+        names = [str(one["file_name"]) for one in pictures]
+        sizes = [(int(one["width"]), int(one["height"])) for one in pictures]
+        category_ids = [one["id"] for one in categories]
+        classes = [str(one["name"]) for one in categories]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{path}: a picture or category lacks {error}; COCO's have id, file_name, width, height, name"
+        ) from error
+    _unique(path, "picture id", ids)
+    _unique(path, "file name", names)
+    _unique(path, "category id", category_ids)
+    _unique(path, "category name", classes)
+    if min(min(size) for size in sizes) < 1:
+        raise UsageError(
+            f"{path}: {names[[min(size) < 1 for size in sizes].index(True)]} has no width or height; mend it"
+        )
+    folder = _folder(path, names)
+    bytes_of = [file_size(str(folder / name)) for name in names]
+    counts: dict[str, int] = {}
+    by_picture = _by_picture(path, notes, ids, {number: place for place, number in enumerate(category_ids)})
+    try:
+        objects = tuple(_objects(by_picture[number], size, counts) for number, size in zip(ids, sizes, strict=True))
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
+    repeated = sum(times - 1 for times in Counter(repr(note.get("id")) for note in notes).values())
+    used = {int(label) for one in objects for label in one.labels}
+    more = {
+        "annotation ids that are there again": repeated,
+        "pictures that are not there": sum(size < 0 for size in bytes_of),
+        f"of {len(classes)} categories without a box": len(classes) - len(used),
+    }
+    counts |= {words: number for words, number in more.items() if number}
+    if counts.get("pictures that are not there") == len(names):
+        raise UsageError(f"{path}: none of its pictures is there, for example {folder / names[0]}; put them beside it")
+    summary(path, counts)
+    digest = hashlib.sha256(path.read_bytes())
+    digest.update(repr(bytes_of).encode())
+    return Detection(
+        spec=spec,
+        name=path.stem,
+        keys=tuple(names),
+        targets=np.full(len(names), UNKNOWN, np.int32),
+        classes=tuple(classes),
+        fingerprint=digest.hexdigest(),
+        read=lambda row, short_side: images.decode(folder / names[row], short_side),
+        short_side=lambda row: min(sizes[row]),
+        reader=lambda row: partial(images.decode, folder / names[row]),
+        sizes=np.array(sizes, np.int32),
+        objects=objects,
+        ids=tuple(ids),
+        category_ids=tuple(category_ids),
+        counts=counts,
+    )
+
+
+def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file") from error
+    lacking = [part for part in PARTS if not isinstance(held, dict) or not isinstance(held.get(part), list)]
+    if lacking or not all(isinstance(one, dict) for part in PARTS for one in held[part]):
+        what = f"no list '{lacking[0]}'" if lacking else "a list that holds other things than objects"
+        raise UsageError(f"{path}: {what}; a COCO file of instances has the lists {', '.join(PARTS)}")
+    return {part: held[part] for part in PARTS}
+
+
+def _unique(path: Path, what: str, values: Iterable[Any]) -> None:
+    try:
+        value, times = max(Counter(values).items(), key=lambda pair: pair[1], default=(None, 0))
+    except TypeError as error:
+        raise UsageError(f"{path}: a {what} is no number or text; mend it") from error
+    if times > 1:
+        raise UsageError(f"{path}: {what} {value} is there {times} times; each must be there once")
+
+
+def _folder(path: Path, names: list[str]) -> Path:
+    """Where the pictures lie; names that lead out of it are refused, before anything is looked for."""
+    for name in names:
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name or ":" in parts.parts[0]:
+            raise UsageError(f"{path}: {name!r} leads out of the folder; names must be relative and stay below it")
+    part = path.stem.removeprefix("instances_")
+    roots = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
+    tried = [root / inner for root in roots for inner in ("", "images", part, f"images/{part}")]
+    # Not the first picture alone: one that is missing shall not move the folder.
+    return max(tried, key=lambda folder: sum((folder / name).is_file() for name in names[:20]))
+
+
+def _by_picture(
+    path: Path, notes: list[dict[str, Any]], ids: list[Any], numbers: dict[Any, int]
+) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
+    """Picture id -> (label, annotation) of each of its objects."""
+    found: dict[Any, list[tuple[int, dict[str, Any]]]] = {number: [] for number in ids}
+    for key, known in (("image_id", found), ("category_id", numbers)):
+        values = [note.get(key) for note in notes]
+        strange = [value for value in values if not isinstance(value, int | str) or value not in known]
+        if strange:
+            raise UsageError(
+                f"{path}: {len(strange)} annotations name a {key} that is not listed, such as {strange[0]}; drop these"
+            )
+    for note in notes:
+        found[note["image_id"]].append((numbers[note["category_id"]], note))
+    return found
+
+
+def _objects(notes: list[tuple[int, dict[str, Any]]], size: tuple[int, int], counts: dict[str, int]) -> Any:
+    corners = [(x, y, x + width, y + height) for x, y, width, height in (map(float, note["bbox"]) for _, note in notes)]
+    areas = [float(note["area"]) if note.get("area") else None for _, note in notes]
+    return objects_of(
+        corners,
+        [label for label, _ in notes],
+        size,
+        counts,
+        crowd=[bool(note.get("iscrowd", 0)) for _, note in notes],
+        areas=areas,
+        outlines=[_outline(note.get("segmentation")) for _, note in notes],
+    )
+
+
+def _outline(given: Any) -> Outline:
+    """Polygons of at least three corners, run lengths, or None."""
+    if isinstance(given, dict):
+        return {"size": list(given["size"]), "counts": given["counts"]}
+    polygons = [[float(value) for value in one] for one in given or [] if len(one) >= 6 and len(one) % 2 == 0]
+    return polygons or None

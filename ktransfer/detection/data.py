@@ -1,0 +1,295 @@
+"""Pictures with boxes: COCO files, VOCdevkit and `scenes:` as one record."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ktransfer import files, rng
+from ktransfer.dataset import UNKNOWN, VAL_NAMES, Dataset
+from ktransfer.errors import UsageError
+from ktransfer.progress import say_once
+
+SPLIT = 0.2  # of a file that has no second one beside it
+Outline = list[list[float]] | dict[str, Any] | None
+"""Flat polygons x, y, x, y, ... in pixels; COCO's run lengths {"size": [h, w], "counts": ...}; None: not known."""
+
+
+class Objects(NamedTuple):
+    """What is in one picture, m objects in the order of the file.
+
+    Attributes:
+        boxes: (m, 4) float32, x0 y0 x1 y1 in pixels of the picture, 0 its left or upper edge; inside it, never empty.
+        labels: (m,) int64, indices into `classes`.
+        crowd: (m,) bool, a box around many (COCO): not learned, not counted as missed.
+        difficult: (m,) bool (VOC): learned, not counted as missed.
+        areas: (m,) float32 pixels: the file's own, else those of the boxes.
+        outlines: m of them.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    difficult: NDArray[np.bool_]
+    areas: NDArray[np.float32]
+    outlines: tuple[Outline, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detection(Dataset):
+    """A `Dataset` whose pictures have objects; row i is the same picture in all of its fields.
+
+    `sizes` is (n, 2) int32, width and height as the file states them; `objects` n; `ids` those of the pictures and
+    `category_ids` those of `classes` in the file; `label_map(row)` reads the class of every pixel where the data has
+    such pictures (see masks.py); `counts` says what was found on reading, in words for people. `targets` are unknown.
+    """
+
+    sizes: NDArray[np.int32]
+    objects: tuple[Objects, ...]
+    ids: tuple[int | str, ...]
+    category_ids: tuple[int, ...]
+    label_map: Callable[[int], NDArray[np.uint8]] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection]:
+    """The train and test parts that `--labelled` names, with the same classes.
+
+    `scenes:...`; a root with `instances_train*.json` (or `train*.json`) and one of val, test, in it or in
+    `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose pictures, drawn
+    with seed 0, then is the test part. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives its
+    pictures that have the class of every pixel.
+
+    Raises:
+        UsageError: a file is missing or breaks a rule, the classes differ, or a part holds no box.
+    """
+    from ktransfer.detection import coco, voc
+
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train"), _scenes(spec, "val")
+    root = Path(spec).expanduser()
+    if root.suffix == ".json":
+        whole = open_file(spec)
+        test = fraction(whole, SPLIT, 0)
+        parts = subset(whole, np.setdiff1d(np.arange(len(whole)), test)), subset(whole, test)
+    elif not root.is_dir():
+        raise UsageError(
+            f"{spec}: no such folder; give a root with COCO files or a VOCdevkit, one COCO file, or scenes:"
+        )
+    elif years := voc.years(root):
+        parts = voc.open_parts(spec, years, "Segmentation" if masks else "Main")
+    else:
+        found = [
+            next(filter(None, (_coco_file(root, name) for name in names)), None) for names in (("train",), VAL_NAMES)
+        ]
+        if found[0] is None or found[1] is None:
+            missing = "instances_train.json" if found[0] is None else "instances_val.json"
+            raise UsageError(
+                f"{spec}: no {missing} in it or in annotations/, and no VOCdevkit (VOC2007/ImageSets/Main); give a "
+                "root that holds one of both, one COCO file, or scenes:"
+            )
+        parts = coco.read(found[0], spec), coco.read(found[1], spec)
+    if parts[0].classes != parts[1].classes:
+        differing = sorted(set(parts[0].classes) ^ set(parts[1].classes)) or ["their order"]
+        raise UsageError(
+            f"{spec}: its parts have different categories ({', '.join(differing[:5])}); give both the same"
+        )
+    for part, words in zip(parts, ("training", "test"), strict=True):
+        if not any(len(one.boxes) for one in part.objects):
+            raise UsageError(f"{spec}: no box in the {words} part; there is nothing to learn or to judge by")
+    return parts
+
+
+def open_file(spec: str) -> Detection:
+    """One COCO file, or the training pictures of `scenes:...`.
+
+    Raises:
+        UsageError: as `open_detection`.
+    """
+    from ktransfer.detection import coco
+
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train")
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UsageError(f"{spec}: no such file; give a COCO file (.json)")
+    return coco.read(path, spec)
+
+
+def subset(data: Detection, rows: NDArray[np.int64]) -> Detection:
+    """The pictures of (m,) `rows` in that order, with a fingerprint of their own."""
+    places = rows.tolist()
+    digest = hashlib.sha256(f"{data.fingerprint} {places}".encode()).hexdigest()
+    return replace(
+        data,
+        keys=tuple(data.keys[row] for row in places),
+        targets=data.targets[rows],
+        fingerprint=digest,
+        read=lambda row, short_side: data.read(places[row], short_side),
+        short_side=None if data.short_side is None else lambda row: data.short_side(places[row]),  # type: ignore[misc]
+        reader=None if data.reader is None else lambda row: data.reader(places[row]),  # type: ignore[misc]
+        sizes=data.sizes[rows],
+        objects=tuple(data.objects[row] for row in places),
+        ids=tuple(data.ids[row] for row in places),
+        label_map=None if data.label_map is None else lambda row: data.label_map(places[row]),  # type: ignore[misc]
+    )
+
+
+def fraction(data: Detection, share: float, seed: int, stratified: bool = False) -> NDArray[np.int64]:
+    """Rows of a share of the pictures, in row order: round(share * n) of them, at least 1, none twice.
+
+    The smaller of two shares is part of the larger one (with the same seed). `stratified` keeps the mix of classes:
+    pictures are put in order by their rarest class, at random within it, and taken at even steps.
+
+    Args:
+        share: 0 < share <= 1.
+    """
+    count = max(1, round(share * len(data)))
+    order = rng.words(seed, "detection/fraction", 0, torch.arange(len(data)), 1)[:, 0].argsort(stable=True).numpy()
+    if stratified:
+        order = _spread(data, order)
+    return np.sort(order[:count])
+
+
+def save_ids(path: Path, data: Detection, rows: NDArray[np.int64]) -> None:
+    """Write the ids of the pictures of `rows` as a JSON list."""
+    files.write_json(path, [data.ids[row] for row in rows.tolist()])
+
+
+def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
+    """The rows of a list that `save_ids`, or somebody else, wrote.
+
+    Raises:
+        UsageError: no JSON list, an id twice, or one that the data does not have.
+    """
+    try:
+        listed = files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a JSON list of picture ids ({error})") from error
+    known = {number: row for row, number in enumerate(data.ids)}
+    if not isinstance(listed, list) or not listed or any(isinstance(one, list | dict) for one in listed):
+        raise UsageError(f"{path}: not a JSON list of picture ids; write such as [17, 42]")
+    unknown = [number for number in listed if number not in known]
+    if unknown or len(set(listed)) < len(listed):
+        which = f"{unknown[0]!r} is no picture of {data.spec}" if unknown else "it names a picture twice"
+        raise UsageError(f"{path}: {which}; list ids of that data, each once")
+    return np.array([known[number] for number in listed], np.int64)
+
+
+def objects_of(
+    boxes: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    size: tuple[int, int],
+    counts: dict[str, int],
+    crowd: Sequence[bool] | None = None,
+    difficult: Sequence[bool] | None = None,
+    areas: Sequence[float | None] | None = None,
+    outlines: Sequence[Outline] = (),
+) -> Objects:
+    """The objects of a picture of `size` (width, height); what is mended or dropped is added to `counts`.
+
+    Args:
+        boxes: m of x0, y0, x1, y1 in pixels; those that reach over the edge are clipped, and those that then have no
+            width or height, or are not finite, dropped.
+    """
+    count = len(boxes)
+    given = np.asarray(boxes, np.float64).reshape(count, 4)
+    finite = np.isfinite(given).all(axis=1)
+    whole = finite & (given[:, 2:] > given[:, :2]).all(axis=1)
+    clipped = given.clip(0, [*size, *size])
+    kept = whole & (clipped[:, 2:].astype(np.float32) > clipped[:, :2].astype(np.float32)).all(axis=1)
+    _count(counts, "boxes", int(kept.sum()))
+    _count(counts, "boxes without width or height, dropped", int((~whole).sum()))
+    _count(counts, "boxes wholly outside of their picture, dropped", int((whole & ~kept).sum()))
+    # COCO rounds to hundredths: less than that over the edge is no finding.
+    over = (np.abs(clipped - given) > 0.011).any(axis=1) & kept
+    _count(counts, "boxes over the edge of their picture, clipped", int(over.sum()))
+    inside = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
+    own = [box if area is None else area for box, area in zip(inside, areas or [None] * count, strict=True)]
+    found = Objects(
+        boxes=clipped[kept].astype(np.float32),
+        labels=np.asarray(labels, np.int64)[kept],
+        crowd=np.asarray(crowd or [False] * count, np.bool_)[kept],
+        difficult=np.asarray(difficult or [False] * count, np.bool_)[kept],
+        areas=np.asarray(own, np.float32)[kept],
+        outlines=tuple(outlines[place] if outlines else None for place in np.flatnonzero(kept).tolist()),
+    )
+    _count(counts, "crowd boxes", int(found.crowd.sum()))
+    _count(counts, "difficult boxes", int(found.difficult.sum()))
+    _count(counts, "pictures", 1)
+    _count(counts, "pictures without a box", int(not kept.any()))
+    return found
+
+
+def summary(path: Path | str, counts: Mapping[str, int]) -> None:
+    """Say once what was found on reading."""
+    say_once(f"{path}: {', '.join(f'{number:,} {words}' for words, number in counts.items())}")
+
+
+def _count(counts: dict[str, int], words: str, number: int) -> None:
+    if number:
+        counts[words] = counts.get(words, 0) + number
+
+
+def _coco_file(root: Path, name: str) -> Path | None:
+    """`instances_NAME.json`, `instances_NAME2017.json` or `NAME.json` in the root or in annotations/."""
+    pattern = re.compile(rf"(instances_)?{name}\d*\.json")
+    for folder in (root, root / "annotations"):
+        found = (
+            sorted(path for path in folder.glob("*.json") if pattern.fullmatch(path.name)) if folder.is_dir() else []
+        )
+        if len(found) > 1:
+            raise UsageError(
+                f"{folder}: {found[0].name} and {found[1].name} may both be meant as {name}; name one COCO file"
+            )
+        if found:
+            return found[0]
+    return None
+
+
+def _spread(data: Detection, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) `order` such that every beginning of it has about the mix of classes of the whole."""
+    times = np.bincount(np.concatenate([one.labels for one in data.objects]), minlength=len(data.classes))
+    rarest = np.array([min(one.labels, key=lambda label: times[label], default=UNKNOWN) for one in data.objects])
+    place = np.empty(len(data))
+    for group in np.unique(rarest):
+        members = order[rarest[order] == group]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(place[order], kind="stable")]
+
+
+def _scenes(spec: str, part: str) -> Detection:
+    from ktransfer import dataset, scenes
+
+    chosen = scenes.parse(spec)
+    pictures = dataset.open_parts(spec)[part == "val"]
+    size, counts = (chosen.size, chosen.size), dict[str, int]()
+    objects: list[Objects] = []
+    for row in range(len(pictures)):
+        found = scenes.objects(chosen.seed, part, row, chosen.size)
+        boxes = [(x, y, x + width, y + height) for x, y, width, height in (one.box for one in found)]
+        outlines = [one.polygons for one in found]
+        objects.append(objects_of(boxes, [one.category for one in found], size, counts, outlines=outlines))
+    return Detection(
+        **vars(replace(pictures, targets=np.full(len(pictures), UNKNOWN, np.int32))),
+        sizes=np.full((len(pictures), 2), chosen.size, np.int32),
+        objects=tuple(objects),
+        ids=tuple(range(1, len(pictures) + 1)),
+        category_ids=tuple(range(1, len(scenes.CLASSES) + 1)),
+        counts=counts,
+    )
+
+
+def boxes_of(data: Detection, crowd: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Boxes (m, 4) float32 and labels (m,) int64 of each picture as tensors, without the crowd boxes unless asked."""
+    chosen = [slice(None) if crowd else ~one.crowd for one in data.objects]
+    return [
+        (torch.from_numpy(one.boxes[keep]), torch.from_numpy(one.labels[keep]))
+        for one, keep in zip(data.objects, chosen, strict=True)
+    ]

@@ -1,0 +1,145 @@
+"""Masks: outlines as pixels, the class of every pixel of a picture, and these on canvases.
+
+In a map of classes 0 is background, class i of the data i + 1, and 255 is ignored.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from ktransfer.detection import canvas
+from ktransfer.detection.data import Detection, Objects, Outline
+from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.progress import track
+
+IGNORE = 255
+_SAMPLES = 8  # each way in a pixel: Pillow fills what a polygon touches, a pixel shall be what it mostly covers
+
+
+def filled(outline: Outline, size: tuple[int, int], scale: float = 1.0) -> NDArray[np.bool_]:
+    """(height, width) bool: the pixels of which an outline covers at least half.
+
+    Args:
+        outline: polygons (even-odd each, together their union) or COCO's run lengths.
+        size: width and height of the result.
+        scale: the outline is enlarged by this before.
+    """
+    width, height = size
+    if isinstance(outline, dict):
+        mask = Image.fromarray(decoded(outline))
+        return np.asarray(mask.resize(size, Image.Resampling.NEAREST), np.bool_)
+    found = np.zeros((height, width), np.bool_)
+    polygons = [np.reshape(polygon, (-1, 2)) * scale for polygon in outline or []]
+    if not polygons:
+        return found
+    points = np.concatenate(polygons)
+    left, top = np.floor(points.min(0)).clip(0, size).astype(int).tolist()
+    right, bottom = np.ceil(points.max(0)).clip(0, size).astype(int).tolist()
+    if right > left and bottom > top:
+        fine = Image.new("L", ((right - left) * _SAMPLES, (bottom - top) * _SAMPLES))
+        draw = ImageDraw.Draw(fine)
+        for polygon in polygons:
+            draw.polygon(np.floor((polygon - (left, top)) * _SAMPLES).ravel().tolist(), fill=255)
+        found[top:bottom, left:right] = np.asarray(fine.reduce(_SAMPLES)) >= 128
+    return found
+
+
+def decoded(lengths: dict[str, Any]) -> NDArray[np.bool_]:
+    """(height, width) bool of COCO's run lengths, by columns, plain or packed into characters.
+
+    Raises:
+        ValueError: they do not fill the picture.
+    """
+    height, width = lengths["size"]
+    counts = lengths["counts"]
+    runs = _unpacked(counts) if isinstance(counts, str | bytes) else [int(count) for count in counts]
+    if sum(runs) != height * width or min(runs) < 0:
+        raise ValueError(f"run lengths of {sum(runs)} pixels for {height} x {width}")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return np.asarray(flat.reshape(width, height).T)
+
+
+def classes_of_pixels(data: Detection, row: int) -> NDArray[np.uint8]:
+    """(height, width) uint8 map of a picture, from its own file or from its outlines, smaller objects on top.
+
+    Crowds are ignored, and so is the box of an object without outline.
+
+    Raises:
+        BrokenPicture: its file cannot be read, or has another size.
+    """
+    width, height = (int(side) for side in data.sizes[row])
+    if data.label_map is not None:
+        found = data.label_map(row)
+        if found.shape != (height, width):
+            raise BrokenPicture(f"its map of classes is {found.shape[1]} x {found.shape[0]}, not {width} x {height}")
+        return found
+    return drawn(data.objects[row], (width, height))
+
+
+def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """(height, width) uint8 map of some objects."""
+    found = np.zeros((size[1], size[0]), np.uint8)
+    for place in np.argsort(-objects.areas, kind="stable").tolist():
+        left, top, right, bottom = objects.boxes[place]
+        window = np.s_[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))]
+        outline = objects.outlines[place]
+        try:
+            inside = filled(outline, size)
+        except ValueError as error:
+            raise BrokenPicture(f"an outline of it is broken: {error}") from error
+        if outline is None:
+            inside[window] = True
+        found[inside] = IGNORE if objects.crowd[place] or outline is None else objects.labels[place] + 1
+    return found
+
+
+def map_canvases(data: Detection, size: int) -> tuple[Tensor, dict[int, str]]:
+    """The maps of all pictures, laid out as their canvases are, padding ignored.
+
+    Returns:
+        (n, size, size) uint8, and row and reason of the maps that are broken: these are ignored wholly.
+    """
+    broken: dict[int, str] = {}
+    found = torch.full((len(data), size, size), IGNORE, dtype=torch.uint8)
+    for row in track(range(len(data)), len(data), f"masks {data.name}"):
+        width, height = (int(side) for side in canvas.extent((int(data.sizes[row, 0]), int(data.sizes[row, 1])), size))
+        try:
+            whole = Image.fromarray(classes_of_pixels(data, row))
+        except BrokenPicture as error:
+            broken[row] = str(error)
+            continue
+        small = np.array(whole.resize((width, height), Image.Resampling.NEAREST))
+        found[row, :height, :width] = torch.from_numpy(small)
+    return found, broken
+
+
+def need_masks(data: Detection) -> None:
+    """Raise UsageError where the data has neither maps nor outlines, or more classes than a map has numbers."""
+    if len(data.classes) >= IGNORE:
+        raise UsageError(f"{data.spec}: {len(data.classes)} categories; a map of classes holds at most {IGNORE - 1}")
+    outlines = (outline for one in data.objects for outline in one.outlines)
+    if data.label_map is None and not any(outline is not None for outline in outlines):
+        raise UsageError(f"{data.spec}: its objects have boxes alone; segment needs outlines or maps of classes")
+
+
+def _unpacked(packed: str | bytes) -> list[int]:
+    """Run lengths from COCO's characters: 5 bits each, low ones first, one for more; from the 4th on differences."""
+    codes = packed.encode() if isinstance(packed, str) else packed
+    runs: list[int] = []
+    place = 0
+    while place < len(codes):
+        value, shift, more = 0, 0, True
+        while more:
+            if place == len(codes):
+                raise ValueError("packed run lengths end within a number")
+            code = codes[place] - 48
+            value |= (code & 0x1F) << shift
+            more, place, shift = bool(code & 0x20), place + 1, shift + 5
+            if not more and code & 0x10:
+                value |= -1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs

@@ -1,0 +1,101 @@
+"""Colour operations of AutoAugment and RandAugment on batches of canvases, each picture with its own strength.
+
+Constants as in the authors' detection code (reference selftraining.md §1.2); lengths in pixels are meant for canvases
+of 640 and scale with the canvas. `inside` (b, s, s) bool says which pixels of a canvas belong to its picture.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FILL = 128
+MOST = 10  # the largest level
+DESIGNED_FOR = 640  # pixels, the canvas for which lengths are given
+
+
+def equalise(pixels: Tensor, inside: Tensor) -> Tensor:
+    """Flatten the histogram of each channel, as Pillow's ImageOps.equalize does: (b, 3, s, s) uint8 -> the same."""
+    batch, channels = pixels.shape[:2]
+    planes = pixels.flatten(2).long()
+    offset = torch.arange(batch * channels, device=pixels.device).view(batch, channels, 1) * 256
+    weight = inside.flatten(1)[:, None].expand_as(planes).flatten().double()
+    flat = torch.bincount((planes + offset).flatten(), weights=weight, minlength=batch * channels * 256)
+    histogram = flat.view(batch, channels, 256).long()
+    filled = histogram > 0
+    last = torch.where(filled, torch.arange(256, device=pixels.device), 0).amax(2, keepdim=True)
+    step = (histogram.sum(2, keepdim=True) - histogram.gather(2, last)) // 255
+    before = histogram.cumsum(2) - histogram
+    table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
+    same = torch.arange(256, device=pixels.device).expand_as(table)
+    table = torch.where((step == 0) | (filled.sum(2, keepdim=True) <= 1), same, table)
+    return table.gather(2, planes).to(torch.uint8).view_as(pixels)
+
+
+def solarise(pixels: Tensor, level: float) -> Tensor:
+    """Invert what is at least as bright as the threshold 256 * level / 10."""
+    return torch.where(pixels < 256 * level / MOST, pixels, 255 - pixels)
+
+
+def solarise_add(pixels: Tensor, level: float) -> Tensor:
+    """Add 110 * level / 10 to what is darker than 128."""
+    brighter = (pixels.int() + int(110 * level / MOST)).clamp(max=255).to(torch.uint8)
+    return torch.where(pixels < 128, brighter, pixels)
+
+
+def colour(pixels: Tensor, level: float) -> Tensor:
+    """Blend with the grey picture: factor 1.8 * level / 10 + 0.1, 1 leaves it as it is."""
+    factor = 1.8 * level / MOST + 0.1
+    wide = pixels.float()
+    weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device).view(1, 3, 1, 1)
+    grey = (wide * weights).sum(1, keepdim=True).round()
+    return (grey + factor * (wide - grey)).round().clamp(0, 255).to(torch.uint8)
+
+
+def sharpness(pixels: Tensor, level: float) -> Tensor:
+    """Blend with a smoothed picture: factor 1.8 * level / 10 + 0.1; the outermost pixels stay."""
+    factor = 1.8 * level / MOST + 0.1
+    wide = pixels.float()
+    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = wide.clone()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(wide, kernel / 13, groups=3).round()
+    return (smooth + factor * (wide - smooth)).round().clamp(0, 255).to(torch.uint8)
+
+
+def cutout(pixels: Tensor, extents: Tensor, level: float, draws: Tensor) -> Tensor:
+    """Grey out a square of 2 * 100 * level / 10 pixels around a random place of the picture.
+
+    Args:
+        extents: (b, 2) float32, width and height of the picture on its canvas.
+        draws: (b, 2) in [0, 1), where the square's centre lies, from left and top.
+    """
+    side = pixels.shape[-1]
+    half = 100 * level / MOST * side / DESIGNED_FOR
+    place = torch.arange(side, device=pixels.device) + 0.5
+    centre = draws * extents
+    columns = (place - centre[:, :1]).abs() <= half
+    rows = (place - centre[:, 1:]).abs() <= half
+    return torch.where((rows[:, :, None] & columns[:, None])[:, None], FILL, pixels)
+
+
+def translate_only_boxes(pixels: Tensor, boxes: Tensor, chosen: Tensor, level: float, signs: Tensor) -> Tensor:
+    """Shift what lies within each chosen box down or up by 120 * level / 10 pixels, within the box; the boxes stay.
+
+    Args:
+        boxes: (b, m, 4) float32 x1, y1, x2, y2.
+        chosen: (b, m) bool.
+        signs: (b, m) of -1 and 1; 1 shifts down.
+    """
+    out = pixels.clone()
+    length = round(120 * level / MOST * pixels.shape[-1] / DESIGNED_FOR)
+    for picture, number in chosen.nonzero().tolist():
+        x1, y1, x2, y2 = (int(value) for value in boxes[picture, number].round().tolist())
+        content = out[picture, :, y1:y2, x1:x2].clone()
+        shift = min(length, content.shape[1])
+        moved = torch.full_like(content, FILL)
+        if signs[picture, number] > 0:
+            moved[:, shift:] = content[:, : content.shape[1] - shift]
+        else:
+            moved[:, : content.shape[1] - shift] = content[:, shift:]
+        out[picture, :, y1:y2, x1:x2] = moved
+    return out

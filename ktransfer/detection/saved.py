@@ -1,0 +1,80 @@
+"""Detectors as files: safetensors that say themselves what they hold."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import nn
+
+from ktransfer import files
+from ktransfer.detection import detectors, trunks
+from ktransfer.detection.detectors import Settings
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a detector is: its trunk's network, the pyramid on it, the heads, and the classes that it tells."""
+
+    network: Network
+    neck: str
+    settings: Settings
+    classes: tuple[str, ...]
+    size: int
+    channels: int = 256
+    """Of the pyramid and the heads."""
+
+
+def make(described: Described, seed: int, weights: Path | None = None, foreign: bool = False) -> nn.Module:
+    """A detector of that kind: its trunk with the weights of a file (see `trunks.build`), the rest by the seed."""
+    settings = described.settings
+    trunk = trunks.build(described.network, weights, described.neck, settings.norm, seed, described.channels, foreign)
+    return detectors.build(trunk, len(described.classes), described.size, settings, seed)
+
+
+def save(path: Path, model: nn.Module, described: Described) -> None:
+    """Write the weights of a detector and what it is."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    # One entry: safetensors writes several in an order that differs from run to run.
+    files.write_bytes(path, serialise(state, {"detector": json.dumps(asdict(described))}))
+
+
+def describe(path: Path) -> Described:
+    """What a file of `save` holds.
+
+    Raises:
+        UsageError: missing, not safetensors, or no detector of ktransfer.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = json.loads((handle.metadata() or {})["detector"])
+        network, settings = Network(**found["network"]), Settings(**found["settings"])
+        return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"])
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give the model.safetensors") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: holds no detector; give the model.safetensors of a selftrain step") from error
+
+
+def load(path: Path) -> tuple[nn.Module, Described]:
+    """The detector of a file, on the CPU.
+
+    Raises:
+        UsageError: as `describe`, or weights that do not fit.
+    """
+    described = describe(path)
+    settings = described.settings
+    trunk = trunks.build(
+        described.network, None, described.neck, settings.norm, 0, described.channels, filled_later=True
+    )
+    model = detectors.build(trunk, len(described.classes), described.size, settings, 0)
+    with safe_open(path, framework="pt") as handle:
+        state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: its weights do not fit: {' '.join(str(error).split())}") from error
+    return model, described

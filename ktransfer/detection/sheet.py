@@ -1,0 +1,52 @@
+"""What a detector is shown: augmented pictures with their boxes, as one picture."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
+
+from ktransfer import files
+from ktransfer.detection.data import Detection
+from ktransfer.detection.losses import truth
+from ktransfer.detection.strengths import Boxed, augment
+from ktransfer.pictures import Pictures
+
+COLUMNS = 4
+
+
+def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str, seed: int, count: int = 8) -> None:
+    """Write the first pictures as they are and, below each row of them, as epochs 0 and 1 show them (PNG)."""
+    rows = torch.arange(min(count, len(data)))
+    pixels, valid = source.batch(rows)
+    rows, pixels = rows[valid], pixels[valid]
+    known = truth(data, source.size, torch.device("cpu"))
+    most = max([1, *(len(known.boxes[row]) for row in rows.tolist())])
+    boxes, kept = torch.zeros(len(rows), most, 4), torch.zeros(len(rows), most, dtype=torch.bool)
+    for place, row in enumerate(rows.tolist()):
+        own = known.boxes[row]
+        boxes[place, : len(own)], kept[place, : len(own)] = own, True
+    plain = Boxed(pixels, known.extents[rows], boxes, kept)
+    shown = [plain, *(augment(plain, strength, rows, seed, epoch)[0] for epoch in (0, 1))]
+    tiles: list[Tensor] = []
+    for start in range(0, len(rows), COLUMNS):
+        for batch in shown:
+            tiles += [_drawn(batch, place) for place in range(start, min(start + COLUMNS, len(rows)))]
+            tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)
+    if tiles:
+        grid = make_grid(torch.stack(tiles), nrow=COLUMNS, padding=4)
+        files.write_whole(path, lambda part: to_pil_image(grid).save(part, format="PNG"))
+
+
+def _drawn(batch: Boxed, place: int) -> Tensor:
+    """(3, s, s) uint8 with the boxes of one picture; where the canvas holds no picture it is black."""
+    side = batch.pixels.shape[-1]
+    middle = torch.arange(side) + 0.5
+    width, height = batch.extents[place]
+    pixels: Tensor = batch.pixels[place] * ((middle < height)[:, None] & (middle < width))
+    boxes = batch.boxes[place][batch.kept[place]]
+    if not len(boxes):
+        return pixels
+    drawn: Tensor = draw_bounding_boxes(pixels, boxes, colors="yellow", width=max(1, side // 160))
+    return drawn

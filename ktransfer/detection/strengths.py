@@ -1,0 +1,203 @@
+"""Augment-S1 .. S4 of Zoph et al. (reference selftraining.md §1.2), on batches of canvases with their boxes.
+
+S1 mirrors and crops; S2 adds AutoAugment (policy v0); S3 is S2 with a wide range of scales; S4 takes RandAugment
+(magnitude 10) instead. Colour operations come first, on the canvas as it is; all moves (policy, mirror, scale, crop)
+are one affine map, so that a picture is resampled once. All draws are functions of (seed, epoch, row).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ktransfer import rng
+
+from . import geometry, operations
+
+Step = tuple[str, float, float]
+"""Operation, probability, level."""
+
+
+class Strength(NamedTuple):
+    """One of the four.
+
+    Attributes:
+        scales: the smallest and the largest factor of the scale.
+        policy: none, autoaugment or randaugment.
+    """
+
+    scales: tuple[float, float]
+    policy: str
+
+
+STRENGTHS = {
+    "none": Strength((1.0, 1.0), "none"),
+    "S1": Strength((0.8, 1.2), "none"),
+    "S2": Strength((0.8, 1.2), "autoaugment"),
+    "S3": Strength((0.5, 2.0), "autoaugment"),
+    "S4": Strength((0.5, 2.0), "randaugment"),
+}
+# AutoAugment's policy v0 for detection; one of the five is drawn for each picture.
+POLICY: tuple[tuple[Step, Step], ...] = (
+    (("translate-x", 0.6, 4), ("equalise", 0.8, 10)),
+    (("translate-only-boxes", 0.2, 2), ("cutout", 0.8, 8)),
+    (("sharpness", 0.0, 8), ("shear-x", 0.4, 0)),
+    (("shear-y", 1.0, 2), ("translate-only-boxes", 0.6, 6)),
+    (("rotate", 0.6, 10), ("colour", 1.0, 6)),
+)
+RANDOM = (
+    "equalise",
+    "solarise",
+    "colour",
+    "cutout",
+    "solarise-add",
+    "translate-x",
+    "translate-y",
+    "shear-x",
+    "shear-y",
+    "rotate",
+)
+MAGNITUDE = 10
+LAYERS = 2  # operations of RandAugment for each picture; not known of the paper
+ONLY_BOXES = 1 / 3  # of an operation's probability is what each box has of it
+SMALLEST = 1.0  # pixels: boxes with a shorter side are dropped
+MOVES = ("translate-x", "translate-y", "shear-x", "shear-y", "rotate")
+
+
+class Boxed(NamedTuple):
+    """Canvases with their boxes.
+
+    Attributes:
+        pixels: (b, 3, s, s) uint8; the picture is at the top left.
+        extents: (b, 2) float32, width and height of the picture.
+        boxes: (b, m, 4) float32 x1, y1, x2, y2 in pixels of the canvas.
+        kept: (b, m) bool, false where there is no box.
+    """
+
+    pixels: Tensor
+    extents: Tensor
+    boxes: Tensor
+    kept: Tensor
+
+
+def augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) -> tuple[Boxed, Tensor]:
+    """Augment a batch.
+
+    Args:
+        strength: a key of STRENGTHS; "none" leaves all as it is.
+        rows: (b,) int64, which pictures these are: they key the draws.
+
+    Returns:
+        The batch, boxes that are cut away no longer `kept`; and (b, 2, 3) float32, the maps by which masks and polygons
+        follow (`geometry`). What the policy moves in from beyond the picture's edge is grey.
+    """
+    chosen = STRENGTHS[strength]
+    side = batch.pixels.shape[-1]
+    if strength == "none":
+        return batch, geometry.identity(len(rows), batch.pixels.device)
+    pixels, maps = batch.pixels, geometry.identity(len(rows), batch.pixels.device)
+    for layer, drawn in enumerate(_draw(chosen.policy, rows, seed, epoch)):
+        draws = rng.uniform(seed, f"detection/operation{layer}", epoch, rows, 4)
+        pixels = _colours(pixels, batch, drawn, draws, rows, seed, epoch, layer)
+        maps = geometry.then(maps, _moves(batch, drawn, draws))
+    fitted, window = _fit(batch.extents, chosen.scales, side, rngs=rng.uniform(seed, "detection/fit", epoch, rows, 4))
+    maps = geometry.then(maps, fitted)
+    boxes = geometry.move_boxes(batch.boxes, maps, window)
+    kept = batch.kept & ((boxes[..., 2:] - boxes[..., :2]) >= SMALLEST).all(2)
+    moved = geometry.move_pixels(pixels, maps, batch.extents)
+    return Boxed(moved, window[:, 2:], torch.where(kept[..., None], boxes, 0.0), kept), maps
+
+
+def _draw(policy: str, rows: Tensor, seed: int, epoch: int) -> list[list[Step]]:
+    """For each layer the operation of each picture, with its level and whether it is done (probability 0 or 1)."""
+    if policy == "none":
+        return []
+    if policy == "randaugment":
+        numbers = rng.integers(seed, "detection/randaugment", epoch, rows, LAYERS, len(RANDOM)).T.tolist()
+        return [[(RANDOM[number], 1.0, MAGNITUDE) for number in layer] for layer in numbers]
+    which = rng.integers(seed, "detection/autoaugment", epoch, rows, 1, len(POLICY))[:, 0].tolist()
+    coins = rng.uniform(seed, "detection/autoaugment-coin", epoch, rows, 2).T.tolist()
+    layers: list[list[Step]] = []
+    for layer, coin in enumerate(coins):
+        steps = [POLICY[number][layer] for number in which]
+        layers.append([_tossed(step, value) for step, value in zip(steps, coin, strict=True)])
+    return layers
+
+
+def _tossed(step: Step, coin: float) -> Step:
+    """Operations on single boxes keep their probability: it is tossed for each box."""
+    name, probability, level = step
+    return (name, probability if name == "translate-only-boxes" else float(coin < probability), level)
+
+
+def _colours(
+    pixels: Tensor, batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed: int, epoch: int, layer: int
+) -> Tensor:
+    """Do the operations that leave boxes where they are, all pictures of one kind together."""
+    out = pixels
+    for name, probability, level in sorted({step for step in steps if step[0] not in MOVES and step[1] > 0}):
+        at = torch.tensor([step == (name, probability, level) for step in steps], device=pixels.device)
+        some, extents = pixels[at], batch.extents[at]
+        if name == "equalise":
+            place = torch.arange(pixels.shape[-1], device=pixels.device)
+            inside = (place < extents[:, 1:])[:, :, None] & (place < extents[:, :1])[:, None]
+            some = operations.equalise(some, inside)
+        elif name == "solarise":
+            some = operations.solarise(some, level)
+        elif name == "solarise-add":
+            some = operations.solarise_add(some, level)
+        elif name == "colour":
+            some = operations.colour(some, level)
+        elif name == "sharpness":
+            some = operations.sharpness(some, level)
+        elif name == "cutout":
+            some = operations.cutout(some, extents, level, draws[at, :2])
+        else:
+            count = batch.boxes.shape[1]
+            tossed = rng.uniform(seed, f"detection/boxes{layer}", epoch, rows[at], 2 * count)
+            signs = torch.where(tossed[:, count:] < 0.5, -1, 1)
+            hit = batch.kept[at] & (tossed[:, :count] < probability * ONLY_BOXES)
+            some = operations.translate_only_boxes(some, batch.boxes[at], hit, level, signs)
+        out = out.clone() if out is pixels else out
+        out[at] = some
+    return out
+
+
+def _moves(batch: Boxed, steps: list[Step], draws: Tensor) -> Tensor:
+    """(b, 2, 3) the moves of one layer of a policy, around the middle of each picture."""
+    device = draws.device
+    sign = torch.where(draws[:, 3] < 0.5, -1.0, 1.0)
+
+    def amount(name: str, most: float) -> Tensor:
+        """`most` times the level, signed, where this is the operation; 0 elsewhere."""
+        levels = [level / operations.MOST if kind == name and done > 0 else 0.0 for kind, done, level in steps]
+        return torch.tensor(levels, device=device) * most * sign
+
+    pixels = 250 * batch.pixels.shape[-1] / operations.DESIGNED_FOR
+    by = torch.stack([amount("translate-x", pixels), amount("translate-y", pixels)], dim=1)
+    angle = amount("rotate", math.radians(30))
+    cosine, sine = angle.cos(), angle.sin()
+    rotation = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+    shear = torch.eye(2, device=device).repeat(len(steps), 1, 1)
+    shear[:, 0, 1], shear[:, 1, 0] = amount("shear-x", 0.3), amount("shear-y", 0.3)
+    centre = batch.extents / 2
+    return geometry.then(geometry.around(centre, rotation @ shear), geometry.shift(by))
+
+
+def _fit(extents: Tensor, scales: tuple[float, float], side: int, rngs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mirror half of the pictures, scale them, and cut out the canvas at a random place of what is larger.
+
+    Returns:
+        (b, 2, 3) maps, and (b, 4) where the picture then is on its canvas: x1, y1, x2, y2.
+    """
+    factor = scales[0] + (scales[1] - scales[0]) * rngs[:, :1]
+    scale = (factor * side / extents).amin(1, keepdim=True)
+    offset = (rngs[:, 1:3] * (scale * extents - side).clamp(min=0)).floor()
+    mirrored = rngs[:, 3] < 0.5
+    maps = geometry.identity(len(extents), extents.device) * scale[:, :, None]
+    maps[:, :, 2] = -offset
+    maps[mirrored, 0, 0] *= -1
+    maps[mirrored, 0, 2] += (scale * extents)[mirrored, 0]
+    corner = (scale * extents - offset).clamp(max=side)
+    return maps, torch.cat([torch.zeros_like(corner), corner], dim=1)

@@ -1,0 +1,170 @@
+"""PASCAL VOC: a VOCdevkit with one year or several, boxes from its XML files, masks from SegmentationClass."""
+
+import hashlib
+import xml.etree.ElementTree as ElementTree
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ktransfer import images
+from ktransfer.dataset import UNKNOWN
+from ktransfer.detection.data import Detection, Objects, objects_of, summary
+from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.folders import file_size
+
+CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+_LARGEST_XML = 10_000_000  # bytes; no entity of a document is expanded beyond what it weighs
+
+
+def years(root: Path) -> list[Path]:
+    """The folders VOC2007, VOC2012, ... of a VOCdevkit, of the folder that holds it, or the folder itself."""
+    for place in (root, root / "VOCdevkit"):
+        if (place / "ImageSets" / "Main").is_dir():
+            return [place]
+        found = sorted(one for one in place.glob("VOC[0-9]*") if (one / "ImageSets" / "Main").is_dir())
+        if found:
+            return found
+    return []
+
+
+def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Detection, Detection]:
+    """Training and test part: `trainval` of all years against every `test` that has boxes, else `train` against `val`.
+
+    Args:
+        lists: "Main" for all pictures, "Segmentation" for those with masks.
+
+    Raises:
+        UsageError: a list or an XML file is missing or broken.
+    """
+    tested = [
+        (year, names) for year in folders if (names := _listed(year, lists, "test")) and _xml(year, names[0]).is_file()
+    ]
+    learned, judged = (
+        ("trainval", tested) if tested else ("train", [(year, _listed(year, lists, "val")) for year in folders])
+    )
+    train = [(year, _listed(year, lists, learned)) for year in folders]
+    if not any(names for _, names in train) or not any(names for _, names in judged):
+        raise UsageError(
+            f"{spec}: {folders[0]}/ImageSets/{lists} lists no pictures for training or none for testing; it needs "
+            "trainval.txt and test.txt, or train.txt and val.txt"
+        )
+    return read(spec, learned, train), read(spec, "test" if tested else "val", judged)
+
+
+def read(spec: str, part: str, listed: list[tuple[Path, list[str]]]) -> Detection:
+    """The pictures of some lists, with the twenty classes, or those that are found where there are others.
+
+    Coordinates of VOC count pixels from 1, both ends included: x0 and y0 are lowered by one.
+
+    Raises:
+        UsageError: an XML file is missing or broken.
+    """
+    rows = [(year, name) for year, names in listed for name in names]
+    trees = [_tree(_xml(year, name)) for year, name in rows]
+    names = {_text(one, "name") for tree in trees for one in tree.iter("object")}
+    classes = CLASSES if names <= set(CLASSES) else tuple(sorted(names))
+    sizes = [(int(_text(tree, "size/width")), int(_text(tree, "size/height"))) for tree in trees]
+    counts: dict[str, int] = {}
+    objects = tuple(_objects(tree, classes, size, counts) for tree, size in zip(trees, sizes, strict=True))
+    places = [year / "JPEGImages" / f"{name}.jpg" for year, name in rows]
+    bytes_of = [file_size(str(place)) for place in places]
+    if missing := sum(size < 0 for size in bytes_of):
+        counts["pictures that are not there"] = missing
+    if missing == len(places):
+        raise UsageError(f"{spec}: none of its pictures is there, for example {places[0]}; unpack them")
+    summary(f"{spec} {part}", counts)
+    keys = tuple(f"{year.name}/{name}" for year, name in rows)
+    digest = hashlib.sha256(repr((keys, bytes_of, sizes, classes)).encode())
+    for one in objects:
+        for array in one[:5]:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    masks = [year / "SegmentationClass" / f"{name}.png" for year, name in rows]
+    return Detection(
+        spec=spec,
+        name=f"voc-{part}",
+        keys=keys,
+        targets=np.full(len(keys), UNKNOWN, np.int32),
+        classes=classes,
+        fingerprint=digest.hexdigest(),
+        read=lambda row, short_side: images.decode(places[row], short_side),
+        short_side=lambda row: min(sizes[row]),
+        reader=lambda row: partial(images.decode, places[row]),
+        sizes=np.array(sizes, np.int32),
+        objects=objects,
+        ids=keys,
+        category_ids=tuple(range(1, len(classes) + 1)),
+        label_map=lambda row: _label_map(masks[row]),
+        counts=counts,
+    )
+
+
+def _listed(year: Path, lists: str, part: str) -> list[str]:
+    path = year / "ImageSets" / lists / f"{part}.txt"
+    names = (
+        [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path.is_file()
+        else []
+    )
+    wrong = next((name for name in names if "/" in name or "\\" in name or name.startswith(".")), None)
+    if wrong is not None:
+        raise UsageError(f"{path}: {wrong!r} leads out of the folder; a list of VOC has plain names")
+    if len(set(names)) < len(names):
+        raise UsageError(f"{path}: names a picture twice; each must be there once")
+    return names
+
+
+def _xml(year: Path, name: str) -> Path:
+    return year / "Annotations" / f"{name}.xml"
+
+
+def _tree(path: Path) -> ElementTree.Element:
+    try:
+        if path.stat().st_size > _LARGEST_XML:
+            raise UsageError(f"{path}: over {_LARGEST_XML:,} bytes; no annotation of VOC is so large")
+        text = path.read_text(encoding="utf-8")
+        if "<!DOCTYPE" in text:
+            raise UsageError(f"{path}: declares entities; an annotation of VOC has none")
+        return ElementTree.fromstring(text)
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); every picture of a list has its annotation") from error
+
+
+def _text(element: ElementTree.Element, name: str) -> str:
+    found = element.findtext(name)
+    if not found or not found.strip():
+        raise UsageError(f"an annotation of VOC ({element.findtext('filename') or element.tag}) lacks {name}; mend it")
+    return found.strip()
+
+
+def _objects(
+    tree: ElementTree.Element, classes: tuple[str, ...], size: tuple[int, int], counts: dict[str, int]
+) -> Objects:
+    found = list(tree.iter("object"))
+    try:
+        corners = [[float(_text(one, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")] for one in found]
+    except ValueError as error:
+        raise UsageError(f"{tree.findtext('filename')}: a box is no number ({error}); mend its annotation") from error
+    return objects_of(
+        [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners],
+        [classes.index(_text(one, "name")) for one in found],
+        size,
+        counts,
+        difficult=[(one.findtext("difficult") or "0").strip() == "1" for one in found],
+    )
+
+
+def _label_map(path: Path) -> NDArray[np.uint8]:
+    """(height, width) uint8 of a palette PNG: 0 background, classes from 1, 255 ignored."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.mode != "P":
+                raise BrokenPicture(f"{path.name}: no palette picture of classes")
+            return np.asarray(image)
+    except OSError as error:
+        raise BrokenPicture(f"{path.name}: {error.strerror or error}") from error

@@ -1,0 +1,168 @@
+"""Pseudo-boxes: what a teacher sees in pictures without boxes, as a COCO file that other frameworks read too."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer import files
+from ktransfer.dataset import UNKNOWN, Dataset
+from ktransfer.detection.answers import Answer
+from ktransfer.detection.data import Detection, Objects, objects_of
+from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.machine import cores
+from ktransfer.progress import bar
+
+UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
+
+
+def without_boxes(data: Dataset, like: Detection) -> Detection:
+    """The pictures of any data set with their sizes and no objects; `classes` are those of `like`.
+
+    Each picture is decoded once, as its size is nowhere stated.
+    """
+    if isinstance(data, Detection):
+        sizes = data.sizes
+    else:
+        with bar(len(data), "sizes") as shown, ThreadPoolExecutor(cores()) as pool:
+            found: list[tuple[int, int]] = []
+            for size in pool.map(lambda row: _size(data, row), range(len(data))):
+                found.append(size)
+                shown.update(1)
+        sizes = np.array(found, np.int32)
+    none = objects_of([], [], (1, 1), {})
+    return Detection(
+        spec=data.spec,
+        name=data.name,
+        keys=data.keys,
+        targets=np.full(len(data), UNKNOWN, np.int32),
+        classes=like.classes,
+        fingerprint=data.fingerprint,
+        read=data.read,
+        short_side=data.short_side,
+        reader=data.reader,
+        sizes=sizes,
+        objects=(none,) * len(data),
+        ids=tuple(range(1, len(data) + 1)),
+        category_ids=like.category_ids,
+    )
+
+
+def _size(data: Dataset, row: int) -> tuple[int, int]:
+    try:
+        height, width = data.read(row, None).shape[:2]
+    except BrokenPicture:
+        return UNREADABLE
+    return width, height
+
+
+def write(path: Path, data: Detection, answers: Mapping[int, Answer], about: dict[str, Any]) -> None:
+    """Write the boxes of the pictures that could be read, with scores, as COCO's format has them.
+
+    Args:
+        answers: row of `data` -> boxes in pixels of the picture.
+        about: goes into `info`.
+    """
+    pictures: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
+    for row, answer in sorted(answers.items()):
+        width, height = (int(side) for side in data.sizes[row])
+        pictures.append({"id": data.ids[row], "file_name": data.keys[row], "width": width, "height": height})
+        for box, score, label in zip(*(part.tolist() for part in answer), strict=True):
+            x1, y1, x2, y2 = (round(value, 2) for value in box)
+            wide, high = round(x2 - x1, 2), round(y2 - y1, 2)
+            notes.append(
+                {
+                    "id": len(notes) + 1,
+                    "image_id": data.ids[row],
+                    "category_id": data.category_ids[label],
+                    "bbox": [x1, y1, wide, high],
+                    "area": round(wide * high, 2),
+                    "iscrowd": 0,
+                    "score": round(score, 6),
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in zip(data.category_ids, data.classes, strict=True)]
+    files.write_json(path, {"info": about, "images": pictures, "annotations": notes, "categories": categories})
+
+
+def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
+    """`data` with the boxes of a COCO file, ours or others', and the rows that the file lists.
+
+    Pictures are found by their file name, classes by their name. Boxes with a `score` below the threshold are left out;
+    those without one count as certain.
+
+    Args:
+        threshold: one score, or one for each class.
+
+    Raises:
+        UsageError: no COCO file, pictures or classes that the data does not have.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        place = {key: row for row, key in enumerate(data.keys)}
+        by_id = {one["id"]: str(one["file_name"]) for one in held["images"]}
+        names = {one["id"]: str(one["name"]) for one in held["categories"]}
+        notes = [
+            (note["image_id"], note["category_id"], note["bbox"], note.get("score")) for note in held["annotations"]
+        ]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error
+    for what, known, wanted in (("pictures", by_id.values(), place), ("classes", names.values(), data.classes)):
+        strange = [name for name in known if name not in wanted]
+        if strange:
+            raise UsageError(
+                f"{path}: {len(strange)} of its {what} are not those of {data.spec}, such as {strange[0]}; give the "
+                "file that was made for these"
+            )
+    least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
+    found: dict[int, list[tuple[list[float], int]]] = {place[name]: [] for name in by_id.values()}
+    try:
+        for picture, category, (x, y, width, height), score in notes:
+            label = data.classes.index(names[category])
+            if score is None or score >= least[label]:
+                found[place[by_id[picture]]].append(([x, y, x + width, y + height], label))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
+    objects = list(data.objects)
+    for row, pairs in found.items():
+        width, height = (int(side) for side in data.sizes[row])
+        objects[row] = objects_of([box for box, _ in pairs], [label for _, label in pairs], (width, height), {})
+    return replace(data, objects=tuple(objects)), np.array(sorted(found), np.int64)
+
+
+def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least: float) -> NDArray[np.float64]:
+    """For each class the score at which a picture has on average as many pseudo-boxes as a labelled one has boxes.
+
+    Args:
+        least: no threshold is lower.
+
+    Returns:
+        (classes,) float64.
+    """
+    scores: list[list[float]] = [[] for _ in data.classes]
+    held = json.loads(path.read_text(encoding="utf-8"))
+    label = {number: place for place, number in enumerate(data.category_ids)}
+    for note in held["annotations"]:
+        scores[label[note["category_id"]]].append(float(note["score"]))
+    found = np.full(len(data.classes), least)
+    for place, own in enumerate(scores):
+        rate = sum(int((one.labels == place).sum()) for one in labelled.objects) / len(labelled)
+        wanted = round(rate * len(held["images"]))
+        ranked = sorted(own, reverse=True)
+        if wanted < len(ranked):
+            found[place] = max(least, ranked[wanted])
+    return found
+
+
+def count(objects: tuple[Objects, ...], classes: int) -> list[int]:
+    """How many boxes of each class there are."""
+    labels = np.concatenate([one.labels for one in objects]) if objects else np.zeros(0, np.int64)
+    return [int(number) for number in np.bincount(labels, minlength=classes)]

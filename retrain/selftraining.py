@@ -1,0 +1,307 @@
+"""Self-training of a detector: a teacher learns the labelled pictures, labels others, and a student learns both.
+
+After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable, with files between them,
+
+    selftrain/teacher/model.safetensors  selftrain/pseudo.json  selftrain/student/model.safetensors
+
+and a fourth that judges both (selftrain/scores.json).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktransfer import files, teachers
+from ktransfer.config import build, settings_of
+from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.detection import canvas, metrics, saved
+from ktransfer.detection.answers import detect
+from ktransfer.detection.data import Detection, fraction, load_ids, open_detection, save_ids, subset
+from ktransfer.detection.detectors import Settings
+from ktransfer.detection.losses import truth
+from ktransfer.detection.saved import Described
+from ktransfer.detection.sheet import draw_augmented
+from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import Network, check_arch, describe
+from ktransfer.pictures import readable
+from ktransfer.progress import say
+from ktransfer.run import begin, done_record, input_hash
+from ktransfer.teachers import Teacher
+from ktransfer.training import loop
+
+from . import boxes, student
+from .config import SelftrainConfig
+
+NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
+STAGE = "selftrain"
+SHEET = "augmented.png"
+
+
+class Data(NamedTuple):
+    """The pictures of a self-training: with boxes, without, and those that judge."""
+
+    labelled: Detection
+    unlabelled: Dataset | None
+    test: Detection
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the pictures that are labelled."""
+        return self.labelled.fingerprint
+
+
+def selftrain(run: str | Path, **options: Any) -> Path:
+    """Train a teacher, label pictures with it, train a student on both, and judge both on the test part.
+
+    Args:
+        run: the run folder; the stage writes below `run/selftrain`.
+        options: the fields of `SelftrainConfig`.
+
+    Returns:
+        The path of `scores.json`.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    run = Path(run)
+    config, data = check(run, options)
+    device = loop.choose_device(config)
+    weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
+    for number in range(1, config.rounds + 1):
+        end = "" if number == 1 else f"-{number}"
+        pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
+        weights.append(_train(run, config, data, device, f"student{end}", pseudo))
+    return _judge(run, config, data, device, {"teacher": weights[0], "student": weights[-1]})
+
+
+def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> tuple[SelftrainConfig, Data]:
+    """Everything that can be found wrong before the work; the settings, and the pictures.
+
+    Raises:
+        UsageError: one line for what is wrong.
+    """
+    config = build(SelftrainConfig, options, STAGE)
+    metrics.need_extra()
+    loop.choose_device(config)
+    if not config.labelled:
+        raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
+    if config.pseudo and (config.rounds > 1 or config.adaptive):
+        raise UsageError("--pseudo: boxes of others serve one round as they are; leave --rounds and --adaptive away")
+    whole, test = open_detection(config.labelled)
+    if config.ids and config.fraction < 1:
+        raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
+    rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
+    if config.fraction < 1:
+        rows = fraction(whole, config.fraction, config.seed, config.stratified)
+    left = np.setdiff1d(np.arange(len(whole)), rows)
+    labelled = subset(whole, rows)
+    if not any(len(one.boxes) for one in labelled.objects):
+        raise UsageError(f"--fraction {config.fraction}: no box among {len(rows)} pictures; take more")
+    unlabelled: Dataset | None = None
+    if config.unlabelled:
+        unlabelled = open_dataset(config.unlabelled)
+    elif len(left):
+        unlabelled = subset(whole, left)
+    else:
+        raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
+    if not config.teacher:
+        described, file, foreign = _described(run, config, labelled, pending)
+        if file is None or file.is_file():
+            saved.make(described, 0, file, foreign)  # what does not fit is found here
+    elif saved.describe(Path(config.teacher)).classes != whole.classes:
+        raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
+    if config.pseudo:
+        _known(boxes.without_boxes(unlabelled, labelled), Path(config.pseudo), config.threshold)
+    return config, Data(labelled, unlabelled, test)
+
+
+def _train(
+    run: Path, config: SelftrainConfig, data: Data, device: torch.device, name: str, pseudo: Path | None
+) -> Path:
+    """One training: of the teacher on the labelled pictures, or of a student on these and on pseudo-boxes."""
+    described, init, foreign = _described(run, config, data.labelled)
+    inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
+    if pseudo:
+        assert data.unlabelled is not None
+        inputs |= {"pseudo-boxes": input_hash(pseudo), "unlabelled": data.unlabelled.fingerprint}
+    with begin(
+        run,
+        STAGE,
+        name,
+        settings_of(config, "student" if pseudo else "teacher"),
+        inputs,
+        [name, f"{name}.ids.json"],
+        config.overwrite,
+        str(device),
+    ) as step:
+        folder, weights = step.folder / name, step.folder / name / "model.safetensors"
+        if step.done:
+            return weights
+        model: nn.Module = saved.make(described, config.seed, init, foreign)
+        how = described.network.normalise
+        pictures, facts = data.labelled, {"labelled": len(data.labelled)}
+        rows = torch.arange(len(pictures))
+        if pseudo:
+            threshold = _threshold(config, data, pseudo)
+            other, listed = _known(boxes.without_boxes(data.unlabelled, data.labelled), pseudo, threshold)  # type: ignore[arg-type]
+            if config.empty == "drop":
+                listed = listed[[len(other.objects[row].boxes) > 0 for row in listed.tolist()]]
+            counted = boxes.count(tuple(other.objects[row] for row in listed.tolist()), len(other.classes))
+            if not sum(counted):
+                raise StageError(
+                    f"selftrain: no pseudo-box reaches the score {config.threshold} in {len(listed)} pictures; train "
+                    "the teacher longer, or lower --threshold, with --overwrite"
+                )
+            facts |= {"pseudo-labelled": len(listed), "pseudo-boxes": sum(counted)}
+            say(f"{name}: {sum(counted)} pseudo-boxes in {len(listed)} pictures: {_by_class(other.classes, counted)}")
+            pictures = student.joined(data.labelled, subset(other, listed))
+            average = saved.make(described, config.seed, init, foreign) if config.ema else None
+            model = student.Student(model, average)
+            config = replace(config, epochs=config.student_epochs or config.epochs)
+        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures)
+        readable(source, torch.arange(len(pictures)), config.max_broken)
+        draw_augmented(folder / SHEET, data.labelled, source, config.augment, config.seed)
+        split = len(data.labelled)
+        weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
+        known = truth(pictures, config.size, device)
+        seed = config.seed if name == "teacher" else config.seed + 1
+        batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
+        if pseudo:
+            batches = partial(student.batches, rows, torch.arange(split, len(pictures)), config.batch, seed)
+        loss = student.losses(known, how, config.augment, seed, weighing, split, config.ema)
+        loop.fit(model, loss, source, batches, config, folder, device, name)
+        made = model.result() if isinstance(model, student.Student) else model
+        saved.save(weights, made, described)
+        save_ids(step.folder / f"{name}.ids.json", data.labelled, np.arange(split))
+        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
+        outputs = [weights, folder / SHEET, step.folder / f"{name}.ids.json"]
+        step.finish(outputs, broken=broken, result=facts)
+        loop.remove_checkpoint(folder)
+        say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")
+        return weights
+
+
+def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
+    """What a teacher sees in the unlabelled pictures, with scores from a little below the threshold on."""
+    name, other = f"pseudo{end}", data.unlabelled
+    assert other is not None
+    inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
+    with begin(
+        run, STAGE, name, settings_of(config, "pseudo"), inputs, [f"{name}.json"], config.overwrite, str(device)
+    ) as step:
+        path = step.folder / f"{name}.json"
+        if step.done:
+            return path
+        model, described = saved.load(teacher)
+        pictures = boxes.without_boxes(other, data.labelled)
+        settings = replace(described.settings, threshold=config.threshold)
+        source = canvas.canvases(pictures, described.size, config.workers, cache="off")
+        rows = torch.arange(len(pictures))
+        found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
+        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
+        boxes.write(path, pictures, found, about)
+        number = sum(len(answer.scores) for answer in found.values())
+        facts = {"pictures": len(found), "boxes": number}
+        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
+        step.finish([path], broken=broken, result=facts)
+        say(f"{name}: done; {number} boxes of score {config.threshold} and more in {len(found)} pictures; {path}")
+        return path
+
+
+def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
+    """The average precision of teacher and student on the test part."""
+    inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
+    with begin(
+        run, STAGE, "scores", settings_of(config, "scores"), inputs, ["scores.json"], config.overwrite, str(device)
+    ) as step:
+        path = step.folder / "scores.json"
+        if not step.done:
+            found: dict[str, Any] = {}
+            for name, weights in arms.items():
+                model, described = saved.load(weights)
+                settings = replace(described.settings, threshold=config.test_threshold)
+                source = canvas.canvases(data.test, described.size, config.workers, cache="off")
+                rows = torch.arange(len(data.test))
+                answers = detect(
+                    model.to(device), data.test, source, rows, described.size, settings, device, label=f"judge {name}"
+                )
+                found[name] = metrics.scores(data.test, answers, config.seed)
+            pictures = {"labelled": len(data.labelled), "test": len(data.test)}
+            files.write_json(
+                path, {"schema": 1, "data": pictures, "test_threshold": config.test_threshold, "scores": found}
+            )
+            step.finish([path])
+        print(_table(files.read_json(path)))
+        return path
+
+
+def _described(
+    run: Path, config: SelftrainConfig, data: Detection, pending: Mapping[str, Any] | None = None
+) -> tuple[Described, Path | None, bool]:
+    """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
+    network, weights, foreign = _backbone(run, config, pending)
+    settings = Settings(config.detector, config.norm, threshold=config.test_threshold)
+    network = replace(network, size=config.size)
+    described = Described(network, NECKS[config.detector], settings, data.classes, config.size, config.channels)
+    return described, weights, foreign
+
+
+def _backbone(
+    run: Path, config: SelftrainConfig, pending: Mapping[str, Any] | None
+) -> tuple[Network, Path | None, bool]:
+    if config.init == "random":
+        check_arch(config.backbone, config.width)
+        return Network(config.backbone, config.width, 4, config.size, 0, "imagenet", "random"), None, False
+    if config.init == "run":
+        path = run / "retrain" / "model.safetensors"
+        if pending and "retrain" in pending:
+            made = pending["retrain"]
+            return Network(made.arch, made.width, made.stride, made.size, 0, "imagenet", "pseudo-labels"), path, False
+        done_record(run, "retrain", "retrain", "retrain")
+        return replace(describe(path), classes=0), path, False
+    named = config.init.startswith(("torchvision:", "timm:"))
+    ours = config.init.endswith(teachers.SAFETENSORS)
+    found: Teacher = teachers.find(config.init, None if named or ours else config.backbone, None, 0)
+    if found.weights is None:
+        raise UsageError(f"--init {config.init}: has no weights; give a network")
+    return replace(found.network, classes=0 if ours else found.network.classes), found.weights, found.foreign
+
+
+def _known(data: Detection, path: Path, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
+    return boxes.read(path, data, threshold)
+
+
+def _threshold(config: SelftrainConfig, data: Data, pseudo: Path) -> float | NDArray[np.float64]:
+    if not config.adaptive:
+        return config.threshold
+    assert data.unlabelled is not None
+    other = boxes.without_boxes(data.unlabelled, data.labelled)
+    return boxes.adaptive_thresholds(data.labelled, pseudo, other, config.threshold)
+
+
+def _by_class(classes: tuple[str, ...], counted: list[int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in zip(classes, counted, strict=True))
+
+
+def _table(result: dict[str, Any]) -> str:
+    """Average precision in per cent with 95 % intervals over resampled pictures."""
+    names = ("AP", "AP50", "AP75", "VOC07")
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm, found in result["scores"].items():
+        cells = []
+        for name in names:
+            low, high = found[f"{name}_interval"]
+            cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    pictures = result["data"]
+    return "\n".join(lines) + (
+        f"\n\n{pictures['labelled']} labelled pictures, {pictures['test']} to test; scores from "
+        f"{result['test_threshold']} on.\n"
+    )

@@ -1,0 +1,204 @@
+"""The student's loss: human and pseudo-boxes in one batch, weighed against each other.
+
+With the plain sum of both losses the paper's training was unstable; it normalises by moving averages. The formula here
+is a recollection of its Appendix B, which could not be read (reference selftraining.md §1.5.1): with L_h, L_p the two
+losses, mean() their moving averages, without gradient, and weight a,
+
+    L = (L_h + a * mean(L_h) / mean(L_p) * L_p) / (1 + a)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktransfer.detection import canvas, detectors
+from ktransfer.detection.data import Detection
+from ktransfer.detection.losses import Truth
+from ktransfer.detection.strengths import Boxed, augment
+from ktransfer.training import loop
+from ktransfer.training.loop import Batch
+
+BALANCES = ("normalised", "plain")
+
+
+class Weighing(NamedTuple):
+    """How the two losses are added.
+
+    Attributes:
+        balance: "normalised" as above, or "plain": L_h + a * L_p.
+        alpha: a.
+        decay: of the moving averages, whose start is no part of them: at step 0 they are the losses themselves.
+    """
+
+    balance: str
+    alpha: float
+    decay: float
+
+
+class Student(nn.Module):
+    """A detector with what its training remembers: the moving averages, and its own average where that is wanted.
+
+    Its buffers are in the checkpoint, so that an interrupted training goes on exactly.
+    """
+
+    human: Tensor
+    pseudo: Tensor
+    weight: Tensor
+
+    def __init__(self, detector: nn.Module, average: nn.Module | None = None) -> None:
+        super().__init__()
+        self.detector = detector
+        self.average = average
+        if average is not None:
+            average.requires_grad_(False)
+        for name in ("human", "pseudo", "weight"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def train(self, mode: bool = True) -> "Student":
+        """The average never trains."""
+        super().train(mode)
+        if self.average is not None:
+            self.average.eval()
+        return self
+
+    @torch.no_grad()
+    def remember(self, human: Tensor, pseudo: Tensor, decay: float) -> Tensor:
+        """Take two losses into the moving averages; returns mean(L_h) / mean(L_p)."""
+        self.human.mul_(decay).add_((1 - decay) * human.detach().double())
+        self.pseudo.mul_(decay).add_((1 - decay) * pseudo.detach().double())
+        self.weight.mul_(decay).add_(1 - decay)
+        return (self.human / self.pseudo.clamp(min=1e-12 * self.weight)).float()
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the average towards the detector; batch norm's statistics are taken as they are."""
+        assert self.average is not None
+        for own, now in zip(self.average.parameters(), self.detector.parameters(), strict=True):
+            own.lerp_(now, 1 - decay)
+        for mine, theirs in zip(self.average.buffers(), self.detector.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def result(self) -> nn.Module:
+        """The detector that the training is for."""
+        return self.detector if self.average is None else self.average
+
+
+def joined(human: Detection, pseudo: Detection) -> Detection:
+    """Both data sets as one; rows from len(human) on are those of `pseudo`."""
+    split = len(human)
+
+    def either(row: int) -> tuple[Detection, int]:
+        return (human, row) if row < split else (pseudo, row - split)
+
+    def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
+        data, place = either(row)
+        return data.read(place, short_side)
+
+    return replace(
+        human,
+        keys=human.keys + pseudo.keys,
+        targets=np.concatenate([human.targets, pseudo.targets]),
+        read=read,
+        short_side=None,
+        reader=None,
+        sizes=np.concatenate([human.sizes, pseudo.sizes]),
+        objects=human.objects + pseudo.objects,
+        ids=tuple(range(1, split + len(pseudo) + 1)),
+        label_map=None,
+    )
+
+
+def batches(human: Tensor, pseudo: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
+    """(steps, 2 * batch) int64: in each step `batch` human rows and as many pseudo rows in turns.
+
+    In turns, so that each piece of a divided batch (`--micro-batch`) has both. An epoch is a pass over the human rows;
+    the pseudo rows go on where the epoch before left them, in passes of their own, each in its own order.
+    """
+    own = loop.epoch_batches(human, batch, seed, epoch)
+    steps, width = own.shape
+    places = torch.arange(epoch * steps * width, (epoch + 1) * steps * width)
+    passes, within = places // len(pseudo), places % len(pseudo)
+    other = torch.empty_like(places)
+    for number in passes.unique().tolist():
+        order = loop.epoch_batches(pseudo, 1, seed ^ 0x5EED, number).flatten()
+        chosen = passes == number
+        other[chosen] = order[within[chosen]]
+    return torch.stack([own, other.view(steps, width)], dim=2).flatten(1)
+
+
+def losses(
+    truth: Truth, how: str, strength: str, seed: int, weighing: Weighing | None = None, split: int = 0, ema: float = 0.0
+) -> Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """The loss of a teacher, or, with `weighing`, that of a student, for `loop.fit`.
+
+    Args:
+        truth: the boxes, of both parts where there are two.
+        how: normalisation of the pictures.
+        strength: of the augmentation (`strengths.STRENGTHS`).
+        split: rows from here on have pseudo-boxes.
+        ema: decay of the student's own average; 0: there is none.
+    """
+    filled = _filled(truth)
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        detector = model.detector if isinstance(model, Student) else model
+        rows = batch.rows[batch.valid]
+        given = Boxed(batch.pixels[batch.valid], truth.extents[rows], *(part[rows] for part in filled[:2]))
+        moved, _ = augment(given, strength, rows, seed, batch.epoch)
+        pixels = canvas.normalise(moved.pixels, moved.extents, how)
+        labels = filled[2][rows] + detectors.shift(detector)
+        targets = [
+            {"boxes": boxes[kept], "labels": label[kept]}
+            for boxes, kept, label in zip(moved.boxes, moved.kept, labels, strict=True)
+        ]
+        count = batch.valid.sum()
+        if weighing is None:
+            value = _sum(detector, pixels, targets)
+            return value, {"boxes": moved.kept.sum(), "count": count}
+        assert isinstance(model, Student)
+        mine = rows < split
+        parts = [_part(detector, pixels, targets, which) for which in (mine, ~mine)]
+        ratio = model.remember(parts[0], parts[1], weighing.decay)
+        if weighing.balance == "plain":
+            ratio = torch.ones_like(ratio)
+        value = parts[0] + weighing.alpha * ratio * parts[1]
+        if weighing.balance == "normalised":
+            value = value / (1 + weighing.alpha)
+        if ema and torch.is_grad_enabled():
+            model.follow(ema)
+        sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
+        sums |= {"ratio": ratio * count, "human_boxes": 2 * moved.kept[mine].sum()}
+        return value, sums | {"pseudo_boxes": 2 * moved.kept[~mine].sum(), "count": count}
+
+    return loss
+
+
+def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes of all pictures in one tensor (n, m, 4), which of them are there (n, m), and their labels (n, m)."""
+    most = max(1, *(len(boxes) for boxes in truth.boxes))
+    device = truth.extents.device
+    boxes = torch.zeros(len(truth.boxes), most, 4, device=device)
+    kept = torch.zeros(len(truth.boxes), most, dtype=torch.bool, device=device)
+    labels = torch.zeros(len(truth.boxes), most, dtype=torch.int64, device=device)
+    for row, (own, label) in enumerate(zip(truth.boxes, truth.labels, strict=True)):
+        boxes[row, : len(own)], kept[row, : len(own)], labels[row, : len(own)] = own, True, label
+    return boxes, kept, labels
+
+
+def _sum(detector: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    found = detector(pixels, targets)
+    found.pop("positives", None)
+    return torch.stack(list(found.values())).sum()
+
+
+def _part(detector: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], which: Tensor) -> Tensor:
+    """The loss of some pictures, normalised by their own positives: both halves are worth the same before weighing."""
+    chosen = [target for target, mine in zip(targets, which.tolist(), strict=True) if mine]
+    if not chosen:
+        return pixels.new_zeros(())
+    return _sum(detector, pixels[which], chosen)

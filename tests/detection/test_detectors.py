@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead
+
+from ktransfer.detection import canvas, detectors, losses, trunks
+from ktransfer.detection.data import open_file
+from ktransfer.detection.detectors import Settings
+from ktransfer.networks import Network
+from ktransfer.training import loop
+
+CPU = torch.device("cpu")
+SMALL = {"width": 64, "proposals": 50, "sampled": 32}
+
+
+def made(kind="retinanet", norm="gn", neck="p3-p7", arch="resnet18", size=64, seed=0, classes=12, **more):
+    trunk = trunks.build(Network(arch, 0.25 if arch.startswith("alexnet") else 1.0), None, neck, norm, seed, 32)
+    settings = Settings(kind=kind, norm=norm, **(SMALL | {"anchor": 2.0} | more))
+    return detectors.build(trunk, classes, size, settings, seed), settings
+
+
+def batch_of(data, size, rows):
+    pixels, valid = canvas.canvases(data, size).batch(rows)
+    return loop.Batch(rows, pixels, valid, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "neck", "arch"),
+    [
+        ("retinanet", "gn", "p3-p7", "resnet18"),
+        ("retinanet", "bn", "p3-p7", "alexnet_bn"),
+        ("fasterrcnn", "bn", "single", "alexnet"),
+        ("fasterrcnn", "gn", "p2-p6", "resnet18"),
+    ],
+)
+def test_every_parameter_learns_from_random_weights(kind, norm, neck, arch):
+    """The trap of reference selftraining.md §2.1: layers that stay at random weights because somebody froze them."""
+    data = open_file("scenes:images=24,size=64")
+    model, _ = made(kind, norm, neck, arch)
+    loss = losses.detection_loss(losses.truth(data, 64, CPU), "imagenet", 0)
+    torch.manual_seed(0)
+    value, sums = loss(model.train(), batch_of(data, 64, torch.arange(8)))
+    value.backward()
+    still = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.abs().sum() > 0]
+    assert not still
+    assert all(part.requires_grad for part in model.parameters()) and int(sums["count"]) == 8
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    torch.optim.SGD(model.parameters(), 0.5).step()
+    assert not [name for name, part in model.named_parameters() if torch.equal(part, before[name])]
+
+
+def test_focal_and_huber_losses_are_those_of_the_reference():
+    """Against loops in plain numbers."""
+    model, settings = made(classes=3, norm="gn")
+    head = model.head
+    torch.manual_seed(0)
+    anchors = [torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 30], [30, 30, 40, 40]])] * 2
+    logits, offsets = torch.randn(2, 3, 3), torch.randn(2, 3, 4) * 0.2
+    targets = [
+        {"boxes": torch.tensor([[1.0, 1, 11, 9]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    matched = [torch.tensor([0, -1, -2]), torch.full((3,), -1)]
+    found = head.compute_loss(targets, {"cls_logits": logits, "bbox_regression": offsets}, anchors, matched)
+    focal = 0.0
+    for picture in range(2):
+        for anchor in range(3):
+            if matched[picture][anchor] == -2:  # between the thresholds
+                continue
+            for label in range(3):
+                p = float(torch.sigmoid(logits[picture, anchor, label]))
+                true = picture == 0 and anchor == 0 and label == 2
+                focal -= (
+                    0.25 * (1 - p) ** 1.5 * torch.log(torch.tensor(p))
+                    if true
+                    else 0.75 * p**1.5 * torch.log(torch.tensor(1 - p))
+                )
+    torch.testing.assert_close(found["classification"], torch.as_tensor(focal) / 2, atol=1e-5, rtol=1e-4)
+    # centre (6, 5) of 10 x 8 seen from an anchor at (5, 5) of 10 x 10
+    aim = torch.tensor([0.1, 0.0, 0.0, torch.log(torch.tensor(0.8))])
+    huber = sum(0.5 * d * d if d < 0.1 else 0.1 * (d - 0.05) for d in (offsets[0, 0] - aim).abs().tolist())
+    torch.testing.assert_close(found["boxes"], torch.tensor(50 * huber / (4 * 2)), atol=1e-5, rtol=1e-4)
+    assert int(found["positives"]) == 1 and settings.focal_gamma == 1.5
+
+
+def test_anchors_are_nine_a_place_and_match_at_one_half():
+    model, _ = made(size=64)
+    generator = model.anchor_generator
+    assert generator.num_anchors_per_location() == [9] * 5
+    assert generator.sizes[0] == (16.0, 16 * 2 ** (1 / 3), 16 * 2 ** (2 / 3))
+    matcher = model.proposal_matcher
+    assert matcher.high_threshold == matcher.low_threshold == 0.5
+
+
+def test_heads_are_a_function_of_the_seed():
+    first, again, other = (made(seed=seed)[0].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(
+        first["head.classification_head.conv.0.0.weight"], other["head.classification_head.conv.0.0.weight"]
+    )
+    assert not torch.equal(first["backbone.body.conv1.weight"], other["backbone.body.conv1.weight"])
+
+
+def test_mask_rcnn_is_built_and_answers_with_masks():
+    model, _ = made("maskrcnn", "gn", "p2-p6")
+    target = {
+        "boxes": torch.tensor([[4.0, 4, 40, 40]]),
+        "labels": torch.tensor([3]),
+        "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+    }
+    torch.manual_seed(0)
+    found = model.train()(torch.randn(1, 3, 64, 64), [target])
+    assert {"loss_mask", "loss_classifier", "loss_objectness"} <= set(found)
+    detectors.answering(model, 0.0, 0.5, 5)
+    answer = model.eval()(torch.randn(1, 3, 64, 64))[0]
+    assert answer["masks"].shape == (len(answer["boxes"]), 1, 28, 28)
+
+
+def test_the_background_is_class_zero_of_faster_rcnn_alone():
+    assert detectors.shift(made()[0]) == 0 and detectors.shift(made("fasterrcnn", neck="p2-p6")[0]) == 1
+    head = made(classes=12)[0].head.classification_head
+    assert isinstance(head, RetinaNetClassificationHead) and head.cls_logits.out_channels == 9 * 12
+    assert isinstance(made("fasterrcnn", neck="p2-p6")[0].roi_heads.box_predictor.cls_score, nn.Linear)

@@ -1,0 +1,124 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ktransfer import scenes
+from ktransfer.detection import canvas, masks
+from ktransfer.detection.coco import read
+from ktransfer.detection.data import open_file
+from ktransfer.errors import BrokenPicture, UsageError
+
+
+def test_polygons_are_filled_as_the_renderer_covers_them():
+    for row in range(24):
+        for one in scenes.objects(0, "train", row, 96):
+            covered = scenes.coverage(one.polygons, 96)
+            found = masks.filled(one.polygons, (96, 96))
+            wanted = covered >= 0.5
+            assert (found & wanted).sum() / (found | wanted).sum() > 0.9, one.name
+            assert abs(found.sum() - covered.sum()) / covered.sum() < 0.1
+
+
+def test_polygons_are_filled_as_by_pycocotools():
+    tools = pytest.importorskip("pycocotools.mask")
+    for row in range(12):
+        polygons = scenes.objects(0, "train", row, 96)[0].polygons
+        wanted = tools.decode(tools.merge(tools.frPyObjects(polygons, 96, 96))).astype(bool)
+        found = masks.filled(polygons, (96, 96))
+        assert (found & wanted).sum() / (found | wanted).sum() > 0.85
+
+
+def test_run_lengths_are_those_of_pycocotools():
+    tools = pytest.importorskip("pycocotools.mask")
+    generator = np.random.default_rng(0)
+    for shape in ((7, 5), (60, 41), (200, 300)):
+        coarse = generator.random(shape) < 0.5
+        for mask in (coarse, np.zeros(shape, bool), np.ones(shape, bool), np.indices(shape)[0] > 3):
+            packed = tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+            assert (masks.decoded(packed) == mask).all()
+            text = {"size": packed["size"], "counts": packed["counts"].decode()}
+            assert (masks.filled(text, (shape[1], shape[0])) == mask).all()
+    plain = {"size": [2, 3], "counts": [1, 2, 3]}
+    assert masks.decoded(plain).tolist() == [[False, True, False], [True, False, False]]
+    for counts in ([1, 2], "P"):
+        with pytest.raises(ValueError, match="run lengths"):
+            masks.decoded({"size": [2, 3], "counts": counts})
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """40 x 20: a large square of class 0, a small one of class 1 on it, a crowd, and an object with a box alone."""
+    Image.new("RGB", (40, 20)).save(tmp_path / "1.png")
+
+    def note(number, category, box, **more):
+        x, y, w, h = box
+        outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        base = {"id": number, "image_id": 1, "category_id": category, "bbox": box, "area": w * h}
+        return base | {"segmentation": outline} | more
+
+    held = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 20}],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
+        "annotations": [
+            note(1, 2, [4, 4, 4, 4]),
+            note(2, 1, [2, 2, 10, 10]),
+            note(3, 1, [20, 0, 10, 20], iscrowd=1),
+            note(4, 2, [32, 2, 4, 4], segmentation=[]),
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(held))
+    return read(tmp_path / "a.json", "x")
+
+
+def test_small_objects_lie_on_top_and_crowds_are_ignored(drawn):
+    wanted = np.zeros((20, 40), np.uint8)
+    wanted[2:12, 2:12] = 1
+    wanted[4:8, 4:8] = 2
+    wanted[:, 20:30] = masks.IGNORE
+    wanted[2:6, 32:36] = masks.IGNORE
+    np.testing.assert_array_equal(masks.classes_of_pixels(drawn, 0), wanted)
+    maps, broken = masks.map_canvases(drawn, 20)
+    assert not broken
+    assert maps.shape == (1, 20, 20) and maps.dtype == torch.uint8
+    assert (maps[0, 10:] == masks.IGNORE).all() and (maps[0, 1:6, 1:6] > 0).all() and (maps[0, 2:4, 2:4] == 2).all()
+
+
+def test_maps_move_with_their_pictures():
+    data = open_file("scenes:images=12,size=64")
+    maps, rows = masks.map_canvases(data, 64)[0], torch.arange(12)
+    jitter = canvas.draw_jitter(rows, canvas.extents(data, 64), 64, 0, 0, (0.7, 1.5))
+    moved = canvas.move_pixels(maps[:, None], jitter, "nearest")
+    assert set(moved.unique().tolist()) <= set(maps.unique().tolist())
+    for row in range(12):
+        one = data.objects[row]
+        box, left = canvas.move_boxes(torch.from_numpy(one.boxes[:1]), jitter, row)
+        if left.all() and len(one.boxes) == 1:
+            found = (moved[row, 0] == one.labels[0] + 1).nonzero()
+            span = torch.cat([found.amin(0).flip(0), found.amax(0).flip(0) + 1])
+            assert (span - box[0]).abs().max() < 3
+
+
+def test_data_without_masks_is_one_line(drawn):
+    masks.need_masks(drawn)
+    boxes = drawn.objects[0]._replace(outlines=(None,) * 4)
+    object.__setattr__(drawn, "objects", (boxes,))
+    with pytest.raises(UsageError, match="boxes alone"):
+        masks.need_masks(drawn)
+    object.__setattr__(drawn, "classes", tuple(map(str, range(255))))
+    with pytest.raises(UsageError, match="at most 254"):
+        masks.need_masks(drawn)
+
+
+def test_broken_maps_are_broken_pictures(drawn):
+    outlines = ({"size": [20, 40], "counts": [7]}, *drawn.objects[0].outlines[1:])
+    object.__setattr__(drawn, "objects", (drawn.objects[0]._replace(outlines=outlines),))
+    with pytest.raises(BrokenPicture, match="an outline of it is broken"):
+        masks.classes_of_pixels(drawn, 0)
+    maps, broken = masks.map_canvases(drawn, 20)
+    assert (maps == masks.IGNORE).all() and "an outline of it is broken" in broken[0]
+    object.__setattr__(drawn, "label_map", lambda row: np.zeros((5, 5), np.uint8))
+    with pytest.raises(BrokenPicture, match="map of classes is 5 x 5"):
+        masks.classes_of_pixels(drawn, 0)

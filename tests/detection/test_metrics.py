@@ -1,0 +1,138 @@
+import contextlib
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from ktransfer.detection import metrics
+from ktransfer.detection.answers import Answer
+from ktransfer.detection.data import open_file, subset
+from ktransfer.errors import UsageError
+
+
+def noisy(data, seed=0, crowds=False):
+    """Answers around the true boxes, some doubled, some wrong, some missing; now and then a crowd or difficult box."""
+    generator = np.random.default_rng(seed)
+    found, objects = {}, []
+    for row, one in enumerate(data.objects):
+        flags = generator.random((2, len(one.boxes))) < 0.2
+        objects.append(one._replace(crowd=flags[0], difficult=flags[1] & ~flags[0]) if crowds else one)
+        boxes, scores, labels = [np.zeros((0, 4))], [np.zeros(0)], [np.zeros(0, np.int64)]
+        for box, label in zip(one.boxes, one.labels, strict=True):
+            count = generator.integers(0, 4)
+            boxes.append(box + generator.normal(0, 4, (count, 4)))
+            scores.append(generator.random(count))
+            labels.append(np.where(generator.random(count) < 0.8, label, generator.integers(0, 12, count)))
+        whole = np.concatenate(boxes).astype(np.float32)
+        whole[:, 2:] = np.maximum(whole[:, 2:], whole[:, :2] + 1)
+        order = np.argsort(-np.concatenate(scores), kind="stable")
+        found[row] = Answer(
+            torch.from_numpy(whole[order]),
+            torch.from_numpy(np.concatenate(scores)[order].astype(np.float32)),
+            torch.from_numpy(np.concatenate(labels)[order].astype(np.int64)),
+        )
+    made = subset(data, np.arange(len(data)))
+    object.__setattr__(made, "objects", tuple(objects))
+    return made, found
+
+
+def by_pycocotools(data, found):
+    coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = metrics.coco_truth(data, sorted(found))
+        truth.createIndex()
+        judged = evaluation.COCOeval(truth, truth.loadRes(metrics.coco_answers(data, found)), "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return judged.stats[:6]
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_coco_numbers_are_those_of_pycocotools(crowds):
+    data, found = noisy(open_file("scenes:images=120,size=96"), crowds=crowds)
+    wanted = by_pycocotools(data, found)
+    scores = metrics.scores(data, found, 0)
+    for name, value in zip(metrics.SIZES, wanted, strict=True):
+        assert scores.get(name, -1) == pytest.approx(value, abs=1e-6), name
+    assert 0.02 < scores["AP"] < scores["AP50"] < 0.9
+    # Our own matching, which the intervals rest on, gives the same.
+    matched = metrics.match_all(data, found, metrics.COCO_IOUS, voc=False)
+    once = np.ones((1, len(found)))
+    table = np.stack([metrics.precision(one, once, metrics.COCO_RECALLS)[:, 0] for one in matched.values()])
+    for chosen, value in ((slice(None), wanted[0]), (0, wanted[1]), (5, wanted[2])):
+        assert np.nanmean(table[:, chosen]) == pytest.approx(value, abs=1e-6)
+    for name in ("AP", "AP50", "AP75", "VOC07"):
+        low, high = scores[f"{name}_interval"]
+        assert low <= scores[name] <= high and 0.01 < high - low < 0.4
+
+
+def test_a_picture_that_counts_twice_is_a_picture_twice():
+    data, found = noisy(open_file("scenes:images=30,size=96"), crowds=True)
+    rows = np.r_[np.arange(30), 4, 4, 9]
+    twice = subset(data, rows)
+    wanted = by_pycocotools(twice, {place: found[row] for place, row in enumerate(rows.tolist())})
+    weights = np.bincount(rows, minlength=30)[None].astype(float)
+    matched = metrics.match_all(data, found, metrics.COCO_IOUS, voc=False)
+    table = [metrics.precision(one, weights, metrics.COCO_RECALLS) for one in matched.values()]
+    assert np.nanmean(table) == pytest.approx(wanted[0], abs=2e-3)
+
+
+def scene(boxes, difficult=()):
+    """One picture with boxes of class 0."""
+    data = subset(open_file("scenes:images=12,size=96"), np.arange(1))
+    objects = data.objects[0]._replace(
+        boxes=np.array(boxes, np.float32),
+        labels=np.zeros(len(boxes), np.int64),
+        crowd=np.zeros(len(boxes), bool),
+        difficult=np.array([place in difficult for place in range(len(boxes))]),
+        areas=np.ones(len(boxes), np.float32),
+        outlines=(None,) * len(boxes),
+    )
+    object.__setattr__(data, "objects", (objects,))
+    return data
+
+
+def answer(rows):
+    table = torch.tensor(rows).view(-1, 5)
+    return {0: Answer(table[:, :4], table[:, 4], torch.zeros(len(table), dtype=torch.int64))}
+
+
+def test_voc_by_hand():
+    """Two objects; a hit, a second hit of the same one (wrong), a hit of the other: precisions 1, 1/2, 2/3."""
+    data = scene([[0, 0, 10, 10], [20, 20, 30, 30]])
+    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
+    # Recalls 0 to 0.5 (six points) at precision 1, 0.6 to 1 (five) at 2/3.
+    wanted = (6 + 5 * 2 / 3) / 11
+    assert metrics.scores(data, found, 0)["VOC07"] == pytest.approx(wanted)
+    assert metrics.scores(data, found, 0)["classes"] == {data.classes[0]: pytest.approx(wanted)}
+
+
+def test_difficult_objects_are_neither_right_nor_wrong():
+    data = scene([[0, 0, 10, 10], [20, 20, 30, 30]], difficult=(0,))
+    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
+    scores = metrics.scores(data, found, 0)
+    assert scores["VOC07"] == 1.0 and scores["AP50"] == pytest.approx(1.0)
+
+
+def test_voc_takes_the_largest_overlap_and_coco_what_is_left():
+    data = scene([[0, 0, 10, 10], [0, 4, 10, 14]])
+    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 1, 10, 11, 0.8]])
+    voc = metrics.match_all(data, found, [0.5], voc=True)[data.classes[0]]
+    coco = metrics.match_all(data, found, [0.5], voc=False)[data.classes[0]]
+    assert voc.hit.tolist() == [[True, False]] and coco.hit.tolist() == [[True, True]]
+
+
+def test_nothing_found_is_zero():
+    data = scene([[0, 0, 10, 10]])
+    scores = metrics.scores(data, answer([]), 0)
+    assert scores["AP"] == scores["VOC07"] == 0 and scores["AP_interval"] == [0, 0]
+
+
+def test_the_missing_extra_is_one_line(monkeypatch):
+    metrics.need_extra()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'ktransfer\[detection\]'"):
+        metrics.need_extra()

@@ -1,0 +1,114 @@
+"""Augment-S1 .. S4: boxes follow their pictures, draws depend on nothing but (seed, epoch, row)."""
+
+import pytest
+import torch
+
+from ktransfer.detection import geometry
+from ktransfer.detection.strengths import POLICY, RANDOM, STRENGTHS, Boxed, augment
+
+SIDE, HEIGHT, WIDTH = 96, 72, 96
+
+
+def batch(count=24):
+    """White rectangles on black pictures, one box each, a second place for a box empty."""
+    pixels = torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8)
+    boxes = torch.zeros(count, 2, 4)
+    for number in range(count):
+        x, y = 10 + number % 30, 12 + number % 20
+        pixels[number, :, y : y + 24, x : x + 40] = 255
+        boxes[number, 0] = torch.tensor([x, y, x + 40, y + 24])
+    kept = torch.tensor([[True, False]] * count)
+    return Boxed(pixels, torch.tensor([[WIDTH, HEIGHT]] * count, dtype=torch.float32), boxes, kept)
+
+
+def test_none_leaves_all_as_it_is():
+    given = batch()
+    found, maps = augment(given, "none", torch.arange(24), 0, 0)
+    assert found is given
+    assert torch.equal(maps, geometry.identity(24))
+
+
+def test_boxes_of_s1_lie_where_the_rectangles_do():
+    found, _ = augment(batch(200), "S1", torch.arange(200), 1, 0)
+    for number in range(200):
+        white = found.pixels[number, 0] > 200
+        if not found.kept[number, 0]:
+            continue
+        y, x = white.nonzero().unbind(1)
+        seen = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1])
+        assert (seen - found.boxes[number, 0]).abs().max() <= 1.5, number
+    assert not found.kept[:, 1].any()
+    assert (found.boxes[:, 1] == 0).all()
+    assert found.kept[:, 0].float().mean() > 0.95
+
+
+@pytest.mark.parametrize("strength", ["S2", "S3", "S4"])
+def test_moved_corners_lie_in_their_boxes(strength):
+    given = batch(300)
+    found, maps = augment(given, strength, torch.arange(300), 2, 5)
+    x1, y1, x2, y2 = given.boxes[:, 0].unbind(1)
+    corners = torch.stack([x1, y1, x2, y1, x2, y2, x1, y2], 1).view(-1, 4, 2)
+    moved = geometry.move_points(corners, maps)
+    inside = (moved >= 0).all(2) & (moved <= SIDE).all(2)
+    low, high = found.boxes[:, :1, :2] - 1e-3, found.boxes[:, :1, 2:] + 1e-3
+    held = ((moved >= low) & (moved <= high)).all(2)
+    # What lies on the canvas and on the picture is in the box; mirrored and scaled, the picture's own border may cut.
+    whole = inside.all(1) & found.kept[:, 0]
+    assert whole.sum() > 60
+    assert held[whole].float().mean() > 0.95
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= SIDE).all()
+    sides = found.boxes[found.kept][:, 2:] - found.boxes[found.kept][:, :2]
+    assert (sides >= 1).all()
+
+
+@pytest.mark.parametrize("strength", list(STRENGTHS))
+def test_a_picture_is_augmented_alike_in_any_batch(strength):
+    given, rows = batch(), torch.arange(100, 124)
+    whole, maps = augment(given, strength, rows, 3, 7)
+    order = torch.tensor([20, 3, 11])
+    part, some = augment(Boxed(*(field[order] for field in given)), strength, rows[order], 3, 7)
+    assert torch.equal(part.pixels, whole.pixels[order])
+    assert torch.equal(part.boxes, whole.boxes[order])
+    assert torch.allclose(some, maps[order])
+    if strength != "none":
+        assert not torch.equal(augment(given, strength, rows, 3, 8)[0].pixels, whole.pixels)
+        assert not torch.equal(augment(given, strength, rows, 4, 7)[0].pixels, whole.pixels)
+
+
+def test_scales_span_their_range():
+    for strength, low, high in (("S1", 0.8, 1.2), ("S3", 0.5, 2.0)):
+        scale = STRENGTHS[strength].scales
+        assert scale == (low, high)
+    _, maps = augment(batch(400), "S1", torch.arange(400), 0, 0)
+    found = maps[:, 1, 1]
+    assert 0.8 <= float(found.min()) < 0.82
+    assert 1.18 < float(found.max()) <= 1.2
+    mirrored = (maps[:, 0, 0] < 0).float().mean()
+    assert 0.4 < float(mirrored) < 0.6
+
+
+def test_masks_follow_by_the_same_maps():
+    given = batch(100)
+    found, maps = augment(given, "S1", torch.arange(100), 9, 0)
+    masks = (given.pixels[:, :1] > 0).to(torch.uint8)
+    moved = geometry.move_pixels(masks, maps, given.extents, "nearest", 0)
+    white = (found.pixels[:, :1] > 127) & (found.pixels[:, :1] != 128)  # 128 is where there is no picture
+    agree = (moved.bool() == white).float().mean()
+    assert float(agree) > 0.995
+
+
+def test_the_maps_take_pixels_where_they_take_points():
+    """A turn by 90 degrees, whose result numpy knows."""
+    pixels = torch.arange(3 * 8 * 8, dtype=torch.uint8).view(1, 3, 8, 8)
+    turn = torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])
+    maps = geometry.around(torch.tensor([[4.0, 4.0]]), turn)
+    moved = geometry.move_pixels(pixels, maps, torch.tensor([[8.0, 8.0]]))
+    assert torch.equal(moved, pixels.rot90(-1, (2, 3)))
+    assert torch.allclose(geometry.then(maps, geometry.inverse(maps)), geometry.identity(1), atol=1e-6)
+
+
+def test_the_policies_are_those_of_the_reference():
+    assert len(POLICY) == 5
+    assert len(RANDOM) == 10
+    assert POLICY[4] == (("rotate", 0.6, 10), ("colour", 1.0, 6))

@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch import nn
+from torchvision import models as zoo
+from torchvision.models.vgg import cfgs, make_layers
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from ktransfer import networks
+from ktransfer.detection import trunks
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network
+
+
+@pytest.mark.parametrize(
+    ("network", "neck", "wanted"),
+    [
+        (Network("alexnet", 0.25), "single", {"c4": 16}),
+        (Network("alexnet_bn", 0.25), "p2-p6", {"p2": 4, "p3": 8, "p4": 16, "pool": 32}),
+        (Network("vgg16_bn", 0.1), "single", {"c3": 8}),
+        (Network("resnet18"), "p3-p7", {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}),
+        (Network("resnet18"), "p2-p6", {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "pool": 64}),
+        (Network("torchvision:efficientnet_b0"), "p3-p7", {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}),
+    ],
+)
+def test_levels_and_strides(network, neck, wanted):
+    trunk = trunks.build(network, None, neck, "bn", 0, 32)
+    assert trunks.strides(trunk) == wanted
+    maps = trunk.eval()(torch.zeros(1, 3, 96, 96))
+    assert {found.shape[1] for found in maps.values()} == {trunk.out_channels}
+    assert neck == "single" or trunk.out_channels == 32
+
+
+def test_maps_are_those_of_the_network():
+    network = Network("resnet18")
+    model = networks.build(network, 3, "detection/trunk").eval()
+    trunk = trunks.build(network, None, "single", "bn", 3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    wanted = networks.feature_maps(model, {"layer4": "layer4"}, x)["layer4"]
+    torch.testing.assert_close(trunk(x)["c5"], wanted)
+    body, levels = trunks.split(network, model)
+    assert levels == {2: ("layer1", 64), 3: ("layer2", 128), 4: ("layer3", 256), 5: ("layer4", 512)}
+    assert "fc" not in dict(body.named_children())
+
+
+def test_alexnets_cells_look_where_heads_expect_them():
+    """Cell i of a map of stride 16 sees a window around pixel 16 i."""
+    network = Network("alexnet", 0.25)
+    trunk = trunks.build(network, None, "single", "bn", 0).eval()
+    for name, part in trunk.body.named_children():
+        if isinstance(part, nn.Conv2d):
+            nn.init.constant_(part.weight, 1.0 / part.weight[0].numel())
+        if isinstance(part, nn.MaxPool2d):  # of equals it takes the first: no centre
+            trunk.body.add_module(name, nn.AvgPool2d(part.kernel_size, part.stride, part.padding))
+    x = torch.zeros(1, 3, 160, 160, requires_grad=True)
+    maps = trunk(x + 1e-3)["c4"]
+    assert maps.shape[-1] == 10
+    maps[0, :, 5, 4].sum().backward()
+    seen = x.grad.abs().sum((0, 1))
+    line = torch.arange(160.0)
+    row, column = (seen.sum(1) * line).sum() / seen.sum(), (seen.sum(0) * line).sum() / seen.sum()
+    assert abs(float(row) - 80) < 2 and abs(float(column) - 64) < 2
+
+
+def test_a_vgg_of_torchvision_has_five_levels():
+    with torch.device("meta"):  # without the numbers of its classifier
+        model = zoo.vgg16()
+    model.features = make_layers(cfgs["D"])
+    _, levels = trunks.split(Network("vgg16", classes=1000), model)
+    assert levels == {2: ("15", 256), 3: ("22", 512), 4: ("29", 512)}
+
+
+def test_weights_of_a_run_come_in(tmp_path):
+    network = Network("alexnet_bn", 0.25, classes=5, size=96, task="pseudo-labels")
+    model = networks.build(network, 9, "x")
+    networks.save(tmp_path / "model.safetensors", model.state_dict(), network)
+    found = networks.trunk(networks.describe(tmp_path / "model.safetensors"))
+    trunk = trunks.build(found, tmp_path / "model.safetensors", "p3-p7", "gn", 0, 32)
+    torch.testing.assert_close(trunk.body.conv3.weight, model.conv3.weight)
+    assert trunk.how == "imagenet" and isinstance(trunk.body.bn3, nn.GroupNorm)
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("bn", nn.BatchNorm2d), ("syncbn", nn.SyncBatchNorm), ("gn", nn.GroupNorm)])
+def test_norms_stand_everywhere(norm, kind):
+    trunk = trunks.build(Network("resnet18"), None, "p3-p7", norm, 0, 64)
+    norms = [part for part in trunk.modules() if isinstance(part, nn.modules.batchnorm._NormBase | nn.GroupNorm)]
+    assert len(norms) == 20 + 6 and all(type(part) is kind for part in norms)
+    assert norm != "gn" or {part.num_groups for part in trunk.body.modules() if isinstance(part, kind)} == {32}
+
+
+def test_groups_divide_the_channels():
+    assert [trunks.group_norm(channels).num_groups for channels in (64, 24, 40, 112)] == [32, 8, 8, 16]
+    assert [trunks.wide_groups(channels).num_groups for channels in (256, 64, 32, 8)] == [32, 8, 4, 1]
+
+
+def test_frozen_norms_keep_statistics_and_need_weights(tmp_path):
+    with pytest.raises(UsageError, match="fresh weights have no statistics"):
+        trunks.build(Network("resnet18"), None, "single", "frozen", 0)
+    model = networks.build(Network("resnet18"), 0, "x")
+    model.train()(torch.randn(8, 3, 64, 64))
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    frozen = trunks.build(Network("resnet18"), tmp_path / "w.pth", "single", "frozen", 0, foreign=True)
+    assert sum(isinstance(part, FrozenBatchNorm2d) for part in frozen.modules()) == 20
+    x = torch.randn(1, 3, 64, 64)
+    wanted = networks.feature_maps(model.eval(), {"layer4": "layer4"}, x)["layer4"]
+    torch.testing.assert_close(frozen.train()(x)["c5"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_still_trunk_keeps_weights_and_statistics():
+    trunk = trunks.build(Network("resnet18"), None, "p3-p7", "bn", 0, 32).freeze()
+    before = {name: value.clone() for name, value in trunk.body.state_dict().items()}
+    maps = trunk.train()(torch.randn(2, 3, 64, 64))
+    maps["p3"].sum().backward()
+    assert all(torch.equal(before[name], value) for name, value in trunk.body.state_dict().items())
+    assert all(part.grad is None for part in trunk.body.parameters())
+    assert all(part.grad is not None for part in trunk.neck.inner_blocks.parameters())
+
+
+def test_unknown_trunks_are_one_line():
+    for arch in ("vit_b_32", "torchvision:alexnet", "densenet121"):
+        with pytest.raises(UsageError, match="no trunk of detectors"):
+            trunks.build(Network(arch), None, "single", "bn", 0)
+    with pytest.raises(UsageError, match="no two maps"):
+        trunks.build(Network("vgg16", 0.1), None, "p3-p7", "bn", 0)

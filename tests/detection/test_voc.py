@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ktransfer.detection.data import open_detection
+from ktransfer.errors import BrokenPicture, UsageError
+
+BOX = "<object><name>{name}</name><difficult>{hard}</difficult><bndbox>{box}</bndbox></object>"
+
+
+def annotation(objects):
+    rows = [
+        BOX.format(
+            name=name,
+            hard=hard,
+            box="".join(
+                f"<{side}>{at}</{side}>" for side, at in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+            ),
+        )
+        for name, hard, box in objects
+    ]
+    return f"<annotation><size><width>50</width><height>30</height></size>{''.join(rows)}</annotation>"
+
+
+@pytest.fixture
+def devkit(tmp_path):
+    """VOC2007 with four pictures, two for training and two for testing."""
+    year = tmp_path / "VOCdevkit" / "VOC2007"
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages", "SegmentationClass"):
+        (year / folder).mkdir(parents=True)
+    things = {
+        "000001": [("dog", 0, (1, 1, 50, 30)), ("person", 1, (5, 6, 10, 12))],
+        "000002": [("cat", 0, (3, 3, 9, 9))],
+        "000003": [("dog", 0, (2, 2, 20, 20))],
+        "000004": [],
+    }
+    for name, objects in things.items():
+        (year / "Annotations" / f"{name}.xml").write_text(annotation(objects))
+        Image.new("RGB", (50, 30)).save(year / "JPEGImages" / f"{name}.jpg")
+    (year / "ImageSets" / "Main" / "trainval.txt").write_text("000001\n000002\n")
+    (year / "ImageSets" / "Main" / "test.txt").write_text("000003\n000004\n")
+    return tmp_path
+
+
+def test_a_devkit_opens(devkit):
+    for root in (devkit, devkit / "VOCdevkit", devkit / "VOCdevkit" / "VOC2007"):
+        train, test = open_detection(str(root))
+        assert len(train) == len(test) == 2 and len(train.classes) == 20
+    first = train.objects[0]
+    # Pixels count from 1 and both ends belong to the box: 1..50 is the whole picture, 5..10 six pixels.
+    assert first.boxes.tolist() == [[0, 0, 50, 30], [4, 5, 10, 12]]
+    assert [train.classes[label] for label in first.labels] == ["dog", "person"]
+    assert first.difficult.tolist() == [False, True] and not first.crowd.any()
+    assert test.counts["pictures without a box"] == 1 and train.keys[0] == "VOC2007/000001"
+    assert test.read(0, None).shape == (30, 50, 3)
+
+
+def test_without_test_boxes_val_is_the_test_part(devkit):
+    year = devkit / "VOCdevkit" / "VOC2012"
+    (devkit / "VOCdevkit" / "VOC2007").rename(year)
+    lists = year / "ImageSets" / "Main"
+    (lists / "test.txt").unlink()
+    with pytest.raises(UsageError, match="lists no pictures"):
+        open_detection(str(devkit))
+    (lists / "train.txt").write_text("000001\n")
+    (lists / "val.txt").write_text("000002\n")
+    train, test = open_detection(str(devkit))
+    assert train.keys == ("VOC2012/000001",) and test.keys == ("VOC2012/000002",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<annotation>", "cannot be read"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "declares entities"),
+        ("<annotation><size><width>5</width></size></annotation>", "lacks size/height"),
+        (annotation([("dog", 0, ("a", 1, 2, 3))]), "no number"),
+    ],
+)
+def test_a_broken_annotation_is_one_line(devkit, text, words):
+    (devkit / "VOCdevkit" / "VOC2007" / "Annotations" / "000002.xml").write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        open_detection(str(devkit))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_pictures_are_counted(devkit):
+    pictures = devkit / "VOCdevkit" / "VOC2007" / "JPEGImages"
+    (pictures / "000001.jpg").unlink()
+    train, _ = open_detection(str(devkit))
+    assert train.counts["pictures that are not there"] == 1
+    (pictures / "000002.jpg").unlink()
+    with pytest.raises(UsageError, match="none of its pictures is there"):
+        open_detection(str(devkit))
+
+
+def test_segmentation_has_lists_of_its_own(devkit):
+    with pytest.raises(UsageError, match="ImageSets/Segmentation lists no pictures"):
+        open_detection(str(devkit), masks=True)
+    lists = devkit / "VOCdevkit" / "VOC2007" / "ImageSets" / "Segmentation"
+    lists.mkdir()
+    (lists / "trainval.txt").write_text("000002\n")
+    (lists / "test.txt").write_text("000003\n")
+    train, test = open_detection(str(devkit), masks=True)
+    assert train.keys == ("VOC2007/000002",) and test.keys == ("VOC2007/000003",)
+
+
+def test_lists_stay_in_their_folder(devkit):
+    path = devkit / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
+    for text, words in (("../x\n", "leads out"), ("000001\n000001\n", "twice")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=words):
+            open_detection(str(devkit))
+    path.write_text("000001\n000009\n")
+    with pytest.raises(UsageError, match="every picture of a list has its annotation"):
+        open_detection(str(devkit))
+
+
+def test_masks_are_palette_pictures(devkit):
+    place = devkit / "VOCdevkit" / "VOC2007" / "SegmentationClass" / "000003.png"
+    picture = Image.fromarray(np.full((30, 50), 12, np.uint8), "P")
+    picture.putpalette(list(range(256)) * 3)
+    picture.save(place)
+    _, test = open_detection(str(devkit))
+    assert (test.label_map(0) == 12).all() and test.label_map(0).shape == (30, 50)
+    with pytest.raises(BrokenPicture):
+        test.label_map(1)
+    Image.new("RGB", (50, 30)).save(place)
+    with pytest.raises(BrokenPicture, match="no palette"):
+        test.label_map(0)

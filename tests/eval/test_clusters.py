@@ -1,0 +1,140 @@
+"""Clusters against scikit-learn and by hand, on features that fall into groups and on such that do not."""
+
+import json
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+from sklearn.cluster import KMeans
+
+from ktransfer.errors import UsageError
+from ktransfer.eval import clusters
+from ktransfer.eval.arms import Arm
+from ktransfer.eval.config import EvalConfig
+from ktransfer.networks import Network
+
+CPU = torch.device("cpu")
+CONFIG = EvalConfig(precision="float32", layers="conv1,conv2")
+NETWORK = Network("alexnet_bn", 0.05, 2, 35)
+
+
+@pytest.fixture(scope="module")
+def parts(painted):
+    return painted(90, 1), painted(45, 2)
+
+
+def test_agreement_against_scikit_learn_and_by_hand():
+    draws = np.random.default_rng(0)
+    classes = draws.integers(0, 4, 300)
+    found = np.where(draws.random(300) < 0.6, classes, draws.integers(0, 5, 300))
+    scores = clusters.agreement(found, classes)
+    assert scores["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, found))
+    assert scores["ami"] == pytest.approx(metrics.adjusted_mutual_info_score(classes, found))
+    assert scores["ari"] == pytest.approx(metrics.adjusted_rand_score(classes, found))
+    assert clusters.agreement(classes, draws.permutation(classes))["ami"] == pytest.approx(0, abs=0.02)
+    purity = sum(np.bincount(classes[found == cluster]).max() for cluster in range(5)) / 300
+    assert scores["purity"] == pytest.approx(purity)
+    best = max(
+        sum(((found == c) & (classes == k)).sum() for k, c in enumerate(order)) for order in permutations(range(5), 4)
+    )
+    assert scores["match"] == pytest.approx(best / 300)
+
+
+def test_a_tiny_case_by_hand():
+    scores = clusters.agreement(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 1]))
+    assert scores["purity"] == pytest.approx(5 / 6)
+    assert scores["match"] == pytest.approx(4 / 6)
+    assert clusters.agreement(np.array([5, 5, 2]), np.array([0, 0, 1])) == pytest.approx(dict.fromkeys(scores, 1.0))
+    assert clusters.sizes(np.array([4, 4, 4, 0, 0, 7])) == {"met": 3, "min": 1, "median": 2.0, "max": 3}
+
+
+def test_k_means_finds_groups_as_scikit_learn_does():
+    draws = np.random.default_rng(1)
+    centres = 10 * draws.normal(size=(4, 6))
+    rows = (centres[np.arange(200) % 4] + draws.normal(size=(200, 6))).astype(np.float32)
+    found = [clusters.clustered(rows[:150], rows[150:], 4, seed) for seed in range(3)]
+    theirs = KMeans(4, n_init=10, random_state=0).fit(rows[:150]).predict(rows[150:])
+    assert max(metrics.adjusted_rand_score(theirs, one) for one in found) == 1
+    again = clusters.clustered(rows[:150], rows[150:], 4, 2)
+    assert (again == found[2]).all()
+
+
+def test_visible_classes_are_found(parts, tmp_path):
+    found = clusters.judge(Arm("random", NETWORK, None), parts, CONFIG, tmp_path / "work", CPU)
+    assert list(found["scores"]) == ["conv1", "conv2"]
+    assert max(cell["match"] for cell in found["scores"].values()) > 0.8
+    for cell in found["scores"].values():
+        assert cell["k"] == 3
+        for measure in clusters.MEASURES:
+            low, high = cell[f"{measure}_interval"]
+            assert low <= cell[measure] <= high
+    assert json.loads(json.dumps(found)) == found
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
+    draws = np.random.default_rng(0)
+    shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
+    arm = Arm("random", NETWORK, None)
+    mine, other = (clusters.judge(arm, given, CONFIG, tmp_path / "w", CPU)["scores"] for given in (parts, shuffled))
+    for layer in mine:
+        for name in ("sizes", "seeds", "twice", "seeds_interval"):
+            assert mine[layer][name] == other[layer][name]
+        assert abs(other[layer]["ami"]) < 0.15
+        assert abs(other[layer]["ari"]) < 0.15
+
+
+def test_several_numbers_of_clusters(parts, tmp_path):
+    config = replace(CONFIG, clusters_k="2, 5", layers="conv1")
+    found = clusters.judge(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)["scores"]
+    assert list(found) == ["conv1, k = 2", "conv1, k = 5"]
+    assert [cell["k"] for cell in found.values()] == [2, 5]
+    assert all(cell["sizes"]["met"] <= cell["k"] for cell in found.values())
+
+
+def test_the_pseudo_labels_of_the_run(parts, tmp_path):
+    from ktransfer import networks
+
+    run = tmp_path / "run"
+    weights = run / "retrain" / "model.safetensors"
+    networks.save(weights, networks.build(NETWORK, 0, "test").state_dict(), NETWORK)
+    labels = run / "clusters" / "labels.csv"
+    labels.parent.mkdir()
+    told = [(row, (row + row % 2) % 3) for row in range(60)] + [(70, -1)]
+    labels.write_text("key,label,distance\n" + "".join(f"{key},{label},0.5\n" for key, label in told))
+    arm = Arm("run", NETWORK, weights)
+    assert list(clusters.inputs([arm, Arm("random", NETWORK, None)])) == ["labels run"]
+    config = replace(CONFIG, layers="conv1")
+    cell = clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
+    classes = parts[0].targets[:60]
+    found = [label for _, label in told[:60]]
+    assert cell["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, found))
+    assert cell["ari"] == pytest.approx(metrics.adjusted_rand_score(classes, found))
+    assert "seeds" not in cell
+    labels.write_text(labels.read_text() + "elsewhere,1,0.5\n")  # of other pictures: there is nothing to compare
+    assert list(clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
+
+
+@pytest.mark.parametrize("wanted", ["1", "46", "three", "3,", "-4"])
+def test_misuse_is_one_line(parts, tmp_path, wanted):
+    with pytest.raises(
+        UsageError, match=f"--clusters-k {wanted}: must be whole numbers from 2 to half of the 90"
+    ) as caught:
+        clusters.check([NETWORK], parts, replace(CONFIG, clusters_k=wanted), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_which_clusterings_are_compared(parts, tmp_path, monkeypatch):
+    whole, calls = clusters.clustered, []
+
+    def watched(learn, tell, k, seed):
+        calls.append((len(learn), len(tell), k, seed))
+        return whole(learn, tell, k, seed)
+
+    monkeypatch.setattr(clusters, "clustered", watched)
+    config = replace(CONFIG, layers="conv1", clusters_k="4", clusters_starts=2, seed=7)
+    clusters.judge(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)
+    assert calls == [(90, 45, 4, 7), (90, 45, 4, 8), (90, 45, 8, 7)]
