@@ -8,7 +8,7 @@ the machine has. From the same JPEG files, to batches of normalised tiles (256, 
 peers        Pillow and torchvision transforms in a DataLoader worker: short side 256, centre 255, nine cells, a random
              64 x 64 part of each, each normalised by itself, a random permutation; without the grey pictures, shifted
              channels and foreign tiles of Jigsaw++, which ours have
-lightly      the same with the jigsaw transform of `lightly`, where it is installed (pip install lightly)
+lightly      the same with the jigsaw transform of `lightly`, where it is installed (docs/performance.md says how)
 folder       ours from the same files
 pack 256     ours from a pack as `ktransfer pack` makes it by default
 pack 255     ours from a pack of exactly the size that is wanted

@@ -1,9 +1,9 @@
-"""What comes across from eight teachers at equal budget: the table "Teachers" of docs/results.md.
+"""What comes across from several teachers at equal budget, beside true labels: a table of docs/results.md.
 
-Run as `python benchmarks/teachers.py --data DIR --out RUNS [--quick]`; DIR holds train/ and val/. Killed and given
+Run as `python benchmarks/teachers.py [--data DIR] [--out RUNS] [--quick]`; DIR holds train/ and val/. Killed and given
 again, it goes on.
 
-Every task trains the same AlexNet (half width) on the same pictures for the same number of epochs; `random` is that
+Every task trains the same AlexNet (half width) on the same pictures for the same number of epochs; `random-cc` is that
 network before any training, `hog` and `pixels` have nothing to train. Their features of the training part are clustered
 into 200, and the same smaller AlexNet learns each clustering from the same crops. One call of `eval` judges all.
 """
