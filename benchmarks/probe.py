@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 
 from ktransfer.dataset import open_parts
+from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
-from ktransfer.eval.linear import GRIDS, Arm, judge
+from ktransfer.eval.linear import judge
+from ktransfer.eval.maps import GRIDS
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
@@ -39,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = open_parts(f"scenes:images={options.images},size={options.size}")
     arm = Arm("random", Network("alexnet", size=options.size * 7 // 8 // 8 * 8), None)
-    base = EvalConfig(epochs=options.epochs, batch=64)
+    base = EvalConfig(epochs=options.epochs, batch=64, weight_decay=1e-4, lrs="0.0003,0.001,0.003,0.01")
     names = list(GRIDS)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as work:
