@@ -57,6 +57,7 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     metrics.need_extra()
     scales(config)
     columns(config)
+    losses.check_batches(config, config.norm, config.batch)
     for network in judged:
         trunks.build(network, None, neck(network, config), config.norm, 0)
 

@@ -18,6 +18,7 @@ import torch
 
 from ktransfer.detection import canvas, masks, metrics, segmentation, trunks
 from ktransfer.detection.data import Detection, open_detection
+from ktransfer.detection.losses import check_batches
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, available_bytes, check_broken, readable
@@ -47,6 +48,7 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     """
     scales(config)
     columns(config)
+    check_batches(config, config.norm, config.batch)
     for part in parts:
         masks.need_masks(part)
     needed = len(parts[0]) * config.canvas**2

@@ -89,7 +89,10 @@ def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: s
     from ktransfer.run import FOLDERS, locked, read_record
 
     def records() -> list[Any]:
-        return [read_record(run_folder, FOLDERS[planned.stage], planned.step) for planned in line]
+        """Of each stage of the line what its steps hold."""
+        return [
+            [read_record(run_folder, FOLDERS[planned.stage], part.step) for part in planned.parts] for planned in line
+        ]
 
     before = records()
     with locked(run_folder):
@@ -263,9 +266,11 @@ def bench(part: str, **given: Any) -> None:
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 def study(recipe: Path, run: Path) -> None:
     """Self-training in every cell of a grid, skipping what is done, with one table at the end."""
+    from ktransfer import ranks
     from ktransfer.retrain.study import study as carry_out
 
-    carry_out(recipe, run)
+    if ranks.leads():
+        carry_out(recipe, run)
 
 
 @cli.command()

@@ -53,16 +53,25 @@ WORKERS = {
 Call = tuple[str, dict[str, Any]]
 
 
-class Planned(NamedTuple):
-    """A stage of the line as its check has resolved it."""
+class Part(NamedTuple):
+    """A step of a stage as the stage's check has resolved it."""
 
-    stage: str
-    given: dict[str, Any]
     step: str
     """Its name in stage.json."""
     config: Any
     inputs: dict[str, str]
     """SHA-256 of what it reads, as far as that is known before the line starts."""
+    cheap: bool = False
+    """Whether it is done anew, and not refused, where it was made otherwise."""
+
+
+class Planned(NamedTuple):
+    """A stage of the line: one call of its function."""
+
+    stage: str
+    given: dict[str, Any]
+    config: Any
+    parts: list[Part]
 
 
 def settings(stage: str) -> Any:
@@ -102,17 +111,19 @@ def plan(wanted: list[Call], run: Path) -> list[Planned]:
         check = getattr(importlib.import_module(STAGES[stage][2]), STAGES[stage][4])
         checked = check(run, given, {planned.stage: planned.config for planned in line})
         if stage == "eval":
-            line += [
-                Planned(stage, given | {"protocol": one.protocol}, one.protocol, one.settings, one.fingerprints())
-                for one in checked
-            ]
+            for one in checked:
+                part = Part(one.protocol, one.settings, one.fingerprints())
+                line.append(Planned(stage, given | {"protocol": one.protocol}, one.settings, [part]))
+            continue
+        if stage == "selftrain":
+            line.append(Planned(stage, given, checked.config, checked.parts))
             continue
         config, data = checked if isinstance(checked, tuple) else (checked, None)
         step = stage
         if stage == "extract":
             step = config.name or data.name
         inputs = {"data": data.fingerprint} if data is not None else {}
-        line.append(Planned(stage, given, step, config, inputs))
+        line.append(Planned(stage, given, config, [Part(step, config, inputs)]))
         if getattr(config, "overfit", 0) and len(wanted) > 1:
             raise UsageError(f"{stage} --overfit: a self-test, which makes nothing for other stages; give it alone")
     return line
@@ -127,22 +138,26 @@ def refuse_changes(line: list[Planned], run: Path) -> None:
     from ktransfer.run import FOLDERS, changes, leaves_nothing, read_record, refusal
 
     anew: set[str] = set()  # stages whose outcome will not be what the run holds
-    for stage, given, step, config, inputs in line:
+    for stage, given, config, parts in line:
         if getattr(config, "overfit", 0):  # a self-test, which neither reads nor writes the run
             continue
         folder = FOLDERS[stage]
-        old = read_record(run, folder, step)
-        found = changes(run, folder, step, config, inputs, partly=True)
         source, instead = SOURCES.get(stage, (None, None))
         if stage == "eval":
             source = "retrain" if read_record(run, "retrain", "retrain") else "pretext"
+        if stage == "selftrain" and config.init == "run":
+            source = "retrain"
         remade = source in anew and not (instead and given.get(instead))
-        if old and remade:
-            found.append(f"this line makes the {source} stage anew")
-        if old and found and not given.get("overwrite") and not leaves_nothing(run / folder, old):
-            raise refusal(run, folder, step, found)
-        if found or remade:
-            anew.add(stage)
+        for step, settings_of_step, inputs, cheap in parts:
+            old = read_record(run, folder, step)
+            found = changes(run, folder, step, settings_of_step, inputs, partly=True)
+            if old and remade:
+                found.append(f"this line makes the {source} stage anew")
+            allowed = cheap or given.get("overwrite")
+            if old and found and not allowed and not leaves_nothing(run / folder, old):
+                raise refusal(run, folder, step, found)
+            if found or remade:
+                anew.add(stage)
 
 
 def inherit_data(wanted: list[Call]) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ktransfer.errors import BrokenPicture, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
+COMPARED = 64  # pixels, the short side at which pictures are compared: a large JPEG is then read at reduced scale
 UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
 
 
@@ -94,8 +95,8 @@ def write(path: Path, data: Detection, answers: Mapping[int, Answer], about: dic
 def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
     """`data` with the boxes of a COCO file, ours or others', and the rows that the file lists.
 
-    Pictures are found by their file name, classes by their name. Boxes with a `score` below the threshold are left out;
-    those without one count as certain.
+    Pictures are found by their file name, classes by their name. Boxes with a `score` below the threshold are left out,
+    and those around many objects (`iscrowd`); those without a score count as certain.
 
     Args:
         threshold: one score, or one for each class.
@@ -109,11 +110,13 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         by_id = {one["id"]: str(one["file_name"]) for one in held["images"]}
         names = {one["id"]: str(one["name"]) for one in held["categories"]}
         notes = [
-            (note["image_id"], note["category_id"], note["bbox"], note.get("score")) for note in held["annotations"]
+            (note["image_id"], note["category_id"], note["bbox"], note.get("score"))
+            for note in held["annotations"]
+            if not note.get("iscrowd")
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error
     for what, known, wanted in (("pictures", by_id.values(), place), ("classes", names.values(), data.classes)):
         strange = [name for name in known if name not in wanted]
@@ -125,11 +128,12 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
     least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
     found: dict[int, list[tuple[list[float], int]]] = {place[name]: [] for name in by_id.values()}
     try:
-        for picture, category, (x, y, width, height), score in notes:
+        for picture, category, bbox, score in notes:
+            x, y, width, height = (float(value) for value in bbox)
             label = data.classes.index(names[category])
-            if score is None or score >= least[label]:
+            if score is None or float(score) >= least[label]:
                 found[place[by_id[picture]]].append(([x, y, x + width, y + height], label))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
     objects = list(data.objects)
     for row, pairs in found.items():
@@ -158,8 +162,29 @@ def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least:
         wanted = round(rate * len(held["images"]))
         ranked = sorted(own, reverse=True)
         if wanted < len(ranked):
-            found[place] = max(least, ranked[wanted])
+            found[place] = max(least, np.nextafter(ranked[wanted], 2))  # the first box that is one too many is out
     return found
+
+
+def shared(data: Dataset, test: Dataset) -> NDArray[np.int64]:
+    """The rows of `data` that are pictures of `test` too: of the same file name, and in all pixels the same."""
+    named: dict[str, list[int]] = {}
+    for row, key in enumerate(test.keys):
+        named.setdefault(PurePosixPath(key).name, []).append(row)
+    pairs = [(row, other) for row, key in enumerate(data.keys) for other in named.get(PurePosixPath(key).name, ())]
+    with bar(len(pairs), "compare") as shown, ThreadPoolExecutor(cores()) as pool:
+        found: set[int] = set()
+        for (row, _), same in zip(pairs, pool.map(lambda pair: _same(data, test, *pair), pairs), strict=True):
+            found |= {row} if same else set()
+            shown.update(1)
+    return np.array(sorted(found), np.int64)
+
+
+def _same(data: Dataset, test: Dataset, row: int, other: int) -> bool:
+    try:
+        return np.array_equal(data.read(row, COMPARED), test.read(other, COMPARED))
+    except BrokenPicture:
+        return False
 
 
 def count(objects: tuple[Objects, ...], classes: int) -> list[int]:

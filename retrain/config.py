@@ -49,9 +49,14 @@ class SelftrainConfig(TrainOptions):
     )
     detector: str = option("retinanet", "the detector", choices=("retinanet", "fasterrcnn"))
     backbone: str = option(
-        "resnet50", "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision"
+        "resnet50",
+        "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision; what --init run, a "
+        "model.safetensors or torchvision: names says itself what it is",
     )
-    width: float = option(1.0, "scales all channels (alexnet, alexnet_bn, vgg16, vgg16_bn)", low=0.05, high=4)
+    width: float = option(
+        1.0, "of --init random: scales all channels (alexnet, alexnet_bn, vgg16, vgg16_bn)", low=0.05, high=4
+    )
+    stride: int = option(4, "of --init random: stride of AlexNet's first convolution", low=1, high=8)
     norm: str = option("gn", "normalisation", choices=("bn", "syncbn", "gn", "frozen"))
     channels: int = option(256, "channels of the pyramid and of the heads", low=8, high=1024)
     size: int = option(640, "side of the square that the detector sees, in pixels", low=64, high=2048)
@@ -83,10 +88,16 @@ class SelftrainConfig(TrainOptions):
     alpha: float = option(1.0, "weight of the loss on pseudo-boxes", low=0, of=("student",))
     decay: float = option(0.9997, "of the moving averages of the losses", low=0, high=0.999999, of=("student",))
     ema: float = option(
-        0.0, "decay of the student's own average, which is then the result; 0: none", low=0, high=1, of=("student",)
+        0.0,
+        "decay of the student's own average, which is then the result; 0: none",
+        low=0,
+        high=0.9999,
+        of=("student",),
     )
     student_epochs: int = option(
         0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student",)
     )
     test_threshold: float = option(0.05, "least score of a box that is judged", low=0, high=1, of=("scores",))
-    overwrite: bool = option(False, "make the steps again", execution=True)
+    overwrite: bool = option(
+        False, "make the steps again: from the first one that was made otherwise on, else all", execution=True
+    )

@@ -25,14 +25,15 @@ from ktransfer.detection import canvas, metrics, saved
 from ktransfer.detection.answers import detect
 from ktransfer.detection.data import Detection, fraction, load_ids, open_detection, save_ids, subset
 from ktransfer.detection.detectors import Settings
-from ktransfer.detection.losses import truth
+from ktransfer.detection.losses import check_batches, truth
 from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network, check_arch, describe
-from ktransfer.pictures import readable
+from ktransfer.pictures import cache_place, check_broken, readable
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, input_hash
+from ktransfer.run import RECORD, begin, changes, done_record, input_hash, locked, read_record
+from ktransfer.stages import Part
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
@@ -42,19 +43,23 @@ from .config import SelftrainConfig
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
 STAGE = "selftrain"
 SHEET = "augmented.png"
+SHOWN = 8  # pictures on it
 
 
 class Data(NamedTuple):
     """The pictures of a self-training: with boxes, without, and those that judge."""
 
     labelled: Detection
-    unlabelled: Dataset | None
+    unlabelled: Dataset
     test: Detection
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the pictures that are labelled."""
-        return self.labelled.fingerprint
+
+class Checked(NamedTuple):
+    """What `check` found: the settings, the pictures, and the steps that will be done, in order."""
+
+    config: SelftrainConfig
+    data: Data
+    parts: list[Part]
 
 
 def selftrain(run: str | Path, **options: Any) -> Path:
@@ -71,18 +76,20 @@ def selftrain(run: str | Path, **options: Any) -> Path:
         UsageError, StageError: one line each.
     """
     run = Path(run)
-    config, data = check(run, options)
+    config, data, parts = check(run, options)
     device = loop.choose_device(config)
+    if config.overwrite:
+        remove(run, parts)
     weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
     for number in range(1, config.rounds + 1):
-        end = "" if number == 1 else f"-{number}"
+        end = _end(number)
         pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
         weights.append(_train(run, config, data, device, f"student{end}", pseudo))
     return _judge(run, config, data, device, {"teacher": weights[0], "student": weights[-1]})
 
 
-def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> tuple[SelftrainConfig, Data]:
-    """Everything that can be found wrong before the work; the settings, and the pictures.
+def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> Checked:
+    """Everything that can be found wrong before the work.
 
     Raises:
         UsageError: one line for what is wrong.
@@ -94,6 +101,11 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
     if config.pseudo and (config.rounds > 1 or config.adaptive):
         raise UsageError("--pseudo: boxes of others serve one round as they are; leave --rounds and --adaptive away")
+    for name in ("teacher", "pseudo", "ids") if config.overwrite else ():
+        given = getattr(config, name)
+        if given and Path(given).resolve().is_relative_to((run / STAGE).resolve()):
+            raise UsageError(f"--{name} {given}: --overwrite would remove it; copy it to another place first")
+    check_batches(config, config.norm, 2 * config.batch)
     whole, test = open_detection(config.labelled)
     if config.ids and config.fraction < 1:
         raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
@@ -104,22 +116,64 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     labelled = subset(whole, rows)
     if not any(len(one.boxes) for one in labelled.objects):
         raise UsageError(f"--fraction {config.fraction}: no box among {len(rows)} pictures; take more")
-    unlabelled: Dataset | None = None
-    if config.unlabelled:
-        unlabelled = open_dataset(config.unlabelled)
-    elif len(left):
-        unlabelled = subset(whole, left)
-    else:
+    if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
-    if not config.teacher:
-        described, file, foreign = _described(run, config, labelled, pending)
-        if file is None or file.is_file():
-            saved.make(described, 0, file, foreign)  # what does not fit is found here
-    elif saved.describe(Path(config.teacher)).classes != whole.classes:
+    unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
+    cache_place(config.cache_pictures, len(labelled) + len(unlabelled), config.size, loop.choose_device(config))
+    described, file, foreign = _described(run, config, labelled, pending)
+    coming = config.init == "run" and "retrain" in (pending or {})  # what lies there now will be another one
+    saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
+    if config.teacher and saved.describe(Path(config.teacher)).classes != whole.classes:
         raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
     if config.pseudo:
-        _known(boxes.without_boxes(unlabelled, labelled), Path(config.pseudo), config.threshold)
-    return config, Data(labelled, unlabelled, test)
+        boxes.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled), config.threshold)
+    data = Data(labelled, unlabelled, test)
+    return Checked(config, data, planned(config, data, None if coming else file))
+
+
+def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part]:
+    """The steps in order, with their settings and with those of their inputs that are known before they begin."""
+    begun = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
+    others = {"unlabelled": data.unlabelled.fingerprint}
+    teacher = {"teacher": input_hash(Path(config.teacher))} if config.teacher else {}
+    pseudo = {"pseudo-boxes": input_hash(Path(config.pseudo))} if config.pseudo else {}
+    found = [] if config.teacher else [Part("teacher", settings_of(config, "teacher"), begun)]
+    for number in range(1, config.rounds + 1):
+        if not config.pseudo:
+            known = others | (teacher if number == 1 else {})
+            found.append(Part(f"pseudo{_end(number)}", settings_of(config, "pseudo"), known))
+        found.append(Part(f"student{_end(number)}", settings_of(config, "student"), begun | others | pseudo))
+    tested = {"test": data.test.fingerprint}
+    return [*found, Part("scores", settings_of(config, "scores"), tested, cheap=True)]
+
+
+def remove(run: Path, parts: list[Part]) -> None:
+    """Make room for `--overwrite`: the first step that was made otherwise goes and all after it; else all of them go.
+
+    The records go last, so that a removal that was killed is not taken for a whole stage.
+    """
+    with locked(run):
+        records = [read_record(run, STAGE, part.step) for part in parts]
+        otherwise = [
+            place
+            for place, (part, old) in enumerate(zip(parts, records, strict=True))
+            if (old is None and any(records[place:]))
+            or (old is not None and old["inputs"].get("init") != part.inputs.get("init"))
+            or changes(run, STAGE, part.step, part.config, part.inputs, partly=True)
+        ]
+        path = run / STAGE / RECORD
+        held: dict[str, Any] = files.read_json(path) if path.is_file() else {}
+        kept = {part.step: held[part.step] for part in parts[: min(otherwise, default=0)]}
+        for name in held.keys() - kept.keys():
+            for output in held[name].get("writes", []):
+                files.remove(run / STAGE / output)
+        if held:
+            files.write_json(path, kept)
+
+
+def _end(number: int) -> str:
+    """What the names of a round's files end with."""
+    return "" if number == 1 else f"-{number}"
 
 
 def _train(
@@ -129,7 +183,6 @@ def _train(
     described, init, foreign = _described(run, config, data.labelled)
     inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
     if pseudo:
-        assert data.unlabelled is not None
         inputs |= {"pseudo-boxes": input_hash(pseudo), "unlabelled": data.unlabelled.fingerprint}
     with begin(
         run,
@@ -138,7 +191,7 @@ def _train(
         settings_of(config, "student" if pseudo else "teacher"),
         inputs,
         [name, f"{name}.ids.json"],
-        config.overwrite,
+        False,
         str(device),
     ) as step:
         folder, weights = step.folder / name, step.folder / name / "model.safetensors"
@@ -147,10 +200,14 @@ def _train(
         model: nn.Module = saved.make(described, config.seed, init, foreign)
         how = described.network.normalise
         pictures, facts = data.labelled, {"labelled": len(data.labelled)}
-        rows = torch.arange(len(pictures))
         if pseudo:
-            threshold = _threshold(config, data, pseudo)
-            other, listed = _known(boxes.without_boxes(data.unlabelled, data.labelled), pseudo, threshold)  # type: ignore[arg-type]
+            other = boxes.without_boxes(data.unlabelled, data.labelled)
+            threshold: float | NDArray[np.float64] = config.threshold
+            if config.adaptive:
+                threshold = boxes.adaptive_thresholds(data.labelled, pseudo, other, config.threshold)
+            other, listed = boxes.read(pseudo, other, threshold)
+            if config.pseudo:  # a teacher of ours was not shown them
+                listed = np.setdiff1d(listed, _tested(data, name))
             if config.empty == "drop":
                 listed = listed[[len(other.objects[row].boxes) > 0 for row in listed.tolist()]]
             counted = boxes.count(tuple(other.objects[row] for row in listed.tolist()), len(other.classes))
@@ -163,19 +220,23 @@ def _train(
             say(f"{name}: {sum(counted)} pseudo-boxes in {len(listed)} pictures: {_by_class(other.classes, counted)}")
             pictures = student.joined(data.labelled, subset(other, listed))
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
-            model = student.Student(model, average)
+            model = student.Student(model, average, config.ema)
             config = replace(config, epochs=config.student_epochs or config.epochs)
-        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures)
-        readable(source, torch.arange(len(pictures)), config.max_broken)
-        draw_augmented(folder / SHEET, data.labelled, source, config.augment, config.seed)
+        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
+        good = readable(source, torch.arange(len(pictures)), config.max_broken)
         split = len(data.labelled)
+        rows, added = good[good < split], good[good >= split]
+        if not len(rows) or (pseudo and not len(added)):
+            which = "pseudo-labelled" if len(rows) else "labelled"
+            raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
         known = truth(pictures, config.size, device)
         seed = config.seed if name == "teacher" else config.seed + 1
+        draw_augmented(folder / SHEET, data.labelled, source, config.augment, seed, rows[:SHOWN])
         batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
         if pseudo:
-            batches = partial(student.batches, rows, torch.arange(split, len(pictures)), config.batch, seed)
-        loss = student.losses(known, how, config.augment, seed, weighing, split, config.ema)
+            batches = partial(student.batches, rows, added, config.batch, seed)
+        loss = student.losses(known, how, config.augment, seed, weighing, split)
         loop.fit(model, loss, source, batches, config, folder, device, name)
         made = model.result() if isinstance(model, student.Student) else model
         saved.save(weights, made, described)
@@ -191,11 +252,8 @@ def _train(
 def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
     """What a teacher sees in the unlabelled pictures, with scores from a little below the threshold on."""
     name, other = f"pseudo{end}", data.unlabelled
-    assert other is not None
     inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
-    with begin(
-        run, STAGE, name, settings_of(config, "pseudo"), inputs, [f"{name}.json"], config.overwrite, str(device)
-    ) as step:
+    with begin(run, STAGE, name, settings_of(config, "pseudo"), inputs, [f"{name}.json"], False, str(device)) as step:
         path = step.folder / f"{name}.json"
         if step.done:
             return path
@@ -203,8 +261,9 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         pictures = boxes.without_boxes(other, data.labelled)
         settings = replace(described.settings, threshold=config.threshold)
         source = canvas.canvases(pictures, described.size, config.workers, cache="off")
-        rows = torch.arange(len(pictures))
+        rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), _tested(data, name)))
         found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
+        check_broken(source.broken, len(rows), config.max_broken, pictures)
         about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
         boxes.write(path, pictures, found, about)
         number = sum(len(answer.scores) for answer in found.values())
@@ -218,20 +277,21 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
 def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
     """The average precision of teacher and student on the test part."""
     inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
-    with begin(
-        run, STAGE, "scores", settings_of(config, "scores"), inputs, ["scores.json"], config.overwrite, str(device)
-    ) as step:
+    settings = settings_of(config, "scores")
+    again = bool(changes(run, STAGE, "scores", settings, inputs))  # it is cheap
+    with begin(run, STAGE, "scores", settings, inputs, ["scores.json"], again, str(device)) as step:
         path = step.folder / "scores.json"
         if not step.done:
             found: dict[str, Any] = {}
             for name, weights in arms.items():
                 model, described = saved.load(weights)
-                settings = replace(described.settings, threshold=config.test_threshold)
+                answering = replace(described.settings, threshold=config.test_threshold)
                 source = canvas.canvases(data.test, described.size, config.workers, cache="off")
                 rows = torch.arange(len(data.test))
                 answers = detect(
-                    model.to(device), data.test, source, rows, described.size, settings, device, label=f"judge {name}"
+                    model.to(device), data.test, source, rows, described.size, answering, device, label=f"judge {name}"
                 )
+                check_broken(source.broken, len(rows), config.max_broken, data.test)
                 found[name] = metrics.scores(data.test, answers, config.seed)
             pictures = {"labelled": len(data.labelled), "test": len(data.test)}
             files.write_json(
@@ -258,7 +318,8 @@ def _backbone(
 ) -> tuple[Network, Path | None, bool]:
     if config.init == "random":
         check_arch(config.backbone, config.width)
-        return Network(config.backbone, config.width, 4, config.size, 0, "imagenet", "random"), None, False
+        network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
+        return network, None, False
     if config.init == "run":
         path = run / "retrain" / "model.safetensors"
         if pending and "retrain" in pending:
@@ -274,16 +335,12 @@ def _backbone(
     return replace(found.network, classes=0 if ours else found.network.classes), found.weights, found.foreign
 
 
-def _known(data: Detection, path: Path, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
-    return boxes.read(path, data, threshold)
-
-
-def _threshold(config: SelftrainConfig, data: Data, pseudo: Path) -> float | NDArray[np.float64]:
-    if not config.adaptive:
-        return config.threshold
-    assert data.unlabelled is not None
-    other = boxes.without_boxes(data.unlabelled, data.labelled)
-    return boxes.adaptive_thresholds(data.labelled, pseudo, other, config.threshold)
+def _tested(data: Data, name: str) -> NDArray[np.int64]:
+    """The unlabelled pictures that the test part holds too: nobody may learn from them."""
+    found = boxes.shared(data.unlabelled, data.test)
+    if len(found):
+        say(f"{name}: {len(found)} of the unlabelled pictures are in the test part too, and are left out")
+    return found
 
 
 def _by_class(classes: tuple[str, ...], counted: list[int]) -> str:

@@ -49,15 +49,23 @@ class Student(nn.Module):
     human: Tensor
     pseudo: Tensor
     weight: Tensor
+    steps: Tensor
 
-    def __init__(self, detector: nn.Module, average: nn.Module | None = None) -> None:
+    def __init__(self, detector: nn.Module, average: nn.Module | None = None, decay: float = 0.0) -> None:
+        """A student; `average` begins as the same detector, and `decay` is that of following it."""
         super().__init__()
         self.detector = detector
         self.average = average
+        self.decay = decay
         if average is not None:
             average.requires_grad_(False)
-        for name in ("human", "pseudo", "weight"):
+        for name in ("human", "pseudo", "weight", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def forward(self, pixels: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of the detector: what is compiled where the student is."""
+        found: dict[str, Tensor] = self.detector(pixels, targets)
+        return found
 
     def train(self, mode: bool = True) -> "Student":
         """The average never trains."""
@@ -75,17 +83,25 @@ class Student(nn.Module):
         return (self.human / self.pseudo.clamp(min=1e-12 * self.weight)).float()
 
     @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """Move the average towards the detector; batch norm's statistics are taken as they are."""
+    def follow(self) -> None:
+        """Move the average towards the detector; batch norm's statistics are taken as they are.
+
+        At step n by min(decay, (1 + n) / (10 + n)): a short training would else be averaged with its fresh weights.
+        """
         assert self.average is not None
+        towards = 1 - ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay)
+        self.steps += 1
         for own, now in zip(self.average.parameters(), self.detector.parameters(), strict=True):
-            own.lerp_(now, 1 - decay)
+            own.lerp_(now, towards.to(own.dtype))
         for mine, theirs in zip(self.average.buffers(), self.detector.buffers(), strict=True):
             mine.copy_(theirs)
 
     def result(self) -> nn.Module:
-        """The detector that the training is for."""
-        return self.detector if self.average is None else self.average
+        """The detector that the training is for; to be called once, at its end: the average takes the last step in."""
+        if self.average is None:
+            return self.detector
+        self.follow()
+        return self.average
 
 
 def joined(human: Detection, pseudo: Detection) -> Detection:
@@ -116,8 +132,8 @@ def joined(human: Detection, pseudo: Detection) -> Detection:
 def batches(human: Tensor, pseudo: Tensor, batch: int, seed: int, epoch: int) -> Tensor:
     """(steps, 2 * batch) int64: in each step `batch` human rows and as many pseudo rows in turns.
 
-    In turns, so that each piece of a divided batch (`--micro-batch`) has both. An epoch is a pass over the human rows;
-    the pseudo rows go on where the epoch before left them, in passes of their own, each in its own order.
+    An epoch is a pass over the human rows; the pseudo rows go on where the epoch before left them, in passes of their
+    own, each in its own order.
     """
     own = loop.epoch_batches(human, batch, seed, epoch)
     steps, width = own.shape
@@ -132,7 +148,7 @@ def batches(human: Tensor, pseudo: Tensor, batch: int, seed: int, epoch: int) ->
 
 
 def losses(
-    truth: Truth, how: str, strength: str, seed: int, weighing: Weighing | None = None, split: int = 0, ema: float = 0.0
+    truth: Truth, how: str, strength: str, seed: int, weighing: Weighing | None = None, split: int = 0
 ) -> Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]:
     """The loss of a teacher, or, with `weighing`, that of a student, for `loop.fit`.
 
@@ -141,12 +157,12 @@ def losses(
         how: normalisation of the pictures.
         strength: of the augmentation (`strengths.STRENGTHS`).
         split: rows from here on have pseudo-boxes.
-        ema: decay of the student's own average; 0: there is none.
     """
     filled = _filled(truth)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        detector = model.detector if isinstance(model, Student) else model
+        student = detectors.plain(model)
+        detector = student.detector if isinstance(student, Student) else student
         rows = batch.rows[batch.valid]
         given = Boxed(batch.pixels[batch.valid], truth.extents[rows], *(part[rows] for part in filled[:2]))
         moved, _ = augment(given, strength, rows, seed, batch.epoch)
@@ -158,19 +174,19 @@ def losses(
         ]
         count = batch.valid.sum()
         if weighing is None:
-            value = _sum(detector, pixels, targets)
+            value = _sum(model, pixels, targets)
             return value, {"boxes": moved.kept.sum(), "count": count}
-        assert isinstance(model, Student)
+        assert isinstance(student, Student)
         mine = rows < split
-        parts = [_part(detector, pixels, targets, which) for which in (mine, ~mine)]
-        ratio = model.remember(parts[0], parts[1], weighing.decay)
+        parts = [_part(model, pixels, targets, which) for which in (mine, ~mine)]
+        ratio = student.remember(parts[0], parts[1], weighing.decay)
         if weighing.balance == "plain":
             ratio = torch.ones_like(ratio)
         value = parts[0] + weighing.alpha * ratio * parts[1]
         if weighing.balance == "normalised":
             value = value / (1 + weighing.alpha)
-        if ema and torch.is_grad_enabled():
-            model.follow(ema)
+        if student.average is not None:
+            student.follow()
         sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
         sums |= {"ratio": ratio * count, "human_boxes": 2 * moved.kept[mine].sum()}
         return value, sums | {"pseudo_boxes": 2 * moved.kept[~mine].sum(), "count": count}
@@ -190,15 +206,15 @@ def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, kept, labels
 
 
-def _sum(detector: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-    found = detector(pixels, targets)
+def _sum(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    found = model(pixels, targets)
     found.pop("positives", None)
     return torch.stack(list(found.values())).sum()
 
 
-def _part(detector: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], which: Tensor) -> Tensor:
+def _part(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], which: Tensor) -> Tensor:
     """The loss of some pictures, normalised by their own positives: both halves are worth the same before weighing."""
     chosen = [target for target, mine in zip(targets, which.tolist(), strict=True) if mine]
     if not chosen:
         return pixels.new_zeros(())
-    return _sum(detector, pixels[which], chosen)
+    return _sum(model, pixels[which], chosen)

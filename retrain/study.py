@@ -1,22 +1,8 @@
 """A study: self-training in every cell of a grid, cell by cell, and one table at the end.
 
-The recipe is a TOML file; what `[grid]` lists is varied, `[selftrain]` holds for all cells, `[names]` says what values
-are called in the tables:
-
-    [selftrain]
-    labelled = "scenes:images=400,size=96"
-    epochs = 30
-
-    [grid]
-    init = ["random", "runs/cc/retrain/model.safetensors"]
-    augment = ["S1", "S4"]
-    fraction = [0.1, 1.0]
-    seed = [0, 1, 2]
-
-    [names]
-    "runs/cc/retrain/model.safetensors" = "CC"
-
-Each cell is a run of its own below `cells/`; its teacher is the row's baseline, its student the self-training.
+The recipe is a TOML file (docs/selftraining.md has one): what `[grid]` lists is varied, `[selftrain]` holds for all
+cells, `[names]` says what values are called in the tables. Each cell is a run of its own below `cells/`; its teacher
+is the row's baseline, its student the self-training.
 """
 
 import csv
@@ -71,6 +57,9 @@ def study(recipe: str | Path, run: str | Path) -> Path:
     run = Path(run)
     plan = read(Path(recipe))
     wanted = cells(plan)
+    plotted = [axis for axis in ("augment", "fraction") if len(plan.grid.get(axis, [])) > 1]
+    if plotted:
+        _matplotlib()
     for cell in wanted:
         selftraining.check(run / "cells" / slug(cell), plan.common | cell)
     scores: list[dict[str, Any]] = []
@@ -83,9 +72,8 @@ def study(recipe: str | Path, run: str | Path) -> Path:
     files.write_text(run / "study.csv", to_csv(rows))
     text = to_markdown(plan, rows)
     files.write_text(run / "study.md", text)
-    for axis in ("augment", "fraction"):
-        if len(plan.grid.get(axis, [])) > 1:
-            files.write_text(run / f"{axis}.svg", plot(plan, rows, axis))
+    for axis in plotted:
+        files.write_text(run / f"{axis}.svg", plot(plan, rows, axis))
     print(text)
     say(f"study: done; {len(wanted)} cells; {run / 'study.md'}")
     return run / "study.md"
@@ -95,7 +83,8 @@ def read(path: Path) -> Recipe:
     """A recipe.
 
     Raises:
-        UsageError: no TOML, unknown tables or settings, an axis without values.
+        UsageError: no TOML, unknown tables or settings, an axis without values or with one twice, cells that would
+            share a folder.
     """
     try:
         held = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -114,8 +103,21 @@ def read(path: Path) -> Recipe:
     twice = [axis for axis in grid if axis in common]
     if twice:
         raise UsageError(f"--recipe {path}: '{twice[0]}' stands in [selftrain] and in [grid]; leave it in one")
+    if "overwrite" in common | grid:
+        raise UsageError(
+            f"--recipe {path}: overwrite is no setting of a study; remove the folders of its cells instead"
+        )
+    for axis, values in grid.items():
+        again = [value for place, value in enumerate(values) if value in values[:place]]
+        if again:
+            raise UsageError(f"--recipe {path}: {axis} lists {again[0]!r} twice; each value makes a cell of its own")
+    named: dict[str, Cell] = {}
     for cell in cells(Recipe(common, grid, {})):
         build(SelftrainConfig, common | cell, f"--recipe {path}")
+        if named.setdefault(slug(cell), cell) is not cell:
+            raise UsageError(
+                f"--recipe {path}: two cells would be made in cells/{slug(cell)}; rename a file that differs"
+            )
     return Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
 
 
@@ -265,6 +267,8 @@ def _matplotlib() -> Callable[..., Any]:
 
 
 def _words(recipe: Recipe, axis: str, value: Any) -> str:
+    if value is None:
+        return "mean"
     if str(value) in recipe.names:
         return recipe.names[str(value)]
     if axis == "fraction":

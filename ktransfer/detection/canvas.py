@@ -19,7 +19,7 @@ from torch import Tensor
 from ktransfer import networks, rng
 from ktransfer.detection.data import Detection
 from ktransfer.errors import BrokenPicture
-from ktransfer.pictures import Pictures
+from ktransfer.pictures import CPU, Pictures
 
 SMALLEST = 1.0  # pixels: a box that a crop leaves narrower or lower is dropped
 
@@ -46,8 +46,10 @@ class Jitter(NamedTuple):
         return (self.extents * self.scale[:, None] - self.offset).clamp(max=self.size)
 
 
-def canvases(data: Detection, size: int, workers: int | None = None, cache: str = "auto") -> Pictures:
-    """The pictures as (3, size, size) uint8 canvases, padded with zeros, as a source for `loop.fit`.
+def canvases(
+    data: Detection, size: int, workers: int | None = None, cache: str = "auto", device: torch.device = CPU
+) -> Pictures:
+    """The pictures as (3, size, size) uint8 canvases, padded with zeros, on `device`, as a source for `loop.fit`.
 
     A picture whose sides are not those that its file states (turned upside by EXIF, replaced) is broken: its boxes
     would lie elsewhere.
@@ -56,7 +58,7 @@ def canvases(data: Detection, size: int, workers: int | None = None, cache: str 
     def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
         return laid(data.read, row, (int(data.sizes[row, 0]), int(data.sizes[row, 1])), size)
 
-    return Pictures(replace(data, read=read), size, workers, cache=cache)
+    return Pictures(replace(data, read=read), size, workers, cache=cache, device=device)
 
 
 def laid(

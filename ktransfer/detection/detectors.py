@@ -130,8 +130,14 @@ def build(trunk: Trunk, classes: int, size: int, settings: Settings, seed: int) 
 
 
 def shift(model: nn.Module) -> int:
-    """What a detector adds to the index of a class: its background is class 0, or it has none."""
-    return 0 if isinstance(model, RetinaNet) else 1
+    """What a detector, compiled or not, adds to the index of a class: its background is class 0, or it has none."""
+    return 0 if isinstance(plain(model), RetinaNet) else 1
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module itself, where it is wrapped by torch.compile."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
 
 
 def anchors(strides: Iterable[int], settings: Settings, octaves: int) -> AnchorGenerator:

@@ -3,11 +3,28 @@
 A map (b, 2, 3) float32 takes points (x, y, 1) of the old canvas to points of the new one; pixel centres lie at halves.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .operations import FILL
+
+Rest = ParamSpec("Rest")
+
+
+def exact(function: Callable[Concatenate[Tensor, Rest], Tensor]) -> Callable[Concatenate[Tensor, Rest], Tensor]:
+    """The function without autocast, whose products in bfloat16 would be whole pixels off."""
+
+    @wraps(function)
+    def within(first: Tensor, /, *rest: Rest.args, **named: Rest.kwargs) -> Tensor:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *rest, **named)
+
+    return within
 
 
 def identity(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -15,11 +32,13 @@ def identity(count: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.eye(2, 3, device=device).repeat(count, 1, 1)
 
 
+@exact
 def then(first: Tensor, second: Tensor) -> Tensor:
     """The map that does `first`, then `second`."""
     return torch.cat([second[:, :, :2] @ first[:, :, :2], second[:, :, :2] @ first[:, :, 2:] + second[:, :, 2:]], 2)
 
 
+@exact
 def around(centre: Tensor, linear: Tensor) -> Tensor:
     """The map that applies (b, 2, 2) `linear` around (b, 2) `centre`, x before y."""
     return torch.cat([linear, centre[:, :, None] - linear @ centre[:, :, None]], dim=2)
@@ -32,12 +51,14 @@ def shift(by: Tensor) -> Tensor:
     return moved
 
 
+@exact
 def inverse(maps: Tensor) -> Tensor:
     """The maps back."""
     back = torch.linalg.inv(maps[:, :, :2])
     return torch.cat([back, -back @ maps[:, :, 2:]], dim=2)
 
 
+@exact
 def move_pixels(pixels: Tensor, maps: Tensor, extents: Tensor, mode: str = "bilinear", fill: float = FILL) -> Tensor:
     """Move pictures on their canvases; what no pixel of the picture reaches is `fill`.
 
@@ -54,14 +75,16 @@ def move_pixels(pixels: Tensor, maps: Tensor, extents: Tensor, mode: str = "bili
     scale = 2 / side
     theta = back.clone()
     theta[:, :, 2] = back[:, :, 2] * scale + back[:, :, 0] + back[:, :, 1] - 1
-    with torch.autocast(pixels.device.type, enabled=False):
-        grid = F.affine_grid(theta, [len(pixels), 1, side, side], align_corners=False)
-        moved = F.grid_sample(pixels.float(), grid, mode=mode, padding_mode="border", align_corners=False)
-    limit = extents * scale - 1
-    inside = ((grid > -1) & (grid < limit[:, None, None])).all(-1)
+    grid = F.affine_grid(theta, [len(pixels), 1, side, side], align_corners=False)
+    limit = (extents * scale - 1)[:, None, None]
+    inside = ((grid > -1) & (grid < limit)).all(-1)
+    # Held half a pixel inside of the picture, so that padding does not bleed into its right and lower edge.
+    held = torch.minimum(grid, limit - scale / 2)
+    moved = F.grid_sample(pixels.float(), held, mode=mode, padding_mode="border", align_corners=False)
     return torch.where(inside[:, None], moved.round(), fill).to(pixels.dtype)
 
 
+@exact
 def move_points(points: Tensor, maps: Tensor) -> Tensor:
     """(b, n, 2) points, x before y -> where they come to lie."""
     return points @ maps[:, :, :2].mT + maps[:, None, :, 2]

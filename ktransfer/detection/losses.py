@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ktransfer import ranks
 from ktransfer.detection import canvas, detectors
 from ktransfer.detection.canvas import Jitter
 from ktransfer.detection.data import Detection, boxes_of
 from ktransfer.detection.masks import filled
 from ktransfer.errors import UsageError
 from ktransfer.training.loop import Batch
+from ktransfer.training.options import LoopOptions
 
 Target = dict[str, Tensor]
 
@@ -33,6 +35,23 @@ class Truth(NamedTuple):
     extents: Tensor
     size: int
     outlines: list[list[list[Tensor]]] | None = None
+
+
+def check_batches(options: LoopOptions, norm: str, pictures: int) -> None:
+    """Find what would divide a batch of so many pictures: its loss is normalised by what is in all of it.
+
+    Raises:
+        UsageError: one line.
+    """
+    if 0 < options.micro_batch < pictures:
+        raise UsageError(
+            f"--micro-batch {options.micro_batch}: this loss is normalised over all {pictures} pictures of a step, "
+            "which cannot be divided; leave it away, and give a smaller --batch where memory does not suffice"
+        )
+    if norm == "syncbn" and ranks.started() > 1:
+        raise UsageError(
+            f"--norm syncbn: this training runs in one process, and torchrun started {ranks.started()}; give bn or gn"
+        )
 
 
 def truth(data: Detection, size: int, device: torch.device, masks: bool = False) -> Truth:

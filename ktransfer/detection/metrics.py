@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ktransfer import rng
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import Detection, Objects
-from ktransfer.errors import UsageError
+from ktransfer.errors import StageError, UsageError
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
 COCO_RECALLS = np.linspace(0, 1, 101)
@@ -58,8 +58,13 @@ def scores(data: Detection, answers: Mapping[int, Answer], seed: int) -> dict[st
         AP, AP50, AP75, APs, APm, APl (COCO; NaN-free: a range of sizes without objects is left out), VOC07, each in
         0..1, `classes` (class -> VOC07 AP), and for AP, AP50, AP75 and VOC07 NAME_interval: 1.96 deviations over 200
         resamplings of the pictures to either side.
+
+    Raises:
+        StageError: there is nothing to be found in these rows.
     """
     rows = sorted(answers)
+    if all(_ignored(data.objects[row]).all() for row in rows):
+        raise StageError(f"{data.spec}: no object in the {len(rows)} pictures that could be read to test; add some")
     found: dict[str, Any] = coco_scores(data, answers)
     weights = resamplings(len(rows), seed)
     coco = match_all(data, answers, COCO_IOUS, voc=False)

@@ -28,11 +28,13 @@ class Described:
     """Of the pyramid and the heads."""
 
 
-def make(described: Described, seed: int, weights: Path | None = None, foreign: bool = False) -> nn.Module:
+def make(
+    described: Described, seed: int, weights: Path | None = None, foreign: bool = False, filled_later: bool = False
+) -> nn.Module:
     """A detector of that kind: its trunk with the weights of a file (see `trunks.build`), the rest by the seed."""
-    settings = described.settings
-    trunk = trunks.build(described.network, weights, described.neck, settings.norm, seed, described.channels, foreign)
-    return detectors.build(trunk, len(described.classes), described.size, settings, seed)
+    network, norm = described.network, described.settings.norm
+    trunk = trunks.build(network, weights, described.neck, norm, seed, described.channels, foreign, filled_later)
+    return detectors.build(trunk, len(described.classes), described.size, described.settings, seed)
 
 
 def save(path: Path, model: nn.Module, described: Described) -> None:
@@ -66,11 +68,7 @@ def load(path: Path) -> tuple[nn.Module, Described]:
         UsageError: as `describe`, or weights that do not fit.
     """
     described = describe(path)
-    settings = described.settings
-    trunk = trunks.build(
-        described.network, None, described.neck, settings.norm, 0, described.channels, filled_later=True
-    )
-    model = detectors.build(trunk, len(described.classes), described.size, settings, 0)
+    model = make(described, 0, filled_later=True)
     with safe_open(path, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     try:

@@ -16,11 +16,14 @@ from ktransfer.pictures import Pictures
 COLUMNS = 4
 
 
-def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str, seed: int, count: int = 8) -> None:
-    """Write the first pictures as they are and, below each row of them, as epochs 0 and 1 show them (PNG)."""
-    rows = torch.arange(min(count, len(data)))
-    pixels, valid = source.batch(rows)
-    rows, pixels = rows[valid], pixels[valid]
+def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
+    """Write pictures as they are and, below each row of them, as epochs 0 and 1 show them (PNG).
+
+    Args:
+        rows: (n,) int64, n > 0, of `data` and of `source`, which can be read.
+        seed: that of the training.
+    """
+    pixels = source.batch(rows)[0].cpu()
     known = truth(data, source.size, torch.device("cpu"))
     most = max([1, *(len(known.boxes[row]) for row in rows.tolist())])
     boxes, kept = torch.zeros(len(rows), most, 4), torch.zeros(len(rows), most, dtype=torch.bool)
@@ -34,9 +37,8 @@ def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str,
         for batch in shown:
             tiles += [_drawn(batch, place) for place in range(start, min(start + COLUMNS, len(rows)))]
             tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)
-    if tiles:
-        grid = make_grid(torch.stack(tiles), nrow=COLUMNS, padding=4)
-        files.write_whole(path, lambda part: to_pil_image(grid).save(part, format="PNG"))
+    grid = make_grid(torch.stack(tiles), nrow=COLUMNS, padding=4)
+    files.write_whole(path, lambda part: to_pil_image(grid).save(part, format="PNG"))
 
 
 def _drawn(batch: Boxed, place: int) -> Tensor:

@@ -90,8 +90,14 @@ def augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) ->
 
     Returns:
         The batch, boxes that are cut away no longer `kept`; and (b, 2, 3) float32, the maps by which masks and polygons
-        follow (`geometry`). What the policy moves in from beyond the picture's edge is grey.
+        follow (`geometry`). What the policy moves in from beyond the picture's edge is grey. All is computed in
+        float32, within autocast too.
     """
+    with torch.autocast(batch.pixels.device.type, enabled=False):
+        return _augment(batch, strength, rows, seed, epoch)
+
+
+def _augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) -> tuple[Boxed, Tensor]:
     chosen = STRENGTHS[strength]
     side = batch.pixels.shape[-1]
     if strength == "none":

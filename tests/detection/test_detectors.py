@@ -49,6 +49,12 @@ def test_every_parameter_learns_from_random_weights(kind, norm, neck, arch):
     assert not [name for name, part in model.named_parameters() if torch.equal(part, before[name])]
 
 
+@pytest.mark.parametrize(("kind", "neck", "shift"), [("retinanet", "p3-p7", 0), ("fasterrcnn", "p2-p6", 1)])
+def test_labels_count_alike_when_it_is_compiled(kind, neck, shift):
+    model, _ = made(kind, neck=neck)
+    assert detectors.shift(model) == detectors.shift(torch.compile(model, backend="eager")) == shift
+
+
 def test_focal_and_huber_losses_are_those_of_the_reference():
     """Against loops in plain numbers."""
     model, settings = made(classes=3, norm="gn")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from ktransfer.detection import answers, canvas, detectors, losses, metrics, tru
 from ktransfer.detection.data import open_file, subset
 from ktransfer.detection.detectors import Settings
 from ktransfer.errors import UsageError
+from ktransfer.eval import detect, segment
+from ktransfer.eval.config import EvalConfig
 from ktransfer.networks import Network
 from ktransfer.training import loop
 from ktransfer.training.options import TrainOptions
@@ -119,3 +122,18 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
         trained(tmp_path / "cut", 5)
     again = trained(tmp_path / "cut", 0)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_would_divide_a_batch_is_refused(monkeypatch):
+    options = TrainOptions(batch=8, micro_batch=4)
+    losses.check_batches(options, "bn", 4)
+    with pytest.raises(UsageError, match=r"--micro-batch 4: .* all 8 pictures"):
+        losses.check_batches(options, "bn", 8)
+    config = EvalConfig(batch=8, micro_batch=4)
+    for protocol in (detect, segment):
+        with pytest.raises(UsageError, match="--micro-batch 4"):
+            protocol.check([], (), config, Path())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"--norm syncbn: .* torchrun started 2"):
+        losses.check_batches(TrainOptions(), "syncbn", 8)
+    losses.check_batches(TrainOptions(), "gn", 8)

@@ -8,7 +8,7 @@ import torch
 from ktransfer.detection import metrics
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import open_file, subset
-from ktransfer.errors import UsageError
+from ktransfer.errors import StageError, UsageError
 
 
 def noisy(data, seed=0, crowds=False):
@@ -136,3 +136,13 @@ def test_the_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'ktransfer\[detection\]'"):
         metrics.need_extra()
+
+
+def test_nothing_to_be_found_is_said_in_a_line():
+    data, found = noisy(open_file("scenes:images=12,size=64"))
+    with pytest.raises(StageError, match="no object in the 0 pictures"):
+        metrics.scores(data, {}, 0)
+    crowds = tuple(one._replace(crowd=np.ones_like(one.crowd)) for one in data.objects)
+    object.__setattr__(data, "objects", crowds)
+    with pytest.raises(StageError, match="no object in the 12 pictures"):
+        metrics.scores(data, found, 0)

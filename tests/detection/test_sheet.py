@@ -13,7 +13,7 @@ def test_the_sheet_holds_plain_and_augmented_pictures_with_boxes(tmp_path):
     data, _ = open_detection("scenes:images=12,size=64")
     source = canvas.canvases(data, 64)
     for strength in ("none", "S4"):
-        draw_augmented(tmp_path / f"{strength}.png", data, source, strength, 0, count=6)
+        draw_augmented(tmp_path / f"{strength}.png", data, source, strength, 0, torch.arange(6))
     plain, strong = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("none", "S4"))
     assert plain.shape == strong.shape == (6 * 68 + 4, 4 * 68 + 4, 3)
     assert np.array_equal(plain[:72], strong[:72])

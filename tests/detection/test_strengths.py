@@ -62,6 +62,35 @@ def test_moved_corners_lie_in_their_boxes(strength):
     assert (sides >= 1).all()
 
 
+@pytest.mark.parametrize("strength", ["S2", "S4"])
+def test_within_autocast_nothing_is_computed_in_bfloat16(strength):
+    given, rows = batch(60), torch.arange(60)
+    plain, maps = augment(given, strength, rows, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, moves = augment(given, strength, rows, 2, 5)
+        twice = (
+            geometry.then(maps, maps),
+            geometry.inverse(maps),
+            geometry.move_boxes(given.boxes, maps, given.boxes[:, 0]),
+        )
+    assert torch.equal(moves, maps)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, plain, strict=True))
+    alone = geometry.then(maps, maps), geometry.inverse(maps), geometry.move_boxes(given.boxes, maps, given.boxes[:, 0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(twice, alone, strict=True))
+
+
+@pytest.mark.parametrize(("width", "height"), [(96.0, 61.0), (61.0, 96.0)])
+def test_padding_does_not_bleed_into_the_picture(width, height):
+    pixels = torch.zeros(40, 3, SIDE, SIDE, dtype=torch.uint8)
+    pixels[:, :, : int(height), : int(width)] = 200
+    extents = torch.tensor([[width, height]] * 40)
+    maps = geometry.identity(40)
+    maps[:, 0, 0] = maps[:, 1, 1] = torch.linspace(0.5, 2, 40)
+    maps[:, :, 2] = -torch.linspace(0, 30, 40)[:, None]
+    found = geometry.move_pixels(pixels, maps, extents)
+    assert found.unique().tolist() == [128, 200]
+
+
 @pytest.mark.parametrize("strength", list(STRENGTHS))
 def test_a_picture_is_augmented_alike_in_any_batch(strength):
     given, rows = batch(), torch.arange(100, 124)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from ktransfer import scenes
+from ktransfer.dataset import open_dataset
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import open_detection
 from ktransfer.errors import UsageError
@@ -75,6 +77,10 @@ def test_boxes_of_others_have_no_scores(data, path):
         (lambda held: held["categories"][0].update(name="cow"), "classes are not those of .* such as cow"),
         (lambda held: held["annotations"][0].update(bbox=["a", 0, 1, 1]), "annotation is not as COCO's"),
         (lambda held: held["annotations"][0].update(category_id=99), "annotation is not as COCO's"),
+        (lambda held: held["annotations"][0].update(bbox=[[1], 0, 1, 1]), "annotation is not as COCO's"),
+        (lambda held: held["annotations"][0].update(bbox=[10**400, 0, 1, 1]), "annotation is not as COCO's"),
+        (lambda held: held["annotations"][0].update(score="high"), "annotation is not as COCO's"),
+        (lambda held: held.update(annotations=[7]), "lacks"),
     ],
 )
 def test_foreign_files_are_refused_in_one_line(data, path, change, words):
@@ -86,10 +92,33 @@ def test_foreign_files_are_refused_in_one_line(data, path, change, words):
     assert "\n" not in str(caught.value)
 
 
-def test_no_json_is_refused(data, tmp_path):
-    (tmp_path / "x.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_no_json_is_refused(data, tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
     with pytest.raises(UsageError, match="cannot be read as JSON"):
         boxes.read(tmp_path / "x.json", data, 0.5)
+
+
+def test_numbers_may_be_text_and_crowds_are_not_learned(data, path):
+    held = json.loads(path.read_text())
+    held["annotations"][0]["bbox"] = ["4", "5", "26.5", "35.25"]
+    held["annotations"][1]["iscrowd"] = 1
+    path.write_text(json.dumps(held))
+    found, rows = boxes.read(path, boxes.without_boxes(data, data), 0.5)
+    assert rows.tolist() == [0, 2, 5]
+    assert found.objects[0].boxes.tolist() == [[4.0, 5.0, 30.5, 40.25]]
+
+
+def test_pictures_of_the_test_part_are_known_by_name_and_pixels(tmp_path):
+    scenes.write_scenes(tmp_path / "s", 24, 64)
+    _, test = open_detection(str(tmp_path / "s" / "train.json"))
+    plain = open_dataset(str(tmp_path / "s" / "train"))
+    found = boxes.shared(plain, test)
+    names = {key.rsplit("/", 1)[-1] for key in test.keys}
+    assert [plain.keys[row].rsplit("/", 1)[-1] in names for row in found] == [True] * len(test)
+    train, other = open_detection("scenes:images=12,size=64")
+    assert {key.rsplit("/", 1)[-1] for key in train.keys} & {key.rsplit("/", 1)[-1] for key in other.keys}
+    assert not len(boxes.shared(train, other))
 
 
 def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
@@ -102,7 +131,7 @@ def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
     }
     boxes.write(tmp_path / "p.json", pictures, made, {})
     found = boxes.adaptive_thresholds(data, tmp_path / "p.json", pictures, 0.5)
-    kept = boxes.read(tmp_path / "p.json", pictures, found + 1e-9)[0]
+    kept = boxes.read(tmp_path / "p.json", pictures, found)[0]
     own = boxes.count(data.objects, 12)
     for label, number in enumerate(boxes.count(kept.objects, 12)):
         assert number == min(own[label], len(data)) or found[label] == 0.5
@@ -111,8 +140,6 @@ def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
 
 
 def test_sizes_of_pictures_without_any_statement(folder):
-    from ktransfer.dataset import open_dataset
-
     plain = open_dataset(str(folder))
     like = open_detection("scenes:images=12,size=64")[0]
     found = boxes.without_boxes(plain, like)

@@ -1,14 +1,18 @@
 """Self-training on small scenes: its files, its steps one by one, kills, and refusals."""
 
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
-from ktransfer.errors import StageError, UsageError
-from ktransfer.retrain import SelftrainConfig, selftrain, selftraining
+from ktransfer.detection.data import open_detection
+from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.retrain import RetrainConfig, SelftrainConfig, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
@@ -35,6 +39,12 @@ def made(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
     selftrain(run, **SMALL)
     return run
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def contents(run):
@@ -97,19 +107,172 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, tmp_path, monk
     assert contents(run) == contents(made)
 
 
-def test_a_later_setting_leaves_the_steps_before_as_they_are(made, tmp_path, capsys):
-    import shutil
+@pytest.mark.parametrize(("step", "label"), [("pseudo", "pseudo"), ("scores", "judge student")])
+def test_killed_while_it_looks_at_pictures_it_goes_on(made, copy, monkeypatch, step, label):
+    path = copy / "selftrain" / "stage.json"
+    records = json.loads(path.read_text())
+    kept = list(records)[: list(records).index(step)]
+    path.write_text(json.dumps({name: records[name] for name in kept}))
+    original = selftraining.detect
 
-    run = tmp_path / "run"
-    shutil.copytree(made, run)
+    def detect(*given, **more):
+        if more["label"] == label:
+            raise KeyboardInterrupt
+        return original(*given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(selftraining, "detect", detect)
+        selftrain(copy, **SMALL)
+    assert json.loads(path.read_text())[step]["state"] == "running"
+    if step == "pseudo":  # the student of the copy is done, of the same boxes
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"student": records["student"]}))
+    selftrain(copy, **SMALL)
+    assert contents(copy) == contents(made)
+
+
+def test_a_later_setting_leaves_the_steps_before_as_they_are(copy, capsys):
+    run = copy
     with pytest.raises(UsageError, match=r"student in .* was made otherwise: alpha was 1.0, is 0.5"):
         selftrain(run, **SMALL, alpha=0.5)
     capsys.readouterr()
-    with pytest.raises(UsageError, match=r"scores in .* was made otherwise: test-threshold was 0\.0, is 0\.5"):
-        selftrain(run, **(SMALL | {"test_threshold": 0.5}))
+    path = selftrain(run, **(SMALL | {"test_threshold": 0.5}))
+    assert json.loads(path.read_text())["test_threshold"] == 0.5
     said = capsys.readouterr().err
     assert "teacher: done before" in said
     assert "student: done before" in said
+
+
+def test_overwrite_makes_what_was_made_otherwise_and_all_after_it(made, copy, capsys):
+    before = contents(made)
+    teacher = str(copy / "selftrain" / "teacher" / "model.safetensors")
+    with pytest.raises(UsageError, match=r"--teacher .*: --overwrite would remove it"):
+        selftrain(copy, **SMALL, teacher=teacher, overwrite=True)
+    assert contents(copy) == before
+    for options, anew in (({"alpha": 0.5}, ["student"]), ({}, ["student"]), ({}, ["teacher", "pseudo", "student"])):
+        capsys.readouterr()
+        selftrain(copy, **SMALL, **options, overwrite=True)
+        said = capsys.readouterr().err
+        for name in ("teacher", "pseudo", "student"):
+            assert (f"{name}: done before" in said) == (name not in anew)
+        found = contents(copy)
+        assert (found == before) == (not options)
+        assert found["pseudo.json"] == before["pseudo.json"]
+
+
+def test_a_line_is_refused_before_its_first_stage(copy):
+    def line(**options):
+        stages.refuse_changes(stages.plan([("selftrain", SMALL | options)], copy), copy)
+
+    with pytest.raises(UsageError, match=r"teacher in .* was made otherwise: lr was 0\.1, is 0\.2. Give selftrain"):
+        line(lr=0.2)
+    line(test_threshold=0.5)
+    line(lr=0.2, overwrite=True)
+
+
+def test_after_ctrl_c_overwrite_is_not_given_again(copy, capsys, monkeypatch):
+    words = ["--run", str(copy), "selftrain", "--alpha", "0.5", "--overwrite"]
+    words += [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+    def fit(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "fit", fit)
+        assert cli.main(words) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    said = shlex.split(last[last.index("ktransfer --run") :])[1:]
+    assert said == [word for word in words if word != "--overwrite"]
+    assert cli.main(said) == 0
+    assert "teacher: done before" in capsys.readouterr().err
+
+
+def test_a_student_becomes_the_next_teacher(made, tmp_path):
+    teacher = str(made / "selftrain" / "teacher" / "model.safetensors")
+    options = SMALL | {"rounds": 2, "adaptive": True, "ema": 0.5, "teacher": teacher}
+    folder = selftrain(tmp_path / "run", **options).parent
+    steps = json.loads((folder / "stage.json").read_text())
+    assert list(steps) == ["pseudo", "student", "pseudo-2", "student-2", "scores"]
+    names = ("student/model.safetensors", "student-2/model.safetensors")
+    weights = [steps[name.split("/")[0]]["outputs"][name]["sha256"] for name in names]
+    assert steps["pseudo-2"]["inputs"]["teacher"] == weights[0]
+    assert steps["scores"]["inputs"]["student"] == weights[1]
+    whole = open_detection(SCENES)[0]
+    ids = json.loads((folder / "student.ids.json").read_text())
+    labelled = sum(len(one.boxes) for number, one in zip(whole.ids, whole.objects, strict=True) if number in ids)
+    assert 0 < steps["student"]["result"]["pseudo-boxes"] <= labelled < steps["pseudo"]["result"]["boxes"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Scenes as files, 16 to learn and some to test; the first eight to learn are broken."""
+    scenes.write_scenes(tmp_path / "s", 16, 64)
+    for key in open_detection(str(tmp_path / "s"))[0].keys[:8]:
+        (tmp_path / "s" / key).write_bytes(b"")
+    return tmp_path / "s"
+
+
+def test_broken_pictures_are_in_no_batch(pictures, tmp_path, monkeypatch):
+    options = SMALL | {"labelled": str(pictures), "fraction": 1.0, "unlabelled": "scenes:images=8,size=64,seed=1"}
+    seen, original = {}, loop.fit
+
+    def fit(model, loss, source, batches, *rest):
+        seen[rest[-1]] = {row for epoch in range(5) for row in batches(epoch).flatten().tolist()}
+        original(model, loss, source, batches, *rest)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    folder = selftrain(tmp_path / "run", **options, max_broken=0.5).parent
+    assert seen == {"teacher": set(range(8, 16)), "student": set(range(8, 24))}
+    assert (folder / "student" / "augmented.png").is_file()
+    with pytest.raises(StageError, match="8 of 16 pictures"):
+        selftrain(tmp_path / "strict", **options)
+
+
+def test_too_many_broken_pictures_stop_labelling_and_judging(made, pictures, tmp_path):
+    teacher = made / "selftrain" / "teacher" / "model.safetensors"
+    options = SMALL | {"unlabelled": str(pictures / "train")}
+    config, data, _ = selftraining.check(tmp_path / "run", options)
+    device = torch.device("cpu")
+    with pytest.raises(StageError, match="8 of 16 pictures"):
+        selftraining._label(tmp_path / "run", config, data, device, teacher, "")
+    data = data._replace(test=open_detection(str(pictures))[0])
+    with pytest.raises(StageError, match="8 of 16 pictures"):
+        selftraining._judge(tmp_path / "run", config, data, device, {"teacher": teacher})
+
+
+def test_pictures_of_the_test_part_are_not_labelled(made, pictures, tmp_path, capsys):
+    teacher = made / "selftrain" / "teacher" / "model.safetensors"
+    options = SMALL | {"labelled": str(pictures / "train.json"), "unlabelled": str(pictures / "train")}
+    config, data, _ = selftraining.check(tmp_path / "run", options | {"max_broken": 0.9})
+    path = selftraining._label(tmp_path / "run", config, data, torch.device("cpu"), teacher, "")
+    listed = {one["file_name"].rsplit("/", 1)[-1] for one in json.loads(path.read_text())["images"]}
+    good = {key.rsplit("/", 1)[-1] for row, key in enumerate(data.test.keys) if not broken(data.test, row)}
+    assert good
+    assert not good & listed
+    assert listed
+    assert f"pseudo: {len(good)} of the unlabelled pictures are in the test part" in capsys.readouterr().err
+
+
+def broken(data, row):
+    try:
+        data.read(row, None)
+    except BrokenPicture:
+        return True
+    return False
+
+
+def test_a_network_that_this_line_makes_anew_is_not_looked_at(tmp_path):
+    (tmp_path / "retrain").mkdir()
+    (tmp_path / "retrain" / "model.safetensors").write_bytes(b"of another network")
+    coming = RetrainConfig(arch="alexnet_bn", width=0.05, size=64)
+    found = selftraining.check(tmp_path, SMALL | {"init": "run"}, {"retrain": coming})
+    assert "init" not in found.parts[0].inputs
+
+
+def test_with_a_teacher_the_student_is_checked_too(made, tmp_path):
+    teacher = made / "selftrain" / "teacher" / "model.safetensors"
+    with pytest.raises(UsageError, match="alexnot"):
+        selftrain(tmp_path / "run", **(SMALL | {"backbone": "alexnot"}), teacher=str(teacher))
+    assert not (tmp_path / "run").exists()
 
 
 def test_boxes_of_others_and_a_teacher_of_another_run(made, tmp_path):
@@ -149,6 +312,9 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"augment": "S5"}, "must be one of none, S1"),
         ({"ids": "ids.json"}, "--ids: says already"),
         ({"pseudo": "x.json", "rounds": 2}, "one round"),
+        ({"micro_batch": 4}, "--micro-batch 4: .* all 8 pictures"),
+        ({"cache_pictures": "device", "device": "cpu"}, "--cache-pictures device"),
+        ({"ema": 1.0}, "must be at most 0.9999"),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from ktransfer.detection import canvas
 from ktransfer.detection.data import open_detection
+from ktransfer.detection.losses import Truth
 from ktransfer.retrain import student
 from ktransfer.training import loop
 
@@ -32,14 +34,69 @@ def test_the_average_follows_and_is_the_result():
     made, average = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = average[0].weight.detach().clone()
     made[1].running_mean.fill_(3.0)
-    model = student.Student(made, average).train()
+    model = student.Student(made, average, 0.15).train()
     assert not average[1].training
-    model.follow(0.75)
-    assert torch.allclose(average[0].weight, 0.75 * before + 0.25 * made[0].weight)
+    model.follow()
+    once = 0.1 * before + 0.9 * made[0].weight
+    assert torch.allclose(average[0].weight, once)
     assert torch.equal(average[1].running_mean, torch.full((2,), 3.0))
+    with torch.no_grad():
+        made[0].weight.fill_(5.0)
     assert model.result() is average
+    assert torch.allclose(average[0].weight, 0.15 * once + 0.85 * 5.0)
     assert not any(parameter.requires_grad for parameter in average.parameters())
     assert student.Student(made).result() is made
+
+
+class Counting(nn.Module):
+    """In place of a detector: losses that can be told by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixels, targets):
+        labels = torch.cat([target["labels"] for target in targets]).float()
+        positives = torch.tensor(7)
+        return {"a": self.weight * labels.mean(), "b": self.weight**2 * pixels.mean().abs(), "positives": positives}
+
+    def by_hand(self, pixels, labels):
+        weight = self.weight.item()
+        return weight * float(np.mean(labels)) + weight**2 * float(pixels.mean().abs())
+
+
+@pytest.mark.parametrize("balance", ["normalised", "plain"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_loss_is_the_formula(balance, compiled):
+    """L = (L_h + a * mean(L_h) / mean(L_p) * L_p) / (1 + a), and L_h + a * L_p, over two steps."""
+    box = torch.tensor([[1.0, 1.0, 20.0, 20.0]])
+    boxes = [box, box.repeat(2, 1), box, box]
+    labels = [torch.tensor(own) for own in ([3], [5, 7], [11], [13])]
+    truth = Truth(boxes, labels, torch.full((4, 2), 32.0), 32)
+    alpha, decay = 0.3, 0.8
+    loss = student.losses(truth, "imagenet", "none", 0, student.Weighing(balance, alpha, decay), split=2)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    seen = canvas.normalise(pixels, truth.extents, "imagenet")
+    model = student.Student(Counting())
+    called = torch.compile(model, backend="eager") if compiled else model
+    shift = 1  # it is no RetinaNet
+    means = np.zeros(2)
+    with torch.compiler.set_stance("force_eager"):
+        for weight in (2.0, 0.5):
+            with torch.no_grad():
+                model.detector.weight.fill_(weight)
+            order = torch.tensor([2, 0, 3, 1])
+            value, sums = loss(called, loop.Batch(order, pixels[order], torch.ones(4).bool(), 0))
+            human = model.detector.by_hand(seen[:2], np.array([3, 5, 7]) + shift)
+            pseudo = model.detector.by_hand(seen[2:], np.array([11, 13]) + shift)
+            means = decay * means + (1 - decay) * np.array([human, pseudo])
+            weighed = human + alpha * pseudo
+            if balance == "normalised":
+                weighed = (human + alpha * means[0] / means[1] * pseudo) / (1 + alpha)
+            assert value.item() == pytest.approx(weighed, rel=1e-5)
+            assert float(sums["human_loss"]) == pytest.approx(4 * human, rel=1e-5)
+            assert float(sums["pseudo_loss"]) == pytest.approx(4 * pseudo, rel=1e-5)
+            assert (int(sums["human_boxes"]), int(sums["pseudo_boxes"]), int(sums["count"])) == (6, 4, 4)
 
 
 def test_each_step_has_both_halves_and_each_pass_all_of_them():

@@ -1,12 +1,17 @@
 """Studies: the grid, the recipe's refusals, and a table whose numbers scipy and the hand know."""
 
 import csv
+import itertools
 import json
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from ktransfer import cli
 from ktransfer.errors import UsageError
 from ktransfer.retrain import selftraining, study
 
@@ -98,6 +103,9 @@ def test_every_cell_and_one_table(recipe, ran, tmp_path, capsys):
         ("seed = [0, 1, 2]", "seed = []", "needs a list of values"),
         ("fraction = [0.5, 0.25]", "fraction = [0.5, 2.0]", "must be at most 1"),
         ("epochs = 1", "epochs = = 1", "not valid TOML"),
+        ("epochs = 1", "epochs = 1\noverwrite = true", "overwrite is no setting of a study"),
+        ("fraction = [0.5, 0.25]", "fraction = [0.5, 0.25, 0.5]", "fraction lists 0.5 twice"),
+        ('"random", "other.safetensors"', '"a/b.pth", "a-b.pth"', "two cells would be made in cells/init-a-b.pth"),
     ],
 )
 def test_a_wrong_recipe_begins_nothing(recipe, ran, tmp_path, old, new, words):
@@ -116,6 +124,38 @@ def test_a_missing_recipe(tmp_path):
 def test_a_cell_that_cannot_be_is_found_before_the_first(recipe, tmp_path):
     with pytest.raises(UsageError, match=r"other\.safetensors"):
         study.study(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_nothing_begins(recipe, ran, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r"pip install 'ktransfer\[report\]'"):
+        study.study(recipe, tmp_path / "out")
+    assert not ran
+
+
+def test_seeds_alone_are_one_column(recipe, ran, tmp_path):
+    text = RECIPE.replace('init = ["random", "other.safetensors"]\nfraction = [0.5, 0.25]', "")
+    recipe.write_text(text.replace("epochs = 1", 'init = "random"\nfraction = 0.5\nepochs = 1'))
+    assert "| AP % | mean |" in study.study(recipe, tmp_path / "out").read_text()
+
+
+def test_the_recipe_of_the_handbook_can_run(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "selftraining.md").read_text()
+    text = page[page.index("    [selftrain] ") :]
+    lines = itertools.takewhile(lambda line: not line or line.startswith("    "), text.splitlines())
+    (tmp_path / "recipe.toml").write_text(textwrap.dedent("\n".join(lines)))
+    plan = study.read(tmp_path / "recipe.toml")
+    assert len(study.cells(plan)) == 24
+    for cell in study.cells(plan):
+        if (cell["init"], cell["augment"], cell["seed"]) == ("random", "S4", 0):
+            selftraining.check(tmp_path / "cell", plan.common | cell)
+
+
+def test_of_several_processes_one_studies(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["study", "--recipe", str(recipe), "--run", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out").exists()
 
 
