@@ -214,6 +214,9 @@ int ktransfer_level() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// What native.py describes must be what was compiled: an extension of older sources is not used.
+int64_t ktransfer_job_bytes() { return sizeof(Job); }
+
 // Centroids in a panel; `packed` and `bias` are padded to whole panels.
 int64_t ktransfer_panel(int level) { return level == 2 ? avx512::NR : avx2::NR; }
 

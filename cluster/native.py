@@ -32,7 +32,7 @@ class Job(ctypes.Structure):
 
 @cache
 def library() -> Any:
-    """The loaded library; None where it was not built or the processor has neither AVX2 nor AVX-512."""
+    """The loaded library; None where it was not built of these sources or the processor lacks AVX2."""
     found = importlib.util.find_spec("ktransfer.cluster._exact")
     if found is None or found.origin is None:
         return None
@@ -47,9 +47,10 @@ def library() -> Any:
         loaded.ktransfer_order.restype = None
         loaded.ktransfer_update.argtypes = (c_int, c_int, POINTER(Job))
         loaded.ktransfer_update.restype = None
+        same = loaded.ktransfer_job_bytes() == ctypes.sizeof(Job)
     except (OSError, AttributeError):
         return None
-    return loaded if loaded.ktransfer_level() else None
+    return loaded if same and loaded.ktransfer_level() else None
 
 
 def pack(level: int, matrix: NDArray[np.float32]) -> NDArray[np.float32]:

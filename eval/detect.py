@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ktransfer import files, networks
-from ktransfer.config import nearest
+from ktransfer.config import chosen
 from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
 from ktransfer.detection.data import Detection, open_detection
 from ktransfer.detection.detectors import Settings
@@ -140,11 +140,7 @@ def columns(config: EvalConfig) -> list[str]:
     Raises:
         UsageError: an unknown one.
     """
-    names = list(dict.fromkeys(part.strip() for part in config.trunk.split(",")))
-    for name in names:
-        if name not in COLUMNS:
-            raise UsageError(f"--trunk {name or config.trunk}: no such column; {nearest(name, COLUMNS)}")
-    return names
+    return chosen("--trunk", config.trunk, COLUMNS, "column")
 
 
 def train_options(config: EvalConfig, lr: float) -> TrainOptions:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.augment import centre_crop
-from ktransfer.config import nearest
+from ktransfer.config import chosen
 from ktransfer.dataset import Dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -74,11 +74,7 @@ def strategies(config: EvalConfig) -> list[str]:
     Raises:
         UsageError: an unknown one.
     """
-    names = list(dict.fromkeys(part.strip() for part in config.strategy.split(",")))
-    for name in names:
-        if name not in STRATEGIES:
-            raise UsageError(f"--strategy {name or config.strategy}: no such strategy; {nearest(name, STRATEGIES)}")
-    return names
+    return chosen("--strategy", config.strategy, STRATEGIES, "strategy")
 
 
 def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Judged:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files, networks
-from ktransfer.config import build, in_words, nearest, result_settings, settings_of
+from ktransfer.config import build, chosen, in_words, result_settings, settings_of
 from ktransfer.errors import Answer, UsageError
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
@@ -169,10 +169,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     if given.compare:
         raise Answer(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
     loop.choose_device(given)
-    names = list(dict.fromkeys(part.strip() for part in given.protocol.split(",")))
-    for name in names:
-        if name not in PROTOCOLS:
-            raise UsageError(f"--protocol {name or given.protocol}: no such protocol; {nearest(name, PROTOCOLS)}")
+    names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
     spec = given.labelled or (made and made["config"]["data"])
     if not spec:

@@ -95,6 +95,19 @@ def nearest(word: str, valid: "Mapping[str, Any] | typing.Iterable[str]") -> str
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(names))}"
 
 
+def chosen(flag: str, given: str, valid: "typing.Iterable[str]", what: str) -> list[str]:
+    """The names that a flag lists, separated by commas, each once.
+
+    Raises:
+        UsageError: one of them is none of the valid ones.
+    """
+    names = list(dict.fromkeys(part.strip() for part in given.split(",")))
+    for name in names:
+        if name not in valid:
+            raise UsageError(f"{flag} {name or given}: no such {what}; {nearest(name, valid)}")
+    return names
+
+
 def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | None]:
     wanted = kind(field)
     if value is None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktransfer import cli
-from ktransfer.config import build, in_words, kind, nearest, option, read_toml, result_settings
+from ktransfer.config import build, chosen, in_words, kind, nearest, option, read_toml, result_settings
 from ktransfer.errors import UsageError
 
 
@@ -149,3 +149,10 @@ def test_commands_are_shown_as_a_user_would_type_them():
     line = in_words(Path("runs/my run"), "retrain", {"weight_decay": 0.1, "labels": "classes", "uniform": False})
     assert line == "ktransfer --run 'runs/my run' retrain --weight-decay 0.1 --labels classes --no-uniform"
     assert in_words("a", "eval", {"random": True}) == "ktransfer --run a eval --random"
+
+
+def test_names_separated_by_commas_are_each_taken_once():
+    assert chosen("--trunk", "full, frozen,full", ("frozen", "full"), "column") == ["full", "frozen"]
+    for names, shown in (("ful", "ful"), ("full,", "full,"), ("", "")):
+        with pytest.raises(UsageError, match=rf"^--trunk {shown}: no such column; "):
+            chosen("--trunk", names, ("frozen", "full"), "column")
