@@ -94,6 +94,12 @@ class SelftrainConfig(TrainOptions):
         high=0.9999,
         of=("student",),
     )
+    samples: int = option(
+        0,
+        "labelled pictures that each training sees in all, so that small shares train as long as large ones; 0: "
+        "--epochs passes",
+        low=0,
+    )
     student_epochs: int = option(
         0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student",)
     )

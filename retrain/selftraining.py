@@ -7,6 +7,7 @@ After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable
 and a fourth that judges both (selftrain/scores.json).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -229,6 +230,8 @@ def _train(
         if not len(rows) or (pseudo and not len(added)):
             which = "pseudo-labelled" if len(rows) else "labelled"
             raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
+        if config.samples and not (pseudo and config.student_epochs):
+            config = replace(config, epochs=math.ceil(config.samples / len(rows)))
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
         known = truth(pictures, config.size, device)
         seed = config.seed if name == "teacher" else config.seed + 1

@@ -340,3 +340,10 @@ def test_settings_of_the_paper_are_the_defaults():
     assert (config.size, config.threshold, config.detector, config.rounds) == (640, 0.5, "retinanet", 1)
     assert config.batch == 256
     assert selftraining.NECKS["retinanet"] == "p3-p7"
+
+
+def test_samples_are_passes_over_the_labelled_pictures(tmp_path):
+    short = SMALL | {"student_epochs": 1}
+    selftrain(tmp_path / "samples", **short | {"samples": 12})  # 8 labelled pictures: two passes
+    selftrain(tmp_path / "passes", **short | {"epochs": 2})
+    assert contents(tmp_path / "samples") == contents(tmp_path / "passes")
