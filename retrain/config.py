@@ -58,6 +58,12 @@ class SelftrainConfig(TrainOptions):
     )
     stride: int = option(4, "of --init random: stride of AlexNet's first convolution", low=1, high=8)
     norm: str = option("gn", "normalisation", choices=("bn", "syncbn", "gn", "frozen"))
+    anchor: float = option(4.0, "side of a map's smallest anchors, in its strides", low=0.5, high=64)
+    focal_alpha: float = option(0.25, "RetinaNet: alpha of the focal loss", low=0, high=1)
+    focal_gamma: float = option(1.5, "RetinaNet: gamma of the focal loss", low=0, high=10)
+    huber_delta: float = option(0.1, "RetinaNet: delta of the Huber loss on boxes", low=0.001, high=10)
+    huber_weight: float = option(50.0, "RetinaNet: weight of the Huber loss on boxes", low=0)
+    soft_nms: float = option(0.0, "sigma of soft-NMS; 0: NMS at IoU 0.5", low=0, high=10, of=("pseudo", "scores"))
     channels: int = option(256, "channels of the pyramid and of the heads", low=8, high=1024)
     size: int = option(640, "side of the square that the detector sees, in pixels", low=64, high=2048)
     init: str = option(

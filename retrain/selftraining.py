@@ -262,7 +262,7 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
             return path
         model, described = saved.load(teacher)
         pictures = boxes.without_boxes(other, data.labelled)
-        settings = replace(described.settings, threshold=config.threshold)
+        settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
         source = canvas.canvases(pictures, described.size, config.workers, cache="off")
         rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), _tested(data, name)))
         found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
@@ -288,7 +288,7 @@ def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
             found: dict[str, Any] = {}
             for name, weights in arms.items():
                 model, described = saved.load(weights)
-                answering = replace(described.settings, threshold=config.test_threshold)
+                answering = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
                 source = canvas.canvases(data.test, described.size, config.workers, cache="off")
                 rows = torch.arange(len(data.test))
                 answers = detect(
@@ -310,7 +310,16 @@ def _described(
 ) -> tuple[Described, Path | None, bool]:
     """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
     network, weights, foreign = _backbone(run, config, pending)
-    settings = Settings(config.detector, config.norm, threshold=config.test_threshold)
+    settings = Settings(
+        config.detector,
+        config.norm,
+        config.anchor,
+        config.focal_alpha,
+        config.focal_gamma,
+        config.huber_delta,
+        config.huber_weight,
+        threshold=config.test_threshold,
+    )
     network = replace(network, size=config.size)
     described = Described(network, NECKS[config.detector], settings, data.classes, config.size, config.channels)
     return described, weights, foreign

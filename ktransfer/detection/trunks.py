@@ -228,8 +228,8 @@ def _neck(
         return None, [deepest], levels[deepest][1]
     lowest = 3 if neck == "p3-p7" else 2
     taps = [level for level in sorted(levels) if lowest <= level <= _DEEPEST]
-    if len(taps) < 2:
-        raise UsageError(f"{arch}: has no two maps from stride {2**lowest} on for {neck}; give --neck single")
+    if not taps:
+        raise UsageError(f"{arch}: has no map from stride {2**lowest} on for {neck}; give --neck single")
     coarser: Any = LastLevelP6P7(channels, channels) if neck == "p3-p7" else LastLevelMaxPool()
     layer = norm_layer(norm)
     return FeaturePyramidNetwork([levels[level][1] for level in taps], channels, coarser, layer), taps, channels

@@ -119,5 +119,11 @@ def test_unknown_trunks_are_one_line():
     for arch in ("vit_b_32", "torchvision:alexnet", "densenet121"):
         with pytest.raises(UsageError, match="no trunk of detectors"):
             trunks.build(Network(arch), None, "single", "bn", 0)
-    with pytest.raises(UsageError, match="no two maps"):
-        trunks.build(Network("vgg16", 0.1), None, "p3-p7", "bn", 0)
+    with pytest.raises(UsageError, match="no map"):
+        trunks.build(Network("alexnet", 0.1, 1), None, "p3-p7", "bn", 0)
+
+
+def test_a_trunk_with_one_map_gets_its_pyramid_too():
+    """AlexNet of stride 2, as targets for small pictures are: C3 alone, and two coarser maps made from it."""
+    trunk = trunks.build(Network("alexnet_bn", 0.1, 2), None, "p3-p7", "gn", 0, 16)
+    assert list(trunks.strides(trunk).values()) == [8, 16, 32]

@@ -347,3 +347,9 @@ def test_samples_are_passes_over_the_labelled_pictures(tmp_path):
     selftrain(tmp_path / "samples", **short | {"samples": 12})  # 8 labelled pictures: two passes
     selftrain(tmp_path / "passes", **short | {"epochs": 2})
     assert contents(tmp_path / "samples") == contents(tmp_path / "passes")
+
+
+def test_the_detector_s_constants_are_options(tmp_path):
+    selftrain(tmp_path, **SMALL, anchor=2.0, focal_gamma=2.0, huber_weight=10.0, soft_nms=0.3)
+    settings = saved.describe(tmp_path / "selftrain" / "student" / "model.safetensors").settings
+    assert (settings.anchor, settings.focal_gamma, settings.huber_weight) == (2.0, 2.0, 10.0)
