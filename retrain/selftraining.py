@@ -230,8 +230,6 @@ def _train(
         if not len(rows) or (pseudo and not len(added)):
             which = "pseudo-labelled" if len(rows) else "labelled"
             raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
-        if config.samples and not (pseudo and config.student_epochs):
-            config = replace(config, epochs=math.ceil(config.samples / len(rows)))
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
         known = truth(pictures, config.size, device)
         seed = config.seed if name == "teacher" else config.seed + 1
@@ -239,6 +237,9 @@ def _train(
         batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
         if pseudo:
             batches = partial(student.batches, rows, added, config.batch, seed)
+        if config.samples and not (pseudo and config.student_epochs):
+            seen = loop.epoch_batches(rows, config.batch, seed, 0).numel()
+            config = replace(config, epochs=math.ceil(config.samples / seen))
         loss = student.losses(known, how, config.augment, seed, weighing, split)
         loop.fit(model, loss, source, batches, config, folder, device, name)
         made = model.result() if isinstance(model, student.Student) else model
