@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,20 +23,15 @@ COMPARED = 64  # pixels, the short side at which pictures are compared: a large 
 UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
 
 
-def without_boxes(data: Dataset, like: Detection) -> Detection:
+def without_boxes(data: Dataset, like: Detection, sizes: NDArray[np.int32] | None = None) -> Detection:
     """The pictures of any data set with their sizes and no objects; `classes` are those of `like`.
 
-    Each picture is decoded once, as its size is nowhere stated.
+    Args:
+        sizes: (n, 2) width and height, as `stated_sizes` gives them. Where they are not given and the data states none,
+            each picture is decoded, once in a process.
     """
-    if isinstance(data, Detection):
-        sizes = data.sizes
-    else:
-        with bar(len(data), "sizes") as shown, ThreadPoolExecutor(cores()) as pool:
-            found: list[tuple[int, int]] = []
-            for size in pool.map(lambda row: _size(data, row), range(len(data))):
-                found.append(size)
-                shown.update(1)
-        sizes = np.array(found, np.int32)
+    if sizes is None:
+        sizes = data.sizes if isinstance(data, Detection) else _decoded_sizes(data)
     none = objects_of([], [], (1, 1), {})
     return Detection(
         spec=data.spec,
@@ -52,6 +48,25 @@ def without_boxes(data: Dataset, like: Detection) -> Detection:
         ids=tuple(range(1, len(data) + 1)),
         category_ids=like.category_ids,
     )
+
+
+def stated_sizes(path: Path, data: Dataset) -> NDArray[np.int32]:
+    """(n, 2) width and height of the pictures that a file of `write` lists; `UNREADABLE` for the others.
+
+    With them nothing is decoded for the student, which sees no other pictures.
+    """
+    held = {one["file_name"]: (one["width"], one["height"]) for one in files.read_json(path)["images"]}
+    return np.array([held.get(key, UNREADABLE) for key in data.keys], np.int32)
+
+
+@lru_cache(maxsize=1)
+def _decoded_sizes(data: Dataset) -> NDArray[np.int32]:
+    with bar(len(data), "sizes") as shown, ThreadPoolExecutor(cores()) as pool:
+        found: list[tuple[int, int]] = []
+        for size in pool.map(lambda row: _size(data, row), range(len(data))):
+            found.append(size)
+            shown.update(1)
+    return np.array(found, np.int32)
 
 
 def _size(data: Dataset, row: int) -> tuple[int, int]:
@@ -188,6 +203,6 @@ def _same(data: Dataset, test: Dataset, row: int, other: int) -> bool:
 
 
 def count(objects: tuple[Objects, ...], classes: int) -> list[int]:
-    """How many boxes of each class there are."""
-    labels = np.concatenate([one.labels for one in objects]) if objects else np.zeros(0, np.int64)
+    """How many boxes of each class there are, crowds aside."""
+    labels = np.concatenate([one.labels[~one.crowd] for one in objects]) if objects else np.zeros(0, np.int64)
     return [int(number) for number in np.bincount(labels, minlength=classes)]

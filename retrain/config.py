@@ -78,6 +78,13 @@ class SelftrainConfig(TrainOptions):
         None, "a COCO file with boxes of the unlabelled pictures, instead of the teacher's", execution=True
     )
     threshold: float = option(0.5, "least score of a pseudo-box", low=0, high=1, of=("pseudo", "student"))
+    jitter_filter: float = option(
+        0.0,
+        "leave out pseudo-boxes whose sides move by more than this share of the box when the teacher sees the picture "
+        "smaller or mirrored; 0: none",
+        low=0,
+        of=("pseudo",),
+    )
     adaptive: bool = option(
         False,
         "raise the threshold of a class until it has no more boxes a picture than the labelled ones have",
@@ -108,6 +115,20 @@ class SelftrainConfig(TrainOptions):
     )
     student_epochs: int = option(
         0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student",)
+    )
+    patience: int = option(
+        0,
+        "stop when average precision on held-out labelled pictures has not grown for so many passes, and take the best "
+        "weights; 0: never",
+        low=0,
+        of=("teacher", "student"),
+    )
+    held_out: float = option(
+        0.1,
+        "of --patience: share of the labelled pictures that judges, and is not learned from",
+        low=0.0001,
+        high=0.9,
+        of=("teacher", "student"),
     )
     test_threshold: float = option(0.05, "least score of a box that is judged", low=0, high=1, of=("scores",))
     overwrite: bool = option(

@@ -38,7 +38,7 @@ from ktransfer.stages import Part
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
-from . import boxes, student
+from . import boxes, heldout, steady, student
 from .config import SelftrainConfig
 
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
@@ -100,8 +100,10 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     loop.choose_device(config)
     if not config.labelled:
         raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
-    if config.pseudo and (config.rounds > 1 or config.adaptive):
-        raise UsageError("--pseudo: boxes of others serve one round as they are; leave --rounds and --adaptive away")
+    if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
+        raise UsageError(
+            "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter away"
+        )
     for name in ("teacher", "pseudo", "ids") if config.overwrite else ():
         given = getattr(config, name)
         if given and Path(given).resolve().is_relative_to((run / STAGE).resolve()):
@@ -117,6 +119,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     labelled = subset(whole, rows)
     if not any(len(one.boxes) for one in labelled.objects):
         raise UsageError(f"--fraction {config.fraction}: no box among {len(rows)} pictures; take more")
+    heldout.rows(labelled, config)
     if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
     unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
@@ -127,7 +130,8 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     if config.teacher and saved.describe(Path(config.teacher)).classes != whole.classes:
         raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
     if config.pseudo:
-        boxes.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled), config.threshold)
+        any_size = np.ones((len(unlabelled), 2), np.int32)  # the file is what is checked, and pictures are not read
+        boxes.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), config.threshold)
     data = Data(labelled, unlabelled, test)
     return Checked(config, data, planned(config, data, None if coming else file))
 
@@ -200,9 +204,11 @@ def _train(
             return weights
         model: nn.Module = saved.make(described, config.seed, init, foreign)
         how = described.network.normalise
-        pictures, facts = data.labelled, {"labelled": len(data.labelled)}
+        pictures, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
+        by_class: dict[str, Any] = {}
         if pseudo:
-            other = boxes.without_boxes(data.unlabelled, data.labelled)
+            sizes = None if config.pseudo else boxes.stated_sizes(pseudo, data.unlabelled)
+            other = boxes.without_boxes(data.unlabelled, data.labelled, sizes)
             threshold: float | NDArray[np.float64] = config.threshold
             if config.adaptive:
                 threshold = boxes.adaptive_thresholds(data.labelled, pseudo, other, config.threshold)
@@ -213,11 +219,15 @@ def _train(
                 listed = listed[[len(other.objects[row].boxes) > 0 for row in listed.tolist()]]
             counted = boxes.count(tuple(other.objects[row] for row in listed.tolist()), len(other.classes))
             if not sum(counted):
+                steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
                 raise StageError(
                     f"selftrain: no pseudo-box reaches the score {config.threshold} in {len(listed)} pictures; train "
-                    "the teacher longer, or lower --threshold, with --overwrite"
+                    f"the teacher longer{steady_too}, or lower --threshold, with --overwrite"
                 )
             facts |= {"pseudo-labelled": len(listed), "pseudo-boxes": sum(counted)}
+            own = boxes.count(data.labelled.objects, len(other.classes))
+            pairs = {name: [human, made] for name, human, made in zip(other.classes, own, counted, strict=True)}
+            by_class = {"boxes by class, labelled and pseudo": pairs}
             say(f"{name}: {sum(counted)} pseudo-boxes in {len(listed)} pictures: {_by_class(other.classes, counted)}")
             pictures = student.joined(data.labelled, subset(other, listed))
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
@@ -227,6 +237,7 @@ def _train(
         good = readable(source, torch.arange(len(pictures)), config.max_broken)
         split = len(data.labelled)
         rows, added = good[good < split], good[good >= split]
+        rows, judging = heldout.divided(rows, heldout.rows(data.labelled, config))
         if not len(rows) or (pseudo and not len(added)):
             which = "pseudo-labelled" if len(rows) else "labelled"
             raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
@@ -241,13 +252,14 @@ def _train(
             seen = loop.epoch_batches(rows, config.batch, seed, 0).numel()
             config = replace(config, epochs=math.ceil(config.samples / seen))
         loss = student.losses(known, how, config.augment, seed, weighing, split)
-        loop.fit(model, loss, source, batches, config, folder, device, name)
-        made = model.result() if isinstance(model, student.Student) else model
-        saved.save(weights, made, described)
+        early = heldout.stopping(model, data.labelled, source, judging, config, device, folder)
+        loop.fit(model, loss, source, batches, config, folder, device, name, early)
+        facts |= heldout.facts(early, judging)
+        saved.save(weights, heldout.result(model, early), described)
         save_ids(step.folder / f"{name}.ids.json", data.labelled, np.arange(split))
         broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
-        outputs = [weights, folder / SHEET, step.folder / f"{name}.ids.json"]
-        step.finish(outputs, broken=broken, result=facts)
+        outputs = [weights, folder / SHEET, step.folder / f"{name}.ids.json", *folder.glob(heldout.IDS)]
+        step.finish(outputs, broken=broken, result=facts | by_class)
         loop.remove_checkpoint(folder)
         say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")
         return weights
@@ -268,10 +280,15 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), _tested(data, name)))
         found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
         check_broken(source.broken, len(rows), config.max_broken, pictures)
-        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
+        about: dict[str, Any] = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
+        facts = {"pictures": len(found)}
+        if config.jitter_filter:
+            seen = steady.spreads(model, pictures, source, found, described.size, settings, device, config.seed)
+            found, facts["boxes that move, left out"] = steady.steady(found, seen, config.jitter_filter)
+            about["jitter_filter"] = config.jitter_filter
         boxes.write(path, pictures, found, about)
         number = sum(len(answer.scores) for answer in found.values())
-        facts = {"pictures": len(found), "boxes": number}
+        facts["boxes"] = number
         broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
         step.finish([path], broken=broken, result=facts)
         say(f"{name}: done; {number} boxes of score {config.threshold} and more in {len(found)} pictures; {path}")

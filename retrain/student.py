@@ -96,6 +96,10 @@ class Student(nn.Module):
         for mine, theirs in zip(self.average.buffers(), self.detector.buffers(), strict=True):
             mine.copy_(theirs)
 
+    def judged(self) -> nn.Module:
+        """What `--patience` judges and keeps: the average where there is one."""
+        return self.detector if self.average is None else self.average
+
     def result(self) -> nn.Module:
         """The detector that the training is for; to be called once, at its end: the average takes the last step in."""
         if self.average is None:

@@ -32,12 +32,17 @@ from ktransfer.training.device import choose_device as choose_device
 from ktransfer.training.log import Log
 from ktransfer.training.memory import explained
 from ktransfer.training.options import LoopOptions, TrainOptions
+from ktransfer.training.stopping import Stopping
 
 LOG_SECONDS = 10.0
 CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
 CHECKPOINT_SHARE = 0.02  # of the time, at most
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
 """Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
+LEFT = ((60_000 * 16, 3), (20_000 * 16, 9))
+"""Where "he" does: when so many pictures are left, 60,000 and 20,000 iterations of 16 (reference selftraining.md §2.2).
+
+In a training shorter than his shortest, 2x or 180,000 iterations, at a third and a ninth of it, as there."""
 SAME_CTRL_C = 2.0  # seconds
 
 
@@ -49,6 +54,10 @@ def rate(step: int, total: int, options: LoopOptions, base: float = 0.0) -> floa
     warm = round(options.warmup * total)
     if step < warm:
         return (step + 1) / warm
+    if options.schedule == "constant":
+        return 1.0
+    if options.schedule == "he":
+        return 0.1 ** sum(total - step <= min(left / options.batch, total / part) for left, part in LEFT)
     done = (step - warm) / max(1, total - warm)
     if options.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
@@ -74,7 +83,7 @@ def fit(
     folder: Path,
     device: torch.device,
     label: str,
-    evaluate: Evaluate | None = None,
+    evaluate: Evaluate | Stopping | None = None,
     optimiser: torch.optim.Optimizer | None = None,
     following: int = 0,
     shared: bool = False,
@@ -85,7 +94,8 @@ def fit(
         batches: epoch -> (steps, b + following) int64 rows of the dataset, a pure function.
         folder: where `checkpoint/` and `metrics.jsonl` go.
         label: the stage's name, on the bar and in the seeds.
-        evaluate: called after each epoch with the model in evaluation mode.
+        evaluate: called after each epoch with the model in evaluation mode; a `Stopping` may end the training there,
+            and its network has its best weights in the end. Not for shared trainings.
         optimiser: SGD of `options`, which are TrainOptions, when not given; its rates are scaled by the schedule.
         following: rows that a batch has beyond its own pictures, those that come after them in the epoch's order.
         shared: whether all processes of the command call this together, with the same arguments; the first one alone
@@ -100,6 +110,8 @@ def fit(
     total = per_epoch * options.epochs
     checkpoint = folder / "checkpoint" / "last.pt"
     leads = ranks.leads()
+    stopping = evaluate if isinstance(evaluate, Stopping) else None
+    assert not (stopping and shared)
     with contextlib.ExitStack() as within:
         crew = within.enter_context(Crew(model, rows - following, options.micro_batch, following, device, shared))
         model.to(device).to(memory_format=torch.channels_last)
@@ -107,7 +119,7 @@ def fit(
             assert isinstance(options, TrainOptions)
             optimiser = sgd(model, options, device)
         base_rates = [group["lr"] for group in optimiser.param_groups]
-        step = _begin(crew, checkpoint, model, optimiser, device)
+        step = _begin(crew, checkpoint, model, optimiser, device, stopping)
         network = Compiled(model, options, device, label, crew.shared)
 
         def gradients(called: nn.Module, pieces: list[Piece], seed: int) -> dict[str, Tensor]:
@@ -118,15 +130,27 @@ def fit(
         shown = within.enter_context(bar(total * options.batch, label, done=step * options.batch))
         stop = within.enter_context(ctrl_c_between_steps(crew.shared))
 
+        def keep() -> None:
+            nonlocal last_save, save_cost
+            started = time.monotonic()
+            _save(checkpoint, model, optimiser, step, stopping)
+            last_save = time.monotonic()
+            save_cost = last_save - started
+
+        def due() -> bool:
+            return time.monotonic() - last_save > max(CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE)
+
         def leave() -> None:
             """All processes together: the leader keeps what it has."""
             crew.part()
             if not leads:
                 raise ranks.Told("stopped")
-            _save(checkpoint, model, optimiser, step)
+            keep()
             raise KeyboardInterrupt
 
-        while step < total:
+        if stopping and log and stopping.judged < step // per_epoch:  # stopped between an epoch and its judgement
+            log.note(step, step // per_epoch - 1, evaluated(model, stopping))
+        while step < total and not (stopping and stopping.over):
             epoch = step // per_epoch
             model.train()
             for share in crew.stream(pictures, batches(epoch)[step % per_epoch :], epoch):
@@ -148,20 +172,21 @@ def fit(
                 if log.due(LOG_SECONDS) or step == total:
                     # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
                     shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device), False)
-                if stop.is_set() or time.monotonic() - last_save > max(
-                    CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE
-                ):
-                    started = time.monotonic()
-                    _save(checkpoint, model, optimiser, step)
-                    last_save = time.monotonic()
-                    save_cost = last_save - started
+                # What is to be judged first is kept after that, so that its line is written once.
+                if stop.is_set() or (due() and not (stopping and step % per_epoch == 0)):
+                    keep()
                 if stop.is_set() and not crew.shared:
                     raise KeyboardInterrupt
-            if evaluate is not None and log is not None and not stop.is_set():
+            if evaluate is not None and log is not None and (stopping or not stop.is_set()):
                 log.note(step, epoch, evaluated(model, evaluate))
-                if stop.is_set() and not crew.shared:  # while it was evaluated
-                    _save(checkpoint, model, optimiser, step)
-                    raise KeyboardInterrupt
+                if stopping and stopping.over and log.sums:
+                    log.write(step, epoch, optimiser.param_groups[0]["lr"], device)
+                if (stop.is_set() or (stopping and due())) and not crew.shared:
+                    keep()
+                    if stop.is_set():  # while it was evaluated
+                        raise KeyboardInterrupt
+        if stopping:
+            stopping.restore()
         if crew.shared:  # the leader may have failed after the last step, or be told to stop
             if crew.meet(None, stop.is_set())[1]:
                 leave()
@@ -169,13 +194,18 @@ def fit(
 
 
 def _begin(
-    crew: Crew, checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
+    crew: Crew,
+    checkpoint: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    device: torch.device,
+    stopping: Stopping | None,
 ) -> int:
     """Go on from the checkpoint if there is one, all processes with the leader's numbers; the steps done."""
-    step = _restore(checkpoint, model, optimiser, device) if ranks.leads() else 0
+    step = _restore(checkpoint, model, optimiser, device, stopping) if ranks.leads() else 0
     if not crew.shared:
         return step
-    state = crew.same(_state(model, optimiser, step))
+    state = crew.same(_state(model, optimiser, step, stopping))
     if not ranks.leads():
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -260,15 +290,18 @@ def epoch_batches(rows: Tensor, batch: int, seed: int, epoch: int, extra: int = 
     return order[places % len(rows)]
 
 
-def _state(model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    return {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+def _state(model: nn.Module, optimiser: torch.optim.Optimizer, step: int, stopping: Stopping | None) -> dict[str, Any]:
+    found = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+    return found | ({"stopping": stopping.state()} if stopping else {})
 
 
-def _save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    files.write_whole(path, lambda part: torch.save(_state(model, optimiser, step), part))
+def _save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, stopping: Stopping | None) -> None:
+    files.write_whole(path, lambda part: torch.save(_state(model, optimiser, step, stopping), part))
 
 
-def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> int:
+def _restore(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device, stopping: Stopping | None
+) -> int:
     if not path.is_file():
         return 0
     try:
@@ -276,6 +309,8 @@ def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, dev
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step = int(state["step"])
+        if stopping:
+            stopping.load(state["stopping"])
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise UsageError(f"{path}: not a checkpoint of this training; start again with --overwrite") from error
     say(f"resumed at step {step}")

@@ -53,7 +53,10 @@ class LoopOptions(MachineOptions):
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
     schedule: str = option(
-        "cosine", "cosine to 0, or step: x 0.1 at 1/3, 2/3 and 8/9 of the way", choices=("cosine", "step")
+        "cosine",
+        "cosine to 0; step: x 0.1 at 1/3, 2/3 and 8/9 of the way; he: x 0.1 with 960,000 and 320,000 pictures left, in "
+        "short trainings at 2/3 and 8/9 of the way; constant",
+        choices=("cosine", "step", "he", "constant"),
     )
     tensorboard: bool = option(False, "write TensorBoard events beside metrics.jsonl", execution=True)
     warmup: float = option(0.05, "share of the steps over which the rate grows from 0", low=0, high=0.5)

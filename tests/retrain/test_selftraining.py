@@ -3,7 +3,9 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,6 +59,12 @@ def test_files_and_scores(made, capsys):
     assert all(step["state"] == "done" for step in steps.values())
     assert steps["teacher"]["result"] == {"labelled": 8}
     assert steps["student"]["result"]["pseudo-labelled"] == 8
+    by_class = np.array(list(steps["student"]["result"]["boxes by class, labelled and pseudo"].values()))
+    assert by_class[:, 1].sum() == steps["student"]["result"]["pseudo-boxes"]
+    whole = open_detection(SCENES)[0]
+    ids = json.loads((made / "selftrain" / "student.ids.json").read_text())
+    labels = [one.labels for number, one in zip(whole.ids, whole.objects, strict=True) if number in ids]
+    assert by_class[:, 0].tolist() == np.bincount(np.concatenate(labels), minlength=12).tolist()
     scores = json.loads((made / "selftrain" / "scores.json").read_text())
     assert list(scores["scores"]) == ["teacher", "student"]
     assert scores["data"] == {"labelled": 8, "test": 12}
@@ -216,7 +224,7 @@ def test_broken_pictures_are_in_no_batch(pictures, tmp_path, monkeypatch):
     seen, original = {}, loop.fit
 
     def fit(model, loss, source, batches, *rest):
-        seen[rest[-1]] = {row for epoch in range(5) for row in batches(epoch).flatten().tolist()}
+        seen[rest[3]] = {row for epoch in range(5) for row in batches(epoch).flatten().tolist()}
         original(model, loss, source, batches, *rest)
 
     monkeypatch.setattr(loop, "fit", fit)
@@ -353,3 +361,41 @@ def test_the_detector_s_constants_are_options(tmp_path):
     selftrain(tmp_path, **SMALL, anchor=2.0, focal_gamma=2.0, huber_weight=10.0, soft_nms=0.3)
     settings = saved.describe(tmp_path / "selftrain" / "student" / "model.safetensors").settings
     assert (settings.anchor, settings.focal_gamma, settings.huber_weight) == (2.0, 2.0, 10.0)
+
+
+def test_sizes_are_read_once_in_a_run(pictures, tmp_path, monkeypatch):
+    """A picture is decoded whole for its size alone: broken ones too, in one step of all, and never for a student."""
+    whole, original = [], selftraining.open_dataset
+
+    def counting(spec):
+        data = original(spec)
+
+        def read(row, short_side):
+            if short_side is None:
+                whole.append(row)
+            return data.read(row, short_side)
+
+        return replace(data, read=read)
+
+    monkeypatch.setattr(selftraining, "open_dataset", counting)
+    options = SMALL | {"fraction": 1.0, "unlabelled": str(pictures / "train"), "max_broken": 0.5}
+    folder = selftrain(tmp_path / "run", **options, rounds=2).parent
+    assert sorted(whole) == list(range(16))
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    assert json.loads((folder / "stage.json").read_text())["student"]["result"]["pseudo-labelled"] == 8
+    whole.clear()
+    for name in ("student", "student-2", "scores"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    records = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps({name: records[name] for name in ("teacher", "pseudo")}))
+    selftrain(tmp_path / "run", **options)
+    assert whole == []
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+    held = tmp_path / "others.json"
+    shutil.copy(folder / "pseudo.json", held)
+    selftrain(tmp_path / "other", **options, pseudo=str(held), teacher=str(folder / "teacher" / "model.safetensors"))
+    assert sorted(whole) == list(range(16))
+    found = load_file(tmp_path / "other" / "selftrain" / "student" / "model.safetensors")
+    assert all(
+        torch.equal(value, found[name]) for name, value in load_file(folder / "student/model.safetensors").items()
+    )

@@ -195,11 +195,11 @@ def test_it_trains_in_a_thread_too(tmp_path, undisturbed):
 def test_killed_between_checkpoints_it_goes_back_to_the_last(tmp_path, often, monkeypatch, undisturbed):
     save, kept = loop._save, []
 
-    def once(path, model, optimiser, step):
+    def once(path, model, optimiser, step, stopping):
         if step == 7 or kept:
             kept.append(step)
         if kept == [7]:
-            save(path, model, optimiser, step)
+            save(path, model, optimiser, step, stopping)
 
     monkeypatch.setattr(loop, "_save", once)
     with pytest.raises(KeyboardInterrupt):
@@ -339,7 +339,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path, often):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 400), st.sampled_from(["cosine", "step"]), st.floats(0, 0.5))
+@given(st.integers(1, 400), st.sampled_from(["cosine", "step", "he", "constant"]), st.floats(0, 0.5))
 def test_the_rate_stays_between_0_and_1_rises_then_falls(total, schedule, warmup):
     options = TrainOptions(schedule=schedule, warmup=warmup)
     rates = [loop.rate(step, total, options) for step in range(total)]
@@ -359,6 +359,27 @@ def test_the_schedules_ends_and_drops():
     step = TrainOptions(schedule="step", warmup=0)
     values = [loop.rate(number, 900, step) for number in (0, 299, 300, 599, 600, 799, 800, 899)]
     assert values == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("batch", "total", "drops"),
+    [
+        (16, 180_000, (120_000, 160_000)),  # 2x to 9x: the table of reference selftraining.md §2.2
+        (16, 270_000, (210_000, 250_000)),
+        (16, 540_000, (480_000, 520_000)),
+        (16, 810_000, (750_000, 790_000)),
+        (64, 202_500, (187_500, 197_500)),  # §2.6: 9x with four times the batch
+        (16, 900, (600, 800)),  # shorter than 2x: its shares
+        (64, 90, (60, 80)),
+    ],
+)
+def test_hes_rule_counts_pictures_from_the_end(batch, total, drops):
+    options = TrainOptions(schedule="he", warmup=0, batch=batch)
+    for before, (first, value) in zip((1, 0.1), zip(drops, (0.1, 0.01), strict=True), strict=True):
+        assert loop.rate(first - 1, total, options) == pytest.approx(before)
+        assert loop.rate(first, total, options) == pytest.approx(value)
+    assert loop.rate(total - 1, total, options) == pytest.approx(0.01)
+    assert loop.rate(total - 1, total, replace(options, schedule="constant")) == 1
 
 
 @settings(max_examples=30)
