@@ -179,19 +179,27 @@ def losses(
         assert isinstance(student, Student)
         mine = rows < split
         parts = [_part(model, pixels, targets, which) for which in (mine, ~mine)]
-        ratio = student.remember(parts[0], parts[1], weighing.decay)
-        if weighing.balance == "plain":
-            ratio = torch.ones_like(ratio)
-        value = parts[0] + weighing.alpha * ratio * parts[1]
-        if weighing.balance == "normalised":
-            value = value / (1 + weighing.alpha)
-        if student.average is not None:
-            student.follow()
-        sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
-        sums |= {"ratio": ratio * count, "human_boxes": 2 * moved.kept[mine].sum()}
-        return value, sums | {"pseudo_boxes": 2 * moved.kept[~mine].sum(), "count": count}
+        value, sums = weighed(student, parts, weighing, count)
+        sums |= {"human_boxes": 2 * moved.kept[mine].sum(), "pseudo_boxes": 2 * moved.kept[~mine].sum()}
+        return value, sums | {"count": count}
 
     return loss
+
+
+def weighed(
+    student: Student, parts: list[Tensor], weighing: Weighing, count: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The human and the pseudo loss as one, and sums for the log; both averages of the student go on."""
+    ratio = student.remember(parts[0], parts[1], weighing.decay)
+    if weighing.balance == "plain":
+        ratio = torch.ones_like(ratio)
+    value = parts[0] + weighing.alpha * ratio * parts[1]
+    if weighing.balance == "normalised":
+        value = value / (1 + weighing.alpha)
+    if student.average is not None:
+        student.follow()
+    sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
+    return value, sums | {"ratio": ratio * count}
 
 
 def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
