@@ -134,7 +134,12 @@ class EvalConfig(LoopOptions):
         "bn", "batch norm that learns, or group norm in its place", choices=("bn", "syncbn", "gn"), of=LOCATED
     )
     lr: float = option(0.01, "learning rate after the warm-up", low=0, of=LOCATED)
-    trunk: str = option("frozen,full", "frozen, full, separated by commas", of=LOCATED)
+    trunk: str = option(
+        "frozen,full",
+        "frozen, full, separated by commas; finished, of detect: the detectors of the run's selftrain as they are, "
+        "which a run without another network takes",
+        of=LOCATED,
+    )
     threshold: float = option(0.05, "boxes of a lower score are no answers", low=0, high=1, of=("detect",))
     canvas: int = option(320, "long side of the pictures in pixels", low=64, high=2048, of=LOCATED)
     jitter: str = option("0.8,1.2", "range of the scale in training", of=LOCATED)

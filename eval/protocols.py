@@ -6,6 +6,7 @@ MEASURES   {measure: words for the table}; the first is the one that comparisons
 check      (networks, parts, config, run) -> None; UsageError for what can be known before the work
 judge      (arm, parts, config, folder, device) -> what is written for one network (see `Judged`)
 open_data  (spec) -> parts; where it is missing, `ktransfer.dataset.open_parts`
+arms       (run, config) -> what is judged, where these are no networks as `find_arms` gives them; optional
 inputs     (arms) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional

@@ -13,7 +13,7 @@ from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training import loop
 
-from . import protocols, supervised
+from . import finished, protocols, supervised
 from .arms import Arm, coming_network, final_network, find_arms
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
@@ -34,6 +34,11 @@ class Judging(NamedTuple):
     parts: Any
     settings: Any
     """Those of `config` that this protocol reads."""
+
+    def module(self) -> protocols.Module:
+        """What judges: the protocol's module, or that of detectors which are finished."""
+        as_they_are = self.protocol == "detect" and self.config.trunk == finished.TRUNK
+        return protocols.load("finished" if as_they_are else self.protocol)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled pictures, by part, and of the list of those whose labels are used."""
@@ -62,11 +67,11 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
 
 def _evaluate(run: Path, judging: Judging) -> Path:
     name, config, parts, settings = judging
-    protocol = protocols.load(name)
+    protocol = judging.module()
     device = loop.choose_device(config)
     if config.supervised:
         supervised.train(run, config, device)
-    arms = find_arms(run, config)
+    arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
     inputs = judging.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
     inputs |= protocol.inputs(arms) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
@@ -171,13 +176,20 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     loop.choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    spec = given.labelled or (made and made["config"]["data"])
-    if not spec:
-        raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
+    learned = finished.labelled(run, pending or {})  # by selftrain
     coming = coming_network(run, pending or {})
     found: list[Judging] = []
     for name in names:
+        as_it_is = name == "detect" and finished.wanted(run, given, pending or {})
+        spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
+        if not spec:
+            raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
         parts = protocols.open_data(name, spec)
+        if as_it_is:
+            config = replace(given, protocol=name, labelled=spec, trunk=finished.TRUNK)
+            finished.check(run, config, parts, learned, pending or {})
+            found.append(Judging(name, config, parts, finished.settings(config)))
+            continue
         network = coming or networks.describe(final_network(run))
         size, stride = network.size, network.stride
         if network.task in PRETEXT:

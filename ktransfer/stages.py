@@ -145,6 +145,7 @@ def refuse_changes(line: list[Planned], run: Path) -> None:
         source, instead = SOURCES.get(stage, (None, None))
         if stage == "eval":
             source = "retrain" if read_record(run, "retrain", "retrain") else "pretext"
+            source = "selftrain" if getattr(config, "trunk", None) == "finished" else source
         if stage == "selftrain" and config.init == "run":
             source = "retrain"
         remade = source in anew and not (instead and given.get(instead))

@@ -73,6 +73,12 @@ class SelftrainConfig(TrainOptions):
         execution=True,
     )
     augment: str = option("S1", "strength of the augmentation", choices=("none", "S1", "S2", "S3", "S4"))
+    methods: str = option(
+        "self",
+        "what the unlabelled pictures are for, separated by commas. self: pseudo-boxes; joint: the classes that their "
+        "folders give them are learned together with the boxes",
+        execution=True,
+    )
     teacher: str | None = option(None, "a detector that a selftrain step made, instead of a new one", execution=True)
     pseudo: str | None = option(
         None, "a COCO file with boxes of the unlabelled pictures, instead of the teacher's", execution=True

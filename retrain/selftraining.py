@@ -7,7 +7,6 @@ After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable
 and a fourth that judges both (selftrain/scores.json).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ from ktransfer.stages import Part
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
-from . import boxes, heldout, steady, student
+from . import boxes, heldout, joint, steady, student
 from .config import SelftrainConfig
 
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
@@ -82,11 +81,16 @@ def selftrain(run: str | Path, **options: Any) -> Path:
     if config.overwrite:
         remove(run, parts)
     weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
-    for number in range(1, config.rounds + 1):
+    arms = {"teacher": weights[0]}
+    for number in _rounds(config):
         end = _end(number)
         pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
         weights.append(_train(run, config, data, device, f"student{end}", pseudo))
-    return _judge(run, config, data, device, {"teacher": weights[0], "student": weights[-1]})
+        arms["student"] = weights[-1]
+    if joint.NAME in joint.methods(config):
+        made_of, tested = _described(run, config, data.labelled), partial(_tested, data, joint.NAME)
+        arms[joint.NAME] = joint.train(run, config, data, device, made_of, tested)
+    return _judge(run, config, data, device, arms)
 
 
 def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> Checked:
@@ -133,6 +137,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         any_size = np.ones((len(unlabelled), 2), np.int32)  # the file is what is checked, and pictures are not read
         boxes.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), config.threshold)
     data = Data(labelled, unlabelled, test)
+    joint.check(config, unlabelled)
     return Checked(config, data, planned(config, data, None if coming else file))
 
 
@@ -143,11 +148,13 @@ def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part
     teacher = {"teacher": input_hash(Path(config.teacher))} if config.teacher else {}
     pseudo = {"pseudo-boxes": input_hash(Path(config.pseudo))} if config.pseudo else {}
     found = [] if config.teacher else [Part("teacher", settings_of(config, "teacher"), begun)]
-    for number in range(1, config.rounds + 1):
+    for number in _rounds(config):
         if not config.pseudo:
             known = others | (teacher if number == 1 else {})
             found.append(Part(f"pseudo{_end(number)}", settings_of(config, "pseudo"), known))
         found.append(Part(f"student{_end(number)}", settings_of(config, "student"), begun | others | pseudo))
+    if joint.NAME in joint.methods(config):
+        found.append(Part(joint.NAME, settings_of(config, "student"), begun | others | joint.classes(data)))
     tested = {"test": data.test.fingerprint}
     return [*found, Part("scores", settings_of(config, "scores"), tested, cheap=True)]
 
@@ -174,6 +181,10 @@ def remove(run: Path, parts: list[Part]) -> None:
                 files.remove(run / STAGE / output)
         if held:
             files.write_json(path, kept)
+
+
+def _rounds(config: SelftrainConfig) -> range:
+    return range(1, config.rounds + 1 if joint.SELF in joint.methods(config) else 1)
 
 
 def _end(number: int) -> str:
@@ -232,7 +243,6 @@ def _train(
             pictures = student.joined(data.labelled, subset(other, listed))
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
             model = student.Student(model, average, config.ema)
-            config = replace(config, epochs=config.student_epochs or config.epochs)
         source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
         good = readable(source, torch.arange(len(pictures)), config.max_broken)
         split = len(data.labelled)
@@ -248,9 +258,7 @@ def _train(
         batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
         if pseudo:
             batches = partial(student.batches, rows, added, config.batch, seed)
-        if config.samples and not (pseudo and config.student_epochs):
-            seen = loop.epoch_batches(rows, config.batch, seed, 0).numel()
-            config = replace(config, epochs=math.ceil(config.samples / seen))
+        config = replace(config, epochs=student.passes(config, rows, bool(pseudo)))
         loss = student.losses(known, how, config.augment, seed, weighing, split)
         early = heldout.stopping(model, data.labelled, source, judging, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, name, early)

@@ -7,6 +7,7 @@ losses, mean() their moving averages, without gradient, and weight a,
     L = (L_h + a * mean(L_h) / mean(L_p) * L_p) / (1 + a)
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from ktransfer.detection.losses import Truth
 from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
+
+from .config import SelftrainConfig
 
 BALANCES = ("normalised", "plain")
 
@@ -151,6 +154,13 @@ def batches(human: Tensor, pseudo: Tensor, batch: int, seed: int, epoch: int) ->
     return torch.stack([own, other.view(steps, width)], dim=2).flatten(1)
 
 
+def passes(config: SelftrainConfig, rows: Tensor, student: bool) -> int:
+    """How many passes a training makes over its (n,) labelled rows: by `--samples`, or by `--epochs`."""
+    if student and config.student_epochs:
+        return config.student_epochs
+    return math.ceil(config.samples / loop.epoch_batches(rows, config.batch, 0, 0).numel()) or config.epochs
+
+
 def losses(
     truth: Truth, how: str, strength: str, seed: int, weighing: Weighing | None = None, split: int = 0
 ) -> Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]:
@@ -183,19 +193,27 @@ def losses(
         assert isinstance(student, Student)
         mine = rows < split
         parts = [_part(model, pixels, targets, which) for which in (mine, ~mine)]
-        ratio = student.remember(parts[0], parts[1], weighing.decay)
-        if weighing.balance == "plain":
-            ratio = torch.ones_like(ratio)
-        value = parts[0] + weighing.alpha * ratio * parts[1]
-        if weighing.balance == "normalised":
-            value = value / (1 + weighing.alpha)
-        if student.average is not None:
-            student.follow()
-        sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
-        sums |= {"ratio": ratio * count, "human_boxes": 2 * moved.kept[mine].sum()}
-        return value, sums | {"pseudo_boxes": 2 * moved.kept[~mine].sum(), "count": count}
+        value, sums = weighed(student, parts, weighing, count)
+        sums |= {"human_boxes": 2 * moved.kept[mine].sum(), "pseudo_boxes": 2 * moved.kept[~mine].sum()}
+        return value, sums | {"count": count}
 
     return loss
+
+
+def weighed(
+    student: Student, parts: list[Tensor], weighing: Weighing, count: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The human and the pseudo loss as one, and sums for the log; both averages of the student go on."""
+    ratio = student.remember(parts[0], parts[1], weighing.decay)
+    if weighing.balance == "plain":
+        ratio = torch.ones_like(ratio)
+    value = parts[0] + weighing.alpha * ratio * parts[1]
+    if weighing.balance == "normalised":
+        value = value / (1 + weighing.alpha)
+    if student.average is not None:
+        student.follow()
+    sums = {"human_loss": parts[0].detach() * count, "pseudo_loss": parts[1].detach() * count}
+    return value, sums | {"ratio": ratio * count}
 
 
 def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:

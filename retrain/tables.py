@@ -1,0 +1,276 @@
+"""What a study found, as tables and plots shaped like those of the papers, which stand beside them.
+
+Every row of a table has a baseline, as in Tables 2, 3, 4 and 7 of Zoph et al.: what a student or a joint training
+reaches is compared with the labelled pictures alone in the same cell; and these, from other weights, with the same from
+random ones.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, NamedTuple
+
+from ktransfer.errors import UsageError
+
+MEASURES = ("AP", "AP50", "mIoU")
+"""Those that a study tells, where its cells have them; the tables have the first one."""
+BASELINE = "teacher"
+WORDS = {
+    "teacher": "labelled pictures alone",
+    "student": "with self-training",
+    "joint": "with joint training",
+}
+STYLES = {"teacher": "--", "student": "-", "joint": ":"}
+LABELS = {"augment": "augmentation", "fraction": "labelled share"}
+METHOD = "method"
+HE, ZOPH = "He et al. 2019, Table 1", "Zoph et al. 2020, Table"
+SHAPES = {
+    "augment": (f"{ZOPH} 2",),
+    "fraction": (f"{ZOPH} 3", "He et al. 2019, less data"),
+    "epochs": (HE,),
+    "samples": (HE,),
+    METHOD: (f"{ZOPH} 7",),
+    "": (f"{ZOPH} 4",),
+}
+"""What stands in the columns of a table -> the published tables of that shape; "" where all is in one column."""
+Cell = dict[str, Any]
+
+
+class Recipe(NamedTuple):
+    """What a recipe says: settings of all cells, the values of each axis, and names for values."""
+
+    common: dict[str, Any]
+    grid: dict[str, list[Any]]
+    names: dict[str, str]
+
+
+class Line(NamedTuple):
+    """A method in a cell of the grid, without its seed, by one measure.
+
+    Attributes:
+        values: seed -> per cent.
+    """
+
+    cell: Cell
+    method: str
+    measure: str
+    values: dict[Any, float]
+
+
+def lines_of(recipe: Recipe, scores: list[dict[str, Any]]) -> list[Line]:
+    """The lines of the cells that were judged, in the order of the grid.
+
+    Args:
+        scores: for each cell `cell` (the values of its axes) and `scores` (method -> measure -> share).
+    """
+    found: dict[tuple[Any, ...], Line] = {}
+    for one in scores:
+        cell = {axis: one["cell"][axis] for axis in recipe.grid if axis != "seed"}
+        for method, measured in one["scores"].items():
+            for measure in (name for name in MEASURES if name in measured):
+                line = found.setdefault((*cell.values(), method, measure), Line(cell, method, measure, {}))
+                line.values[one["cell"].get("seed")] = 100 * measured[measure]
+    return list(found.values())
+
+
+def mean(values: list[float]) -> tuple[float, float | None]:
+    """The mean of some numbers and half of its 95 % interval by Student's t; None for one number."""
+    if len(values) < 2:
+        return values[0], None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
+
+
+def gain(line: Line, other: Line | None) -> tuple[float, float | None] | None:
+    """The mean of what a line has over another one, seed by seed, and half of its interval; None without another."""
+    return None if other is None else mean([value - other.values[seed] for seed, value in line.values.items()])
+
+
+def baseline(line: Line, lines: list[Line]) -> Line | None:
+    """Of a student or joint training the labelled pictures alone; of these the same from random weights."""
+    if line.method != BASELINE:
+        return _like(line, line.cell, lines)
+    return from_random(line, lines)
+
+
+def from_random(line: Line, lines: list[Line]) -> Line | None:
+    """The labelled pictures alone, from random weights, in the same cell; None where that is the line itself, or where
+    the study does not vary the weights."""
+    other = _like(line, line.cell | {"init": "random"}, lines) if "init" in line.cell else None
+    return None if other is line else other
+
+
+def _like(line: Line, cell: Cell, lines: list[Line]) -> Line | None:
+    wanted = (cell, BASELINE, line.measure)
+    return next((other for other in lines if (other.cell, other.method, other.measure) == wanted), None)
+
+
+def to_csv(lines: list[Line]) -> str:
+    """A row for each line: mean, gain over its baseline and over random weights, each with half of its interval, all in
+    per cent; empty where there is none."""
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        row: dict[str, Any] = {**line.cell, METHOD: line.method, "measure": line.measure}
+        for name, found in (
+            ("mean", mean(list(line.values.values()))),
+            ("gain", gain(line, baseline(line, lines))),
+            ("over_random", gain(line, from_random(line, lines))),
+        ):
+            row |= dict(zip((name, f"{name}_half"), found or (None, None), strict=True))
+        rows.append(row | {"seeds": len(line.values)})
+    return _csv(rows)
+
+
+def cells_csv(lines: list[Line]) -> str:
+    """A row for each method, cell and seed, with all measures in per cent."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in lines:
+        for seed, value in line.values.items():
+            own = {**line.cell, "seed": seed, METHOD: line.method}
+            rows.setdefault(tuple(own.values()), own)[line.measure] = value
+    return _csv(list(rows.values()))
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def varied(recipe: Recipe) -> list[str]:
+    """The axes that have a table and a plot of their own."""
+    return [axis for axis in SHAPES if len(recipe.grid.get(axis, [])) > 1]
+
+
+def to_markdown(recipe: Recipe, lines: list[Line]) -> str:
+    """A table for each axis of `SHAPES` that is varied, with its values as columns, and the published ones beside."""
+    measure = lines[0].measure
+    own = [line for line in lines if line.measure == measure]
+    across = varied(recipe) or [""]
+    if len({line.method for line in own}) > 2:
+        across.append(METHOD)
+    text: list[str] = []
+    for axis in across:
+        text += [*_table(recipe, own, axis), ""]
+    seeds = len(own[0].values)
+    spread = f"{seeds} seeds; ± is half of the 95 % interval of the mean over them" if seeds > 1 else "One seed"
+    text.append(
+        f"{spread}. In brackets the gain, seed by seed: of a training with unlabelled pictures over the labelled ones "
+        "alone, of these over the same from random weights."
+    )
+    text += ["", "For orientation, what others found on COCO with networks and schedules far larger:"]
+    for source in dict.fromkeys(source for axis in across for source in SHAPES[axis]):
+        text += ["", *published(source)]
+    return "\n".join(text) + "\n"
+
+
+def _table(recipe: Recipe, lines: list[Line], across: str) -> list[str]:
+    """The lines of one table: the values of `across` are columns, all else makes rows."""
+
+    def place(line: Line) -> tuple[str, str]:
+        """The row and the column of a line, in words."""
+        parts = {axis: _words(recipe, axis, value) for axis, value in line.cell.items()}
+        parts[METHOD] = WORDS[line.method]
+        column = parts.pop(across, "mean")
+        return ", ".join(parts.values()) or "all", column
+
+    columns = list(dict.fromkeys(place(line)[1] for line in lines))
+    cells = {place(line): _cell(line, lines) for line in lines}
+    head = f"| {lines[0].measure} % | {' | '.join(columns)} |"
+    rows = dict.fromkeys(row for row, _ in cells)
+    body = [f"| {row} | {' | '.join(cells.get((row, column), '-') for column in columns)} |" for row in rows]
+    return [head, "|---" * (len(columns) + 1) + "|", *body]
+
+
+def _cell(line: Line, lines: list[Line]) -> str:
+    value, half = mean(list(line.values.values()))
+    text = f"{value:.1f}" + ("" if half is None else f" ± {half:.1f}")
+    found = gain(line, baseline(line, lines))
+    if found is None:
+        return text
+    return f"{text} ({found[0]:+.1f}" + (")" if found[1] is None else f" ± {found[1]:.1f})")
+
+
+def published(source: str) -> list[str]:
+    """One of the tables in published.csv as Markdown.
+
+    Args:
+        source: paper and table, as `SHAPES` names them.
+    """
+    text = resources.files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
+    own = [row for row in csv.DictReader(text.splitlines()) if row["source"] == source]
+    columns = list(dict.fromkeys(row["column"] for row in own))
+    head = f"| {source} ({own[0]['made_with']}), AP % | {' | '.join(columns)} |"
+    names = dict.fromkeys(row["row"] for row in own)
+    body = [f"| {name} | {' | '.join(row['ap'] for row in own if row['row'] == name)} |" for name in names]
+    return [head, "|---" * (len(columns) + 1) + "|", *body]
+
+
+def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:
+    """The first measure over one axis as SVG: a line for each method and each combination of the other axes.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    figure, axes = matplotlib()(figsize=(8, 4))
+    own = [line for line in lines if line.measure == lines[0].measure]
+    series: dict[tuple[str, str], list[Line]] = {}
+    for line in own:
+        title = ", ".join(_words(recipe, name, value) for name, value in line.cell.items() if name != axis)
+        series.setdefault((title, line.method), []).append(line)
+    colours = {title: f"C{number}" for number, title in enumerate(dict.fromkeys(title for title, _ in series))}
+    for (title, method), found in series.items():
+        points = [mean(list(line.values.values())) for line in found]
+        axes.errorbar(
+            [_words(recipe, axis, line.cell[axis]) for line in found],
+            [value for value, _ in points],
+            [half or 0.0 for _, half in points],
+            linestyle=STYLES[method],
+            color=colours[title],
+            marker="o",
+            capsize=3,
+            label=", ".join(part for part in (title, WORDS[method]) if part),
+        )
+    axes.set_xlabel(LABELS.get(axis, axis))
+    axes.set_ylabel(f"{own[0].measure} %")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def matplotlib() -> Callable[..., Any]:
+    """What makes a figure and its axes.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("study: matplotlib is not installed; pip install 'ktransfer[report]'") from error
+    # The same bytes for the same numbers.
+    matplotlib.rcParams["svg.hashsalt"] = "ktransfer"
+
+    def subplots(figsize: tuple[float, float]) -> tuple[Any, Any]:
+        figure = Figure(figsize=figsize)
+        return figure, figure.subplots()
+
+    return subplots
+
+
+def _words(recipe: Recipe, axis: str, value: Any) -> str:
+    if str(value) in recipe.names:
+        return recipe.names[str(value)]
+    if axis == "fraction":
+        return f"{100 * value:g} %"
+    return f"init {value}" if axis == "init" else str(value) if axis == "augment" else f"{axis} {value}"
