@@ -92,8 +92,8 @@ class ClusterConfig:
     sheet: int = option(12, "clusters whose 16 nearest pictures are drawn (clusters.png); 0: none", low=0, high=100)
     engine: str = option(
         "auto",
-        "exact: our own, on a GPU where there is one; faiss, faiss-float16: on all GPUs; auto: the faster here; "
-        "labels are the same",
+        "exact: our own, on a GPU where there is one; faiss, faiss-float16: on all GPUs; auto: the faster here (groups "
+        "and batches: faiss); labels are the same",
         choices=("auto", "faiss", "faiss-float16", "exact"),
         execution=True,
     )
@@ -110,7 +110,9 @@ class AssignConfig:
     Clusters of one data set may label another, as in the paper.
     """
 
-    balanced: bool = option(False, "clusters of equal size, n / k rounded down or up, at the least sum of squares")
+    balanced: bool = option(
+        False, "clusters of equal size, n / k rounded down or up, at the least sum of squares; on the CPU"
+    )
     features: str | None = option(
         None, "a feature file, also a .npy or .npz made elsewhere; the one clustered when not given", execution=True
     )

@@ -72,6 +72,11 @@ class Engine(NamedTuple):
     scan: Callable[[Rows, NDArray[np.float32], Callable[[int], object]], Pass]
 
 
+def described(engine: Engine) -> str:
+    """For the record of what one of several engines did."""
+    return f"{engine.name} ({engine.version})"
+
+
 def faiss_engine(float16: bool = False) -> Engine:
     """faiss's exhaustive search, on all GPUs where there are any; near-ties are decided in float64.
 

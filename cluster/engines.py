@@ -48,6 +48,17 @@ def choose_engine(name: str, room: int | None = None, tell: Callable[[str], obje
     return engine
 
 
+def parts_engine(name: str) -> Engine:
+    """For the batches and groups of the other algorithms, many and small: what is named; of `auto`, faiss.
+
+    The exact engine keeps nothing of them for the next pass here: their memory is in nobody's plan.
+
+    Raises:
+        UsageError: as `choose_engine`.
+    """
+    return choose_engine("faiss" if name == "auto" else name, 0, lambda line: None)
+
+
 def device_of(name: str) -> str:
     """What `choose_engine` will work on: "cuda" or "cpu"."""
     if name in ("auto", "exact"):

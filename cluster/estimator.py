@@ -31,7 +31,7 @@ from .arrays import (
     variance,
     weighed,
 )
-from .engine import Engine, Rows
+from .engine import Engine, Rows, described
 from .engines import ENGINES, choose_engine
 from .kmeans import Clustering, State, assign_rows, kmeans
 from .starts import SAMPLE_EACH, SAMPLE_NUMBERS, kmeans_plus_plus
@@ -72,6 +72,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         labels_: (n,) int32, in tensors int64: the nearest centre, the lowest of those equally near.
         inertia_: weighted sum of squared distances to it.
         n_iter_: iterations of the run that was kept.
+        engine_: what did the work, with its version.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
 
     Raises:
@@ -140,6 +141,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.labels_ = like(X, labels)
         self.inertia_ = inertia * frame.unit * frame.unit
         self.n_iter_ = len(best.objective)
+        self.engine_ = described(engine)
         filled = len(np.unique(labels))
         if filled < k:
             warnings.warn(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
 
-from .engine import Engine, Rows, blocks, faiss_engine
+from .engine import Engine, Rows, blocks, described, faiss_engine
 from .findings import row_digests
 from .kmeans import Clustering, State, kmeans, load_state, save_state
 
@@ -39,6 +39,7 @@ def two_level(
     engine: Engine | None = None,
     points_total: int | None = None,
     refine: int = 0,
+    parts: Engine | None = None,
 ) -> Clustering:
     """k-means into round(sqrt(k)) groups, then k-means in each; the same arguments give the same bytes.
 
@@ -53,10 +54,10 @@ def two_level(
         seed: 0 <= seed < 2**32.
         work: a folder for NAME-coarse.npz, NAME-group-G.npz and NAME-refine.npz, the states of each k-means; what is
             found there is not computed again. They must belong to the same rows and settings.
-        engine: for passes over all rows; groups are too small for bounds, so they are left to `faiss_engine()`, as all
-            is when not given.
+        engine: for passes over all rows; `faiss_engine()` when not given.
         points_total: rows that there are, when `rows` is a choice of them.
         refine: iterations of flat k-means at the end, 2 n d k operations each.
+        parts: the engine of the groups; `faiss_engine()` when not given.
 
     Raises:
         UsageError: too few distinct rows, or states of other rows or another k.
@@ -64,12 +65,12 @@ def two_level(
     """
     if k < 1 or iterations < 1:
         raise UsageError(f"k = {k} and iterations = {iterations} must be at least 1")
-    engine = engine or faiss_engine()
+    engine, parts = engine or faiss_engine(), parts or faiss_engine()
     groups = round(math.sqrt(k))
     coarse = _lloyd(rows, groups, iterations, seed, work and work / f"{name}-coarse.npz", engine)
     shares = share_out(k, coarse.counts.tolist(), distinct_rows(rows, coarse.labels, groups).tolist())
     say(f"k-means: {groups} groups of {min(coarse.counts)} to {max(coarse.counts)} rows; now {k} clusters in them")
-    fine = _clusters_in_groups(rows, coarse.labels, shares, iterations, seed, work and work / f"{name}-group")
+    fine = _clusters_in_groups(rows, coarse.labels, shares, iterations, seed, work and work / f"{name}-group", parts)
     start = np.concatenate([state.centroids for state in fine])
     curves: dict[str, Any] = {
         name: getattr(coarse, name) + _summed([getattr(state, name) for state in fine]) for name in CURVES
@@ -84,7 +85,7 @@ def two_level(
         found,
         points_total=rows.count if points_total is None else points_total,
         passes=len(found.objective) + 3,  # the ends of the coarse and of the last k-means, and the distinct rows
-        engine=f"{engine.name}, in {groups} groups",
+        engine=f"{engine.name}; in {groups} groups by {described(parts)}",
     )
 
 
@@ -141,12 +142,17 @@ def _lloyd(
 
 
 def _clusters_in_groups(
-    rows: Rows, labels: NDArray[np.int32], shares: list[int], iterations: int, seed: int, stem: Path | None
+    rows: Rows,
+    labels: NDArray[np.int32],
+    shares: list[int],
+    iterations: int,
+    seed: int,
+    stem: Path | None,
+    engine: Engine,
 ) -> list[State]:
     """The last state of k-means in each group that has a share; groups are read by the dozen, in order of the rows."""
     found: dict[int, State] = {}
     paths = {group: stem.with_name(f"{stem.name}-{group}.npz") for group in range(len(shares))} if stem else {}
-    engine = faiss_engine()
     for group, path in paths.items():
         if path.is_file():
             found[group] = load_state(path)

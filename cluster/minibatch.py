@@ -20,7 +20,7 @@ from ktransfer import rng
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar
 
-from .engine import Engine, Pass, Rows, add_rows, faiss_engine
+from .engine import Engine, Pass, Rows, add_rows, described, faiss_engine
 from .kmeans import Clustering, State, first_state, kmeans, split_clusters
 from .starts import random_rows
 
@@ -106,6 +106,7 @@ def minibatch_kmeans(
     points_total: int | None = None,
     start: NDArray[np.float32] | None = None,
     batch_rows: int = 4096,
+    parts: Engine | None = None,
 ) -> Clustering:
     """Mini-batch k-means on rows that can be read again; an iteration sees every row once, in a new random order.
 
@@ -116,9 +117,9 @@ def minibatch_kmeans(
     Args:
         rows: n rows, without weights.
         batch_rows: rows after which the centroids move; at least 1, rounded up to a multiple of `RUN`.
+        parts: the engine of the batches; `faiss_engine()` when not given.
         k, iterations, seed, on_iteration, state, engine, points_total, start: as in `kmeans`; the state is given after
-            each iteration, and the engine is for the last pass: batches are left to `faiss_engine()`, as all is when it
-            is not given.
+            each iteration, and the engine is for the last pass.
 
     Raises:
         UsageError: too few distinct rows, rows with weights, or a state of other rows or another k.
@@ -134,14 +135,15 @@ def minibatch_kmeans(
             f"the saved k-means has {state.centroids.shape} centroids of {len(state.labels)} rows, "
             f"not ({k}, {rows.dim}) of {rows.count}: start again with --overwrite"
         )
+    parts = parts or faiss_engine()
     with bar(iterations * rows.count, "mini-batch k-means", "rows", len(state.objective) * rows.count) as shown:
         while len(state.objective) < iterations and not state.converged:
-            state = _iterate(rows, state, seed, faiss_engine(), batch_rows, shown.update)
+            state = _iterate(rows, state, seed, parts, batch_rows, shown.update)
             shown.set_postfix(iteration=len(state.objective), objective=f"{state.objective[-1]:.6g}", refresh=False)
             if on_iteration:
                 on_iteration(state)
     found = kmeans(rows, k, len(state.objective), seed, state=state, engine=engine, points_total=points_total)
-    return replace(found, engine=f"{found.engine}, mini-batches of {_runs(batch_rows) * RUN}")
+    return replace(found, engine=f"{found.engine}; mini-batches of {_runs(batch_rows) * RUN} by {described(parts)}")
 
 
 def _runs(batch_rows: int) -> int:

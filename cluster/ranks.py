@@ -46,11 +46,8 @@ def open_rows(
         UsageError: the memory does not suffice.
         StageError: another process cannot open the same rows.
     """
-    dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
-    plan = plan_memory(features, k, dim, memory, extra, before)
-    say(f"{label}: {plan_line(plan)}{f'; so each of {ranks.count()} processes' if ranks.count() > 1 else ''}")
-    rows = rows_of(features, projection, normalise, plan.kept)
-    own = choose_engine(engine, plan.engine)
+    rows, room = planned_rows(features, projection, normalise, k, memory, label, extra, before)
+    own = choose_engine(engine, room)
     if ranks.count() == 1:
         return rows, own
     arrays: list[NDArray[Any]] = [] if projection is None else [*projection]
@@ -68,6 +65,27 @@ def open_rows(
     )
     ranks.agree(None)
     return rows, over_ranks(own, rows)
+
+
+def planned_rows(
+    features: Features,
+    projection: Projection | None,
+    normalise: bool,
+    k: int,
+    memory: float,
+    label: str,
+    extra: int = 0,
+    before: int = 0,
+) -> tuple[Rows, int]:
+    """The same rows for this process alone, and bytes that an engine may keep; says the memory plan.
+
+    Raises:
+        UsageError: the memory does not suffice.
+    """
+    dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
+    plan = plan_memory(features, k, dim, memory, extra, before)
+    say(f"{label}: {plan_line(plan)}{f'; so each of {ranks.count()} processes' if ranks.count() > 1 else ''}")
+    return rows_of(features, projection, normalise, plan.kept), plan.engine
 
 
 def over_ranks(engine: Engine, rows: Rows) -> Engine:

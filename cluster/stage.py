@@ -21,8 +21,8 @@ from ktransfer.run import begin, done_record, input_hash
 from .balanced import assign_balanced
 from .centroids import read_centroids, read_start, write_centroids
 from .config import AssignConfig, ClusterConfig
-from .engine import Engine, Rows
-from .engines import device_of
+from .engine import Engine, Rows, described
+from .engines import device_of, parts_engine
 from .extraction import check as check_extract
 from .extraction import extract
 from .findings import check_features
@@ -32,7 +32,7 @@ from .kmeans import Clustering, assign_rows, kmeans, refuse_sizes
 from .minibatch import minibatch_kmeans
 from .projection import fit_projection
 from .quality import quality, sparkline, summary
-from .ranks import open_rows
+from .ranks import open_rows, planned_rows
 from .record import derived_seed, make_record, record_summary, survey, write_record
 from .redo import best_of
 from .rows import plan_memory
@@ -147,27 +147,22 @@ def assign(run: str | Path, **options: Any) -> Path:
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
-    device = device_of(config.engine)
+    device = "cpu" if config.balanced else device_of(config.engine)
     with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, device) as step:
         if step.done:
             return step.folder / names[0]
         k = len(centroids.centroids)
-        rows, engine = open_rows(
-            features,
-            centroids.projection,
-            centroids.normalise,
-            k,
-            config.engine,
-            config.memory,
-            "assign",
-            BALANCED_BYTES * int(features.valid.sum()) * config.balanced,
-        )
+        prepared = features, centroids.projection, centroids.normalise, k
         if config.balanced:
+            extra = BALANCED_BYTES * int(features.valid.sum())
+            rows, _ = planned_rows(*prepared, config.memory, "assign", extra)
             even = assign_balanced(rows, centroids.centroids)
-            labels, distances = even.labels, even.distances
+            labels, distances, by = even.labels, even.distances, f"balanced, products by numpy {np.__version__}"
             say(f"assign: equal sizes; cost {even.cost:.8g}, the least possible is at least {even.bound:.8g}")
         else:
+            rows, engine = open_rows(*prepared, config.engine, config.memory, "assign")
             labels, distances = assign_rows(rows, centroids.centroids, engine)
+            by = described(engine)
         everywhere = np.full(len(features.valid), -1, np.int32)
         everywhere[features.valid] = labels
         far = np.full(len(features.valid), np.nan, np.float32)
@@ -175,7 +170,7 @@ def assign(run: str | Path, **options: Any) -> Path:
         fingerprint = str(features.attributes.get("fingerprint"))
         write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
         result = quality(everywhere, features.targets, k)
-        step.finish([step.folder / name for name in names], result=result)
+        step.finish([step.folder / name for name in names], result=result | {"engine": by})
         say(f"assign: done; {summary(result)}; {step.folder / names[0]}")
         return step.folder / names[0]
 
@@ -229,6 +224,10 @@ def _clusterer(
 ) -> Callable[..., Clustering]:
     """(seed, name) -> Clustering by the algorithm of the settings; it goes on where the files of NAME in `work` say."""
     common: dict[str, Any] = {"engine": engine, "points_total": total}
+    if config.algorithm != "lloyd":
+        common["parts"] = parts_engine(config.engine)
+        what = "groups" if config.algorithm == "two-level" else "batches"
+        say(f"k-means: {what} by {common['parts'].name}, passes over all rows by {engine.name}")
     if config.algorithm == "two-level":
         return partial(two_level, rows, config.k, config.iterations, work=work, refine=config.refine, **common)
 
@@ -271,6 +270,11 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
         UsageError: one line for what is wrong.
     """
     config = build(AssignConfig, options, "assign")
+    if config.balanced and config.engine != AssignConfig.engine:
+        raise UsageError(
+            f"assign --balanced: looks at all clusters of each row on the CPU, without an engine; "
+            f"leave --engine {config.engine} away"
+        )
     check_keys(config.features, config.keys)
     if config.features and is_foreign(config.features):
         open_foreign(config.features, config.keys, config.data)

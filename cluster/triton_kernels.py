@@ -28,7 +28,8 @@ class Tile(NamedTuple):
 
 
 # Rows of up to 256 columns are loaded once and stay; longer ones pass by in pieces with each tile of centroids. What
-# does not fit the shared memory of a device is passed over; of the rest, the fastest on the first large block is taken.
+# does not fit the shared memory of a device or gives other scores is passed over; of the rest, the fastest on the first
+# large block is taken.
 WHOLE_COLUMNS = 256
 WHOLE_TILES = (
     Tile(128, 128, 0, 8, 2),
@@ -264,7 +265,7 @@ def nearest_two(
 
     key = rows.device, width
     if not tile and n >= TUNE_ROWS and key not in _tuned:
-        _tuned[key] = _fastest(launch, WHOLE_TILES if whole else TILES)
+        _tuned[key] = _fastest(launch, WHOLE_TILES if whole else TILES, found)
     if tile := tile or _tuned.get(key):
         launch(tile)
     else:
@@ -283,13 +284,18 @@ def _fitting(launch: Callable[[Tile], object], tiles: tuple[Tile, ...]) -> None:
                 raise
 
 
-def _fastest(launch: Callable[[Tile], object], tiles: tuple[Tile, ...]) -> Tile:
-    """The tile that takes least, of those that fit."""
+def _fastest(launch: Callable[[Tile], object], tiles: tuple[Tile, ...], found: tuple[Tensor, ...]) -> Tile:
+    """The tile that takes least, of those that fit and give the scores of the first one (which `trial` checked)."""
     times: dict[Tile, float] = {}
+    right: list[Tensor] = []
     for tile in tiles:
         try:
             launch(tile)  # compiled
-        except triton.runtime.errors.OutOfResources:
+            scores = [score.clone() for score in found[1:]]
+        except Exception:  # it does not fit, or the compiler fails on it, which is no reason to do without the others
+            continue
+        right = right or scores
+        if not all(map(_close, scores, right)):
             continue
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
@@ -299,8 +305,14 @@ def _fastest(launch: Callable[[Tile], object], tiles: tuple[Tile, ...]) -> Tile:
         ended.synchronize()
         times[tile] = began.elapsed_time(ended)
     if not times:
-        raise RuntimeError("no tile fits the shared memory of this device")
+        raise RuntimeError("no tile fits the shared memory of this device, or its compiler fails on all")
     return min(times, key=lambda tile: times[tile])
+
+
+def _close(scores: Tensor, right: Tensor) -> bool:
+    """Whether they differ by no more than rounding, by far."""
+    far = 1e-3 * float(right.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(scores, right, rtol=1e-3, atol=far, equal_nan=True)
 
 
 def top_two(scores: Tensor, ratios: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,14 @@
 """`cluster --algorithm` and `assign --balanced`: from features to files, killed and resumed, misused."""
 
 import json
+import resource
 
 import h5py
 import numpy as np
 import pytest
 
-from ktransfer.cluster import assign, cluster, hierarchy, redo
+from ktransfer import cli, files
+from ktransfer.cluster import assign, cluster, engines, hierarchy, kmeans, minibatch, redo, starts
 from ktransfer.cluster.centroids import read_centroids
 from ktransfer.errors import UsageError
 from ktransfer.features import create_or_resume
@@ -73,19 +75,86 @@ def test_from_features_to_labels_killed_after_every_state(tmp_path, features, mo
         assert stored["counts"][:].min() > 0
 
 
-def test_balanced_labels(tmp_path, features):
+@pytest.mark.parametrize("algorithm", ["lloyd", "two-level", "minibatch"])
+def test_a_full_disk_keeps_the_last_state_and_room_is_all_that_it_takes(tmp_path, features, capsys, algorithm):
+    """No file but small ones can be written from the second state on."""
+    words = ["cluster", "--features", str(features), "--k", "20", "--algorithm", algorithm, "--sheet", "0"]
+    assert cli.main(["--run", str(tmp_path / "whole"), *words]) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saved = []
+
+    def filling(path, write):
+        saved.append(path)
+        if len(saved) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        files.write_whole(path, write)
+
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "write_whole", filling)
+        try:
+            assert cli.main(["--run", str(tmp_path / "full"), *words]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("ktransfer: ")]
+    assert len(said) == 1 and "File too large" in said[0] and "make room and give the same command again" in said[0]
+    kmeans.load_state(saved[0])
+    assert (
+        not list((tmp_path / "full").rglob("*.part")) and not (tmp_path / "full" / "clusters" / "clusters.h5").exists()
+    )
+    assert cli.main(["--run", str(tmp_path / "full"), *words]) == 0
+    assert "goes on where it stopped" in capsys.readouterr().err
+    made = [(tmp_path / name / "clusters" / "clusters.h5").read_bytes() for name in ("whole", "full")]
+    assert made[0] == made[1]
+
+
+def forbidden(*given, **named):
+    raise AssertionError("an engine that was not asked for")
+
+
+@pytest.mark.parametrize("options", [CHOICES[1], CHOICES[3]], ids=["two-level", "minibatch"])
+def test_the_engine_that_is_named_does_all_of_the_work(tmp_path, features, monkeypatch, capsys, options):
+    settings = {"features": str(features), "k": 20, "iterations": 3, "sheet": 0} | options
+    made = {}
+    for name, others in (("faiss", ("exact_engine",)), ("exact", ("faiss_engine",)), ("auto", ())):
+        with monkeypatch.context() as patch:
+            for module in (engines, hierarchy, minibatch, kmeans, starts):
+                for other in others:
+                    if hasattr(module, other):
+                        patch.setattr(module, other, forbidden)
+            file = cluster(tmp_path / name, engine=name, **settings)
+        with h5py.File(file) as stored:
+            made[name] = stored["centroids"][:], stored["counts"][:], stored.attrs["engine"]
+        step = json.loads((tmp_path / name / "clusters" / "stage.json").read_text())["cluster"]
+        assert step["result"]["engine"].startswith(made[name][2])
+        parts = made[name][2].split(" by ")[1]
+        assert parts.startswith("exact" if name == "exact" else "faiss") and parts.endswith(")")
+        assert f"by {parts.partition(' (')[0]}, passes over all rows by" in capsys.readouterr().err
+        np.testing.assert_allclose(made[name][0], made["faiss"][0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(made[name][1], made["faiss"][1])
+
+
+def test_balanced_labels(tmp_path, features, capsys):
     run = tmp_path / "run"
     cluster(run, features=str(features), k=7, iterations=3, sheet=0)
     plain = read_labels(assign(run)).labels
+    step = json.loads((run / "clusters" / "stage.json").read_text())
+    assert step["assign"]["result"]["engine"].startswith(step["cluster"]["result"]["engine"].partition(", ")[0])
     with pytest.raises(UsageError, match="balanced was False, is True"):
         assign(run, balanced=True)
+    with pytest.raises(UsageError, match=r"--balanced: .* without an engine; leave --engine exact away"):
+        assign(run, balanced=True, engine="exact", overwrite=True)
+    capsys.readouterr()
     labels = read_labels(assign(run, balanced=True, overwrite=True)).labels
+    said = capsys.readouterr().err
+    assert "assign: memory" in said and "engine" not in said
     np.testing.assert_array_equal(labels == -1, np.arange(200) % 17 == 3)
     rows = int((labels >= 0).sum())
     assert set(np.bincount(labels[labels >= 0], minlength=7)) == {rows // 7, rows // 7 + 1}
     assert np.bincount(plain[plain >= 0], minlength=7).max() > rows // 7 + 1
     result = json.loads((run / "clusters" / "stage.json").read_text())["assign"]["result"]
     assert (result["min"], result["max"]) == (rows // 7, rows // 7 + 1)
+    assert result["engine"] == f"balanced, products by numpy {np.__version__}"
 
 
 @pytest.mark.parametrize(

@@ -376,9 +376,22 @@ def test_the_benchmark_runs_on_a_few_rows(tmp_path):
     command = [sys.executable, BENCHMARK, "--device", "cpu", "--quick", "--json", tmp_path / "found.json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = json.loads((tmp_path / "found.json").read_text())["lines"]
-    assert {line["part"] for line in lines} >= {"right", "ceiling", "tiles", "lloyd", "whole"}
-    for line in lines:
-        if line["part"] == "right":
-            assert line["equal_float64"] == 1
-            assert line["error_of_bound"] <= 1
-    assert done.stdout.splitlines()[-1].startswith("D=32  kmeans()")
+    assert [line["part"] for line in lines] == ["ceiling", *["right"] * 7, "tiles", *["lloyd"] * 8, *["whole"] * 2] + [
+        "faiss"
+    ] * 2
+    failed = {line["what"]: line["failed"] for line in lines if "failed" in line}
+    assert failed in ({}, {"flash-kmeans": "flash_kmeans is not installed"})
+    for line in lines[1:8]:
+        assert line["equal_float64"] == 1 and line.get("same_bytes", True)
+        assert line.get("error_of_bound", 0) <= 1
+    table = done.stdout.partition("\nproducts in bfloat16")[2].splitlines()
+    assert [line.split()[:2] for line in table[2:9]] == [["right", line["what"].split()[0]] for line in lines[1:8]]
+    assert sum(line["what"] in row for row in table[10:] for line in lines[9:]) >= 12
+
+
+@pytest.mark.slow
+def test_the_benchmark_ends_in_time_with_its_table(tmp_path):
+    command = [sys.executable, BENCHMARK, "--device", "cpu", "--quick", "--seconds", "0", "--only", "right,whole"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    table = done.stdout.partition("\nproducts in bfloat16")[2].splitlines()
+    assert len(table) == 3 + 1 + 7 + 2 and table[-1].endswith("rows from the host: not begun after 0 s")

@@ -79,6 +79,7 @@ def test_same_as_scikit_learn(name, offset, dtype):
         np.testing.assert_allclose(found.cluster_centers_, expected.cluster_centers_, rtol=1e-6, atol=1e-5)
         assert found.cluster_centers_.dtype == dtype
         assert found.n_iter_ == expected.n_iter_
+        assert found.engine_.startswith("" if name == "auto" else name) and found.engine_.endswith(")")
         np.testing.assert_array_equal(found.predict(data), found.labels_)
         assert found.score(data, sample_weight=weight) == pytest.approx(-found.inertia_, rel=1e-6)
         fresh = blobs(n=50, seed=5, offset=offset).astype(dtype)
@@ -189,12 +190,13 @@ def test_tolerance_is_scikit_learn_s():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int16])
-def test_tensors_give_tensors(dtype):
+@pytest.mark.parametrize("name", ["faiss", "exact"])
+def test_tensors_give_tensors(name, dtype):
     data = torch.from_numpy(blobs(offset=3) * 4).to(dtype).requires_grad_(dtype.is_floating_point)
     plain = data.detach().double().numpy()
     weights = torch.rand(len(data), generator=torch.Generator().manual_seed(0))
-    found = ours(data[:8].detach()).fit(data, sample_weight=weights)
-    expected = ours(plain[:8]).fit(plain, sample_weight=weights.numpy())
+    found = ours(data[:8].detach(), engine=name).fit(data, sample_weight=weights)
+    expected = ours(plain[:8], engine=name).fit(plain, sample_weight=weights.numpy())
     for tensor in (found.labels_, found.cluster_centers_, found.predict(data), found.transform(data)):
         assert isinstance(tensor, torch.Tensor)
         assert tensor.device == data.device

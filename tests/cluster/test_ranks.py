@@ -58,10 +58,19 @@ def test_as_one_process(tmp_path, file, launch, alone, world):
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("more", [("--pca", "5"), ("--engine", "faiss", "--start", "kmeans-parallel")])
-def test_with_other_settings(tmp_path, file, launch, more):
+@pytest.mark.parametrize(
+    ("more", "last"),
+    [
+        (("--pca", "5"), ()),
+        (("--engine", "faiss", "--start", "kmeans-parallel"), ()),
+        (("--algorithm", "minibatch", "--batch-rows", "64"), ()),
+        (("--algorithm", "two-level", "--refine", "1"), ("--balanced",)),
+    ],
+)
+def test_with_other_settings(tmp_path, file, launch, more, last):
     for world in (1, 3):
-        assert launch(world, *line(tmp_path / str(world), file, *more))[0] == [0] * world
+        status, said = launch(world, *line(tmp_path / str(world), file, *more), *last)
+        assert status == [0] * world and said[1:] == [""] * (world - 1)
     assert labels(tmp_path / "1") == labels(tmp_path / "3")
 
 
