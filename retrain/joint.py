@@ -192,10 +192,9 @@ def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, 
         located, sums = own(model, replace(batch, valid=human, whole=False))
         rows, count = batch.rows[other], batch.valid.sum()
         nothing = extents.new_zeros(len(rows), 1, 4)
-        moved, _ = augment(
-            Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0), strength, rows, seed, batch.epoch
-        )
-        logits = model(canvas.normalise(moved.pixels, moved.extents, how), classify=True).float()
+        given = Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0)
+        moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
+        logits = model(moved.pixels, classify=True).float()
         wanted = labels[rows - split]
         value, found = student.weighed(joint, [located, F.cross_entropy(logits, wanted)], weighing, count)
         right = (logits.argmax(1) == wanted).float().mean()

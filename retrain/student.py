@@ -10,6 +10,7 @@ losses, mean() their moving averages, without gradient, and weight a,
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -179,8 +180,8 @@ def losses(
         detector = student.detector if isinstance(student, Student) else student
         rows = batch.rows[batch.valid]
         given = Boxed(batch.pixels[batch.valid], truth.extents[rows], *(part[rows] for part in filled[:2]))
-        moved, _ = augment(given, strength, rows, seed, batch.epoch)
-        pixels = canvas.normalise(moved.pixels, moved.extents, how)
+        moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
+        pixels = moved.pixels
         labels = filled[2][rows] + detectors.shift(detector)
         targets = [
             {"boxes": boxes[kept], "labels": label[kept]}

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ktransfer import networks, rng
@@ -72,9 +71,14 @@ def laid(
     factor = max(shape) / max(stated)
     if any(abs(side - factor * whole) > 1.5 for side, whole in zip(shape, stated, strict=True)) or factor > 1.01:
         raise BrokenPicture(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
-    canvas = np.zeros((size, size, 3), np.uint8)
-    canvas[:height, :width] = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
-    return canvas
+    picture = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
+    if shape != (width, height):
+        # Pillow's antialiased filter but for rounding, in a third of the time.
+        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
+    canvas = torch.zeros(3, size, size, dtype=torch.uint8)
+    canvas[:, :height, :width] = picture[0]
+    laid: NDArray[np.uint8] = canvas.permute(1, 2, 0).numpy()
+    return laid
 
 
 def extent(stated: tuple[int, int], size: int) -> tuple[float, float]:
@@ -141,9 +145,15 @@ def move_points(points: Tensor, jitter: Jitter, place: int) -> Tensor:
 
 def inside(extents: Tensor, size: int) -> Tensor:
     """(b, 1, size, size) bool: whether the centre of a pixel is picture, and not padding."""
-    centres = torch.arange(size, device=extents.device) + 0.5
-    x, y = (centres[None, :] < side[:, None] for side in extents.unbind(1))
+    x, y = _sides(extents, size)
     return (y[:, :, None] & x[:, None, :])[:, None]
+
+
+def _sides(extents: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(b, size) bool each: whether a column and a row of a canvas has picture in it."""
+    centres = torch.arange(size, device=extents.device) + 0.5
+    x, y = (centres < side[:, None] for side in extents.unbind(1))
+    return x, y
 
 
 def normalise(pixels: Tensor, extents: Tensor, how: str) -> Tensor:
@@ -151,9 +161,10 @@ def normalise(pixels: Tensor, extents: Tensor, how: str) -> Tensor:
 
     As `networks.normalise`, where `how` "picture" takes mean and deviation of what is picture alone.
     """
-    mask = inside(extents, pixels.shape[-1])
     if how != "picture":
-        return networks.normalise(pixels, how) * mask
+        across, down = (one.float() for one in _sides(extents, pixels.shape[-1]))
+        return networks.normalise(pixels, how).mul_(across[:, None, None]).mul_(down[:, None, :, None])
+    mask = inside(extents, pixels.shape[-1])
     x = pixels.float() * mask
     count = mask.sum(dim=(1, 2, 3), keepdim=True) * 3
     mean = x.sum(dim=(1, 2, 3), keepdim=True) / count

@@ -6,12 +6,14 @@ are one affine map, so that a picture is resampled once. All draws are functions
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ktransfer import rng
+from ktransfer.augment import in_parts
 
 from . import geometry, operations
 
@@ -81,12 +83,20 @@ class Boxed(NamedTuple):
     kept: Tensor
 
 
-def augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) -> tuple[Boxed, Tensor]:
+Finish = Callable[[Tensor, Tensor], Tensor]
+"""What is done to augmented pixels (some, 3, s, s) float32 in 0..255 and their extents (some, 2)."""
+
+
+def augment(
+    batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int, finish: Finish | None = None
+) -> tuple[Boxed, Tensor]:
     """Augment a batch.
 
     Args:
         strength: a key of STRENGTHS; "none" leaves all as it is.
         rows: (b,) int64, which pictures these are: they key the draws.
+        finish: what is done to the pixels, each picture's by itself, such as to normalise them; by default they become
+            uint8 again.
 
     Returns:
         The batch, boxes that are cut away no longer `kept`; and (b, 2, 3) float32, the maps by which masks and polygons
@@ -94,25 +104,37 @@ def augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) ->
         float32, within autocast too.
     """
     with torch.autocast(batch.pixels.device.type, enabled=False):
-        return _augment(batch, strength, rows, seed, epoch)
+        return _augment(batch, strength, rows, seed, epoch, finish or _bytes)
 
 
-def _augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int) -> tuple[Boxed, Tensor]:
+def _augment(batch: Boxed, strength: str, rows: Tensor, seed: int, epoch: int, finish: Finish) -> tuple[Boxed, Tensor]:
     chosen = STRENGTHS[strength]
-    side = batch.pixels.shape[-1]
+    side, maps = batch.pixels.shape[-1], geometry.identity(len(rows), batch.pixels.device)
     if strength == "none":
-        return batch, geometry.identity(len(rows), batch.pixels.device)
-    pixels, maps = batch.pixels, geometry.identity(len(rows), batch.pixels.device)
-    for layer, drawn in enumerate(_draw(chosen.policy, rows, seed, epoch)):
-        draws = rng.uniform(seed, f"detection/operation{layer}", epoch, rows, 4)
-        pixels = _colours(pixels, batch, drawn, draws, rows, seed, epoch, layer)
-        maps = geometry.then(maps, _moves(batch, drawn, draws))
+        return batch._replace(pixels=finish(batch.pixels, batch.extents)), maps
+    layers = _draw(chosen.policy, rows, seed, epoch)
+    draws = [rng.uniform(seed, f"detection/operation{layer}", epoch, rows, 4) for layer in range(len(layers))]
+    for steps, drawn in zip(layers, draws, strict=True):
+        maps = geometry.then(maps, _moves(batch, steps, drawn))
     fitted, window = _fit(batch.extents, chosen.scales, side, rngs=rng.uniform(seed, "detection/fit", epoch, rows, 4))
     maps = geometry.then(maps, fitted)
     boxes = geometry.move_boxes(batch.boxes, maps, window)
     kept = batch.kept & ((boxes[..., 2:] - boxes[..., :2]) >= SMALLEST).all(2)
-    moved = geometry.move_pixels(pixels, maps, batch.extents)
-    return Boxed(moved, window[:, 2:], torch.where(kept[..., None], boxes, 0.0), kept), maps
+    taken = geometry.route(maps, batch.extents, side)
+
+    def made(part: slice) -> Tensor:
+        some = Boxed(*(field[part] for field in batch))
+        for layer, (steps, drawn) in enumerate(zip(layers, draws, strict=True)):
+            some = _coloured(some, steps[part], drawn[part], rows[part], seed, epoch, layer)
+        moved = geometry.follow(some.pixels, geometry.Route(taken.back[part], taken.edge[part], taken.reach[part]))
+        return finish(moved, window[part, 2:])
+
+    pixels = in_parts(made, len(rows), batch.pixels[:1].numel(), batch.pixels.device)
+    return Boxed(pixels, window[:, 2:], torch.where(kept[..., None], boxes, 0.0), kept), maps
+
+
+def _bytes(pixels: Tensor, extents: Tensor) -> Tensor:
+    return pixels.to(torch.uint8)
 
 
 def _draw(policy: str, rows: Tensor, seed: int, epoch: int) -> list[list[Step]]:
@@ -137,18 +159,16 @@ def _tossed(step: Step, coin: float) -> Step:
     return (name, probability if name == "translate-only-boxes" else float(coin < probability), level)
 
 
-def _colours(
-    pixels: Tensor, batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed: int, epoch: int, layer: int
-) -> Tensor:
+def _coloured(batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed: int, epoch: int, layer: int) -> Boxed:
     """Do the operations that leave boxes where they are, all pictures of one kind together."""
-    out = pixels
+    pixels = batch.pixels
     for name, probability, level in sorted({step for step in steps if step[0] not in MOVES and step[1] > 0}):
-        at = torch.tensor([step == (name, probability, level) for step in steps], device=pixels.device)
+        places = [place for place, step in enumerate(steps) if step == (name, probability, level)]
+        # All of them are taken as they are: on a CPU a part of the batch is mostly a single picture.
+        at = slice(None) if len(places) == len(steps) else torch.tensor(places, device=pixels.device)
         some, extents = pixels[at], batch.extents[at]
         if name == "equalise":
-            place = torch.arange(pixels.shape[-1], device=pixels.device)
-            inside = (place < extents[:, 1:])[:, :, None] & (place < extents[:, :1])[:, None]
-            some = operations.equalise(some, inside)
+            some = operations.equalise(some, extents)
         elif name == "solarise":
             some = operations.solarise(some, level)
         elif name == "solarise-add":
@@ -165,9 +185,8 @@ def _colours(
             signs = torch.where(tossed[:, count:] < 0.5, -1, 1)
             hit = batch.kept[at] & (tossed[:, :count] < probability * ONLY_BOXES)
             some = operations.translate_only_boxes(some, batch.boxes[at], hit, level, signs)
-        out = out.clone() if out is pixels else out
-        out[at] = some
-    return out
+        pixels = some if isinstance(at, slice) else pixels.index_copy(0, at, some)
+    return batch._replace(pixels=pixels)
 
 
 def _moves(batch: Boxed, steps: list[Step], draws: Tensor) -> Tensor:

@@ -21,17 +21,14 @@ def pillow(picture, function):
 
 
 def test_equalise_is_pillows(pixels):
-    whole = torch.ones(len(pixels), 40, 40, dtype=torch.bool)
-    found = operations.equalise(pixels, whole)
+    found = operations.equalise(pixels, torch.full((len(pixels), 2), 40.0))
     for before, after in zip(pixels, found, strict=True):
         assert torch.equal(after, pillow(before, ImageOps.equalize))
         assert torch.equal(after, v2.equalize(before))
 
 
 def test_equalise_counts_the_picture_alone(pixels):
-    inside = torch.zeros(len(pixels), 40, 40, dtype=torch.bool)
-    inside[:, :30, :20] = True
-    found = operations.equalise(pixels, inside)
+    found = operations.equalise(pixels, torch.tensor([[20.0, 30.0]] * len(pixels)))
     for before, after in zip(pixels, found, strict=True):
         assert torch.equal(after[:, :30, :20], pillow(before[:, :30, :20], ImageOps.equalize))
 
@@ -44,8 +41,16 @@ def test_solarise(pixels):
 
 def test_solarise_add(pixels):
     wide = pixels.numpy().astype(int)
-    expected = np.where(wide < 128, np.minimum(wide + 55, 255), wide)
-    assert np.array_equal(operations.solarise_add(pixels, 5).numpy(), expected)
+    for level, added in ((5, 55), (10, 110)):
+        expected = np.where(wide < 128, np.minimum(wide + added, 255), wide)
+        assert np.array_equal(operations.solarise_add(pixels, level).numpy(), expected)
+
+
+def test_what_is_not_kept_is_filled(pixels):
+    which = torch.rand(5, 1, 40, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    expected = np.where(which.numpy(), pixels.numpy(), 128)
+    assert np.array_equal(operations.kept(pixels, which.to(torch.uint8)).numpy(), expected)
+    assert np.array_equal(operations.kept(pixels.float(), which.float()).numpy(), expected)
 
 
 @pytest.mark.parametrize("level", [0, 5, 6, 10])

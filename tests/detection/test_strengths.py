@@ -1,9 +1,12 @@
 """Augment-S1 .. S4: boxes follow their pictures, draws depend on nothing but (seed, epoch, row)."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
-from ktransfer.detection import geometry
+from ktransfer.detection import canvas, geometry
 from ktransfer.detection.strengths import POLICY, RANDOM, STRENGTHS, Boxed, augment
 
 SIDE, HEIGHT, WIDTH = 96, 72, 96
@@ -24,7 +27,7 @@ def batch(count=24):
 def test_none_leaves_all_as_it_is():
     given = batch()
     found, maps = augment(given, "none", torch.arange(24), 0, 0)
-    assert found is given
+    assert all(torch.equal(now, before) for now, before in zip(found, given, strict=True))
     assert torch.equal(maps, geometry.identity(24))
 
 
@@ -103,6 +106,50 @@ def test_a_picture_is_augmented_alike_in_any_batch(strength):
     if strength != "none":
         assert not torch.equal(augment(given, strength, rows, 3, 8)[0].pixels, whole.pixels)
         assert not torch.equal(augment(given, strength, rows, 4, 7)[0].pixels, whole.pixels)
+
+
+@pytest.mark.parametrize("strength", list(STRENGTHS))
+def test_pixels_are_finished_as_they_would_be_later(strength):
+    given, rows = batch(), torch.arange(24)
+    plain, _ = augment(given, strength, rows, 0, 1)
+    found, _ = augment(given, strength, rows, 0, 1, partial(canvas.normalise, how="imagenet"))
+    assert torch.equal(found.pixels, canvas.normalise(plain.pixels, plain.extents, "imagenet"))
+    assert plain.pixels.dtype == torch.uint8
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[1:], plain[1:], strict=True))
+
+
+def by_hand(pixels, matrix, extent):
+    """One canvas (c, s, s) moved by a (2, 3) matrix, in float64, pixel by pixel."""
+    side = pixels.shape[-1]
+    back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
+    y, x = np.mgrid[:side, :side] + 0.5
+    u, v, _ = np.tensordot(back, np.stack([x, y, np.ones_like(x)]), 1)
+    inside = (u > 0) & (u < extent[0]) & (v > 0) & (v < extent[1])
+    u, v = u.clip(0.5, extent[0] - 0.5) - 0.5, v.clip(0.5, extent[1] - 0.5) - 0.5
+    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    right, below = np.minimum(left + 1, side - 1), np.minimum(top + 1, side - 1)
+    a, b = u - left, v - top
+    above = pixels[:, top, left] * (1 - a) + pixels[:, top, right] * a
+    under = pixels[:, below, left] * (1 - a) + pixels[:, below, right] * a
+    return np.where(inside, above * (1 - b) + under * b, 128)
+
+
+def test_pixels_move_as_by_hand():
+    """Turned, sheared, mirrored, scaled, shifted, together and one by one; some leave the canvas."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (30, 3, 48, 48)).astype(np.uint8)
+    extents = np.array([[48, 31], [29, 48]] * 15)
+    matrices = generator.normal(0, 1, (30, 2, 3)) * [0.6, 0.6, 20]
+    matrices[10:20, [0, 1], [1, 0]] = 0
+    matrices[-1] = [[1, 0, 60], [0, 1, 0]]
+    given = torch.from_numpy(pixels), torch.tensor(matrices, dtype=torch.float32), torch.tensor(extents).float()
+    found = geometry.move_pixels(*given).numpy()
+    expected = np.stack([by_hand(*one) for one in zip(pixels.astype(float), matrices, extents, strict=True)])
+    assert (np.abs(found - expected) > 0.51).mean() < 1e-3  # where a pixel's centre lies on an edge
+    assert (found[-1] == 128).all()
+    assert len(geometry.move_pixels(*(part[:0] for part in given))) == 0
+    alone = torch.cat([geometry.move_pixels(*(part[at : at + 1] for part in given)) for at in range(30)])
+    assert np.array_equal(alone.numpy(), found)
 
 
 def test_scales_span_their_range():
