@@ -130,6 +130,12 @@ class EvalConfig(LoopOptions):
         choices=("auto", "single", "p2-p6", "p3-p7"),
         of=("detect",),
     )
+    head: str = option(
+        "fcn",
+        "on the deepest map, or, fpn, on the summed maps of a pyramid",
+        choices=("fcn", "deeplab", "fpn"),
+        of=("segment",),
+    )
     norm: str = option(
         "bn", "batch norm that learns, or group norm in its place", choices=("bn", "syncbn", "gn"), of=LOCATED
     )

@@ -1,7 +1,8 @@
-"""Segmentation from the network's trunk: how well an FCN tells the class of every pixel after training on masks.
+"""Segmentation from the network's trunk: how well the class of every pixel is told after training on masks.
 
 Protocol `segment/1`, after the FCN transfer of the paper (reference jigsawpp.md §6.1: its settings are not known), made
-short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips. Masks
+short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips.
+`--head deeplab` puts torchvision's DeepLab there, `--head fpn` a pyramid on C2..C5 whose maps are summed. Masks
 are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box
 alone are ignored), classes and background. Canvases, `--jitter`, mirroring, the columns `frozen` and `full`, SGD and
 schedule as in `detect`; cross-entropy over all known pixels. The weights at the end are judged: nothing is chosen by
@@ -13,15 +14,14 @@ deviations over 200 resamplings of the test pictures.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ktransfer.detection import canvas, masks, metrics, segmentation, trunks
+from ktransfer.detection import canvas, masks, segmentation, trunks
 from ktransfer.detection.data import Detection, open_detection
 from ktransfer.detection.losses import check_batches
-from ktransfer.errors import StageError, UsageError
+from ktransfer.errors import StageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, available_bytes, check_broken, readable
+from ktransfer.pictures import Pictures, check_broken, readable
 from ktransfer.training import loop
 
 from .arms import Arm
@@ -51,20 +51,15 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     check_batches(config, config.norm, config.batch)
     for part in parts:
         masks.need_masks(part)
-    needed = len(parts[0]) * config.canvas**2
-    if needed > available_bytes() // 2:
-        raise UsageError(
-            f"--canvas {config.canvas}: the masks of {len(parts[0]):,} pictures take {needed / 1e9:.1f} GB of memory, "
-            f"of which {available_bytes() / 1e9:.1f} are free; give a smaller one"
-        )
+    masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)
     for network in judged:
-        trunks.build(network, None, "single", config.norm, 0)
+        trunks.build(network, None, segmentation.HEADS[config.head], config.norm, 0)
 
 
 def judge(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Judged:
-    """What FCNs on one network's trunk reach, frozen and full."""
+    """What heads on one network's trunk reach, frozen and full."""
     sources = [canvas.canvases(part, config.canvas, config.workers) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
     maps, unmapped = masks.map_canvases(parts[0], config.canvas)
@@ -74,26 +69,6 @@ def judge(
         return _column(arm, column, parts, sources, rows, maps, config, place, device)
 
     return by_column(arm, parts, config, folder, sources[0].broken | unmapped, make)
-
-
-def summary(counts: np.ndarray[Any, np.dtype[np.int64]], names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """mIoU and the share of right pixels, with intervals, and the IoU of each class.
-
-    Args:
-        counts: (pictures, c, c), see `segmentation.Confusion`. names: of the c classes.
-    """
-    weights = metrics.resamplings(len(counts), seed)
-    resampled = np.tensordot(weights, counts, axes=1)
-    shares = segmentation.intersection_over_union(resampled)
-    right = np.trace(resampled, axis1=1, axis2=2) / np.maximum(resampled.sum((1, 2)), 1)
-    means = np.nanmean(shares, axis=1)
-    return {
-        "mIoU": float(means[0]),
-        "mIoU_interval": metrics.interval(means),
-        "pixels": float(right[0]),
-        "pixels_interval": metrics.interval(right),
-        "classes": {name: float(value) for name, value in zip(names, shares[0], strict=True) if not np.isnan(value)},
-    }
 
 
 def _column(
@@ -107,12 +82,12 @@ def _column(
     folder: Path,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Train one FCN and judge it: its scores, and the broken pictures and masks of the test part."""
+    """Train one head and judge it: its scores, and the broken pictures and masks of the test part."""
     train, test = parts
-    trunk = trunks.build(arm.network, arm.weights, "single", config.norm, config.seed)
+    trunk = trunks.build(arm.network, arm.weights, segmentation.HEADS[config.head], config.norm, config.seed)
     if column == "frozen":
         trunk.freeze()
-    model = segmentation.build(trunk, len(train.classes), config.norm, config.seed)
+    model = segmentation.build(trunk, len(train.classes), config.norm, config.seed, config.head)
     edges = canvas.extents(train, config.canvas).to(device)
     label = f"segment {arm.name} {column}"
     loop.fit(
@@ -130,4 +105,4 @@ def _column(
     check_broken(broken, len(test), config.max_broken, test)
     if not found.counts.sum():
         raise StageError(f"{test.spec}: no pixel of the test part has a class; check its masks")
-    return summary(found.counts, ("background", *test.classes), config.seed), broken
+    return segmentation.summary(found.counts, ("background", *test.classes), config.seed), broken

@@ -1,7 +1,7 @@
 """Pseudo-boxes: what a teacher sees in pictures without boxes, as a COCO file that other frameworks read too."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ktransfer import files
 from ktransfer.dataset import UNKNOWN, Dataset
 from ktransfer.detection.answers import Answer
-from ktransfer.detection.data import Detection, Objects, objects_of
+from ktransfer.detection.coco import outline
+from ktransfer.detection.data import Detection, Objects, Outline, objects_of
 from ktransfer.errors import BrokenPicture, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
@@ -77,19 +78,27 @@ def _size(data: Dataset, row: int) -> tuple[int, int]:
     return width, height
 
 
-def write(path: Path, data: Detection, answers: Mapping[int, Answer], about: dict[str, Any]) -> None:
+def write(
+    path: Path,
+    data: Detection,
+    answers: Mapping[int, Answer],
+    about: dict[str, Any],
+    outlines: Mapping[int, Sequence[Outline]] | None = None,
+) -> None:
     """Write the boxes of the pictures that could be read, with scores, as COCO's format has them.
 
     Args:
         answers: row of `data` -> boxes in pixels of the picture.
         about: goes into `info`.
+        outlines: of the answers, where they have some.
     """
     pictures: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     for row, answer in sorted(answers.items()):
         width, height = (int(side) for side in data.sizes[row])
         pictures.append({"id": data.ids[row], "file_name": data.keys[row], "width": width, "height": height})
-        for box, score, label in zip(*(part.tolist() for part in answer), strict=True):
+        masks = outlines[row] if outlines is not None else [None] * len(answer.scores)
+        for box, score, label, mask in zip(*(part.tolist() for part in answer), masks, strict=True):
             x1, y1, x2, y2 = (round(value, 2) for value in box)
             wide, high = round(x2 - x1, 2), round(y2 - y1, 2)
             notes.append(
@@ -102,6 +111,7 @@ def write(path: Path, data: Detection, answers: Mapping[int, Answer], about: dic
                     "iscrowd": 0,
                     "score": round(score, 6),
                 }
+                | ({"segmentation": mask} if mask else {})
             )
     categories = [{"id": number, "name": name} for number, name in zip(data.category_ids, data.classes, strict=True)]
     files.write_json(path, {"info": about, "images": pictures, "annotations": notes, "categories": categories})
@@ -125,7 +135,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         by_id = {one["id"]: str(one["file_name"]) for one in held["images"]}
         names = {one["id"]: str(one["name"]) for one in held["categories"]}
         notes = [
-            (note["image_id"], note["category_id"], note["bbox"], note.get("score"))
+            (note["image_id"], note["category_id"], note["bbox"], note.get("score"), note.get("segmentation"))
             for note in held["annotations"]
             if not note.get("iscrowd")
         ]
@@ -141,19 +151,21 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
                 "file that was made for these"
             )
     least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
-    found: dict[int, list[tuple[list[float], int]]] = {place[name]: [] for name in by_id.values()}
+    found: dict[int, list[tuple[list[float], int, Outline]]] = {place[name]: [] for name in by_id.values()}
     try:
-        for picture, category, bbox, score in notes:
+        for picture, category, bbox, score, mask in notes:
             x, y, width, height = (float(value) for value in bbox)
             label = data.classes.index(names[category])
             if score is None or float(score) >= least[label]:
-                found[place[by_id[picture]]].append(([x, y, x + width, y + height], label))
+                found[place[by_id[picture]]].append(([x, y, x + width, y + height], label, outline(mask)))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
     objects = list(data.objects)
-    for row, pairs in found.items():
+    for row, held_here in found.items():
         width, height = (int(side) for side in data.sizes[row])
-        objects[row] = objects_of([box for box, _ in pairs], [label for _, label in pairs], (width, height), {})
+        corners, labels = [box for box, _, _ in held_here], [label for _, label, _ in held_here]
+        outlines = [mask for _, _, mask in held_here]
+        objects[row] = objects_of(corners, labels, (width, height), {}, outlines=outlines)
     return replace(data, objects=tuple(objects)), np.array(sorted(found), np.int64)
 
 

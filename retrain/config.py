@@ -47,7 +47,17 @@ class SelftrainConfig(TrainOptions):
     unlabelled: str | None = option(
         None, "pictures for pseudo-boxes; those that --fraction or --ids leaves when not given", execution=True
     )
-    detector: str = option("retinanet", "the detector", choices=("retinanet", "fasterrcnn"))
+    task: str = option(
+        "detect",
+        "what is learned: boxes; the class of every pixel; or, instance, boxes with masks, by Mask R-CNN",
+        choices=("detect", "segment", "instance"),
+    )
+    detector: str = option("retinanet", "the detector, of --task detect", choices=("retinanet", "fasterrcnn"))
+    head: str = option(
+        "fcn",
+        "of --task segment: fcn or deeplab on the deepest map, or fpn: the summed maps of a pyramid",
+        choices=("fcn", "deeplab", "fpn"),
+    )
     backbone: str = option(
         "resnet50",
         "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision; what --init run, a "
@@ -83,7 +93,19 @@ class SelftrainConfig(TrainOptions):
     pseudo: str | None = option(
         None, "a COCO file with boxes of the unlabelled pictures, instead of the teacher's", execution=True
     )
-    threshold: float = option(0.5, "least score of a pseudo-box", low=0, high=1, of=("pseudo", "student"))
+    threshold: float = option(
+        0.5,
+        "least score of a pseudo-box; in a pseudo-mask pixels of a lower probability are ignored",
+        low=0,
+        high=1,
+        of=("pseudo", "student"),
+    )
+    scales: str = option(
+        "1",
+        "of --task segment: scales at which the teacher looks at a picture and its mirror image, by commas; the "
+        "paper's are 0.5,0.75,1,1.25,1.5,1.75, which take nine times as long",
+        of=("pseudo",),
+    )
     jitter_filter: float = option(
         0.0,
         "leave out pseudo-boxes whose sides move by more than this share of the box when the teacher sees the picture "

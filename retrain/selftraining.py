@@ -1,10 +1,10 @@
-"""Self-training of a detector: a teacher learns the labelled pictures, labels others, and a student learns both.
+"""Self-training: a teacher learns the labelled pictures, labels others, and a student learns both.
 
 After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable, with files between them,
 
     selftrain/teacher/model.safetensors  selftrain/pseudo.json  selftrain/student/model.safetensors
 
-and a fourth that judges both (selftrain/scores.json).
+and a fourth that judges both (selftrain/scores.json). What differs between boxes and masks is in `tasks.Task`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,26 +21,24 @@ from torch import Tensor, nn
 from ktransfer import files, teachers
 from ktransfer.config import build, settings_of
 from ktransfer.dataset import Dataset, open_dataset
-from ktransfer.detection import canvas, metrics, saved
-from ktransfer.detection.answers import detect
-from ktransfer.detection.data import Detection, fraction, load_ids, open_detection, save_ids, subset
+from ktransfer.detection import canvas, saved
+from ktransfer.detection.data import Detection, fraction, load_ids, save_ids, subset
 from ktransfer.detection.detectors import Settings
-from ktransfer.detection.losses import check_batches, truth
+from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
-from ktransfer.detection.sheet import draw_augmented
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network, check_arch, describe
 from ktransfer.pictures import cache_place, check_broken, readable
-from ktransfer.progress import say
+from ktransfer.progress import say, track
 from ktransfer.run import RECORD, begin, changes, done_record, input_hash, locked, read_record
 from ktransfer.stages import Part
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
-from . import boxes, heldout, joint, steady, student
+from . import boxes, heldout, joint, student
 from .config import SelftrainConfig
+from .tasks import TASKS, boxes_alone
 
-NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
 STAGE = "selftrain"
 SHEET = "augmented.png"
 SHOWN = 8  # pictures on it
@@ -100,7 +98,6 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         UsageError: one line for what is wrong.
     """
     config = build(SelftrainConfig, options, STAGE)
-    metrics.need_extra()
     loop.choose_device(config)
     if not config.labelled:
         raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
@@ -113,7 +110,9 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         if given and Path(given).resolve().is_relative_to((run / STAGE).resolve()):
             raise UsageError(f"--{name} {given}: --overwrite would remove it; copy it to another place first")
     check_batches(config, config.norm, 2 * config.batch)
-    whole, test = open_detection(config.labelled)
+    task = TASKS[config.task]
+    boxes_alone(config)
+    whole, test = task.open_data(config.labelled)
     if config.ids and config.fraction < 1:
         raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
     rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
@@ -127,15 +126,23 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
     unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
+    task.check(config, len(labelled), len(unlabelled))
     cache_place(config.cache_pictures, len(labelled) + len(unlabelled), config.size, loop.choose_device(config))
     described, file, foreign = _described(run, config, labelled, pending)
     coming = config.init == "run" and "retrain" in (pending or {})  # what lies there now will be another one
     saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
-    if config.teacher and saved.describe(Path(config.teacher)).classes != whole.classes:
-        raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
+    if config.teacher:
+        held = saved.describe(Path(config.teacher))
+        if held.settings.kind not in task.NECKS:
+            raise UsageError(
+                f"--teacher {config.teacher}: a {held.settings.kind}, and --task {config.task} takes one of "
+                f"{', '.join(task.NECKS)}"
+            )
+        if held.classes != whole.classes:
+            raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
     if config.pseudo:
         any_size = np.ones((len(unlabelled), 2), np.int32)  # the file is what is checked, and pictures are not read
-        boxes.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), config.threshold)
+        task.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), labelled, config)
     data = Data(labelled, unlabelled, test)
     joint.check(config, unlabelled)
     return Checked(config, data, planned(config, data, None if coming else file))
@@ -214,32 +221,33 @@ def _train(
         if step.done:
             return weights
         model: nn.Module = saved.make(described, config.seed, init, foreign)
-        how = described.network.normalise
+        how, task = described.network.normalise, TASKS[config.task]
         pictures, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
         by_class: dict[str, Any] = {}
         if pseudo:
             sizes = None if config.pseudo else boxes.stated_sizes(pseudo, data.unlabelled)
             other = boxes.without_boxes(data.unlabelled, data.labelled, sizes)
-            threshold: float | NDArray[np.float64] = config.threshold
-            if config.adaptive:
-                threshold = boxes.adaptive_thresholds(data.labelled, pseudo, other, config.threshold)
-            other, listed = boxes.read(pseudo, other, threshold)
+            other, listed = task.read(pseudo, other, data.labelled, config)
             if config.pseudo:  # a teacher of ours was not shown them
                 listed = np.setdiff1d(listed, _tested(data, name))
+            each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count")}
             if config.empty == "drop":
-                listed = listed[[len(other.objects[row].boxes) > 0 for row in listed.tolist()]]
-            counted = boxes.count(tuple(other.objects[row] for row in listed.tolist()), len(other.classes))
-            if not sum(counted):
+                listed = listed[[each[row].any() for row in listed.tolist()]]
+            counted, (one, several) = sum(each.values(), np.zeros(len(other.classes), np.int64)), task.THINGS
+            if not counted.any():
                 steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
                 raise StageError(
-                    f"selftrain: no pseudo-box reaches the score {config.threshold} in {len(listed)} pictures; train "
+                    f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} pictures; train "
                     f"the teacher longer{steady_too}, or lower --threshold, with --overwrite"
                 )
-            facts |= {"pseudo-labelled": len(listed), "pseudo-boxes": sum(counted)}
-            own = boxes.count(data.labelled.objects, len(other.classes))
-            pairs = {name: [human, made] for name, human, made in zip(other.classes, own, counted, strict=True)}
-            by_class = {"boxes by class, labelled and pseudo": pairs}
-            say(f"{name}: {sum(counted)} pseudo-boxes in {len(listed)} pictures: {_by_class(other.classes, counted)}")
+            facts |= {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
+            own = np.sum([task.count(data.labelled, row) for row in range(len(data.labelled))], axis=0)
+            pairs = {
+                kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)
+            }
+            by_class = {f"{several} by class, labelled and pseudo": pairs}
+            words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
+            say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
             pictures = student.joined(data.labelled, subset(other, listed))
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
             model = student.Student(model, average, config.ema)
@@ -252,20 +260,21 @@ def _train(
             which = "pseudo-labelled" if len(rows) else "labelled"
             raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
-        known = truth(pictures, config.size, device)
+        known, unknown = task.known(pictures, config, device)
+        check_broken(source.broken | unknown, len(pictures), config.max_broken, pictures)
         seed = config.seed if name == "teacher" else config.seed + 1
-        draw_augmented(folder / SHEET, data.labelled, source, config.augment, seed, rows[:SHOWN])
+        task.draw(folder / SHEET, data.labelled, known, source, config.augment, seed, rows[:SHOWN])
         batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
         if pseudo:
             batches = partial(student.batches, rows, added, config.batch, seed)
         config = replace(config, epochs=student.passes(config, rows, bool(pseudo)))
-        loss = student.losses(known, how, config.augment, seed, weighing, split)
+        loss = task.losses(known, how, config.augment, seed, weighing, split)
         early = heldout.stopping(model, data.labelled, source, judging, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, name, early)
         facts |= heldout.facts(early, judging)
         saved.save(weights, heldout.result(model, early), described)
         save_ids(step.folder / f"{name}.ids.json", data.labelled, np.arange(split))
-        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
+        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in (source.broken | unknown).items()]
         outputs = [weights, folder / SHEET, step.folder / f"{name}.ids.json", *folder.glob(heldout.IDS)]
         step.finish(outputs, broken=broken, result=facts | by_class)
         loop.remove_checkpoint(folder)
@@ -277,34 +286,26 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
     """What a teacher sees in the unlabelled pictures, with scores from a little below the threshold on."""
     name, other = f"pseudo{end}", data.unlabelled
     inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
-    with begin(run, STAGE, name, settings_of(config, "pseudo"), inputs, [f"{name}.json"], False, str(device)) as step:
+    settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name]
+    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
         path = step.folder / f"{name}.json"
         if step.done:
             return path
         model, described = saved.load(teacher)
         pictures = boxes.without_boxes(other, data.labelled)
-        settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
         source = canvas.canvases(pictures, described.size, config.workers, cache="off")
         rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), _tested(data, name)))
-        found = detect(model.to(device), pictures, source, rows, described.size, settings, device, label=name)
-        check_broken(source.broken, len(rows), config.max_broken, pictures)
-        about: dict[str, Any] = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
-        facts = {"pictures": len(found)}
-        if config.jitter_filter:
-            seen = steady.spreads(model, pictures, source, found, described.size, settings, device, config.seed)
-            found, facts["boxes that move, left out"] = steady.steady(found, seen, config.jitter_filter)
-            about["jitter_filter"] = config.jitter_filter
-        boxes.write(path, pictures, found, about)
-        number = sum(len(answer.scores) for answer in found.values())
-        facts["boxes"] = number
+        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
+        teaching = model.to(device), described
+        facts = TASKS[config.task].label(path, teaching, pictures, source, rows, config, device, about)
         broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
         step.finish([path], broken=broken, result=facts)
-        say(f"{name}: done; {number} boxes of score {config.threshold} and more in {len(found)} pictures; {path}")
+        say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {path}")
         return path
 
 
 def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
-    """The average precision of teacher and student on the test part."""
+    """What teacher and student reach on the test part."""
     inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
     settings = settings_of(config, "scores")
     again = bool(changes(run, STAGE, "scores", settings, inputs))  # it is cheap
@@ -314,18 +315,12 @@ def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
             found: dict[str, Any] = {}
             for name, weights in arms.items():
                 model, described = saved.load(weights)
-                answering = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
                 source = canvas.canvases(data.test, described.size, config.workers, cache="off")
-                rows = torch.arange(len(data.test))
-                answers = detect(
-                    model.to(device), data.test, source, rows, described.size, answering, device, label=f"judge {name}"
-                )
-                check_broken(source.broken, len(rows), config.max_broken, data.test)
-                found[name] = metrics.scores(data.test, answers, config.seed)
+                arm = model.to(device), described
+                found[name] = TASKS[config.task].judge(arm, data.test, source, config, device, f"judge {name}")
             pictures = {"labelled": len(data.labelled), "test": len(data.test)}
-            files.write_json(
-                path, {"schema": 1, "data": pictures, "test_threshold": config.test_threshold, "scores": found}
-            )
+            judged = {name: getattr(config, name) for name in TASKS[config.task].JUDGED}
+            files.write_json(path, {"schema": 1, "data": pictures, **judged, "scores": found})
             step.finish([path])
         print(_table(files.read_json(path)))
         return path
@@ -336,8 +331,9 @@ def _described(
 ) -> tuple[Described, Path | None, bool]:
     """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
     network, weights, foreign = _backbone(run, config, pending)
+    task = TASKS[config.task]
     settings = Settings(
-        config.detector,
+        task.kind(config),
         config.norm,
         config.anchor,
         config.focal_alpha,
@@ -347,7 +343,7 @@ def _described(
         threshold=config.test_threshold,
     )
     network = replace(network, size=config.size)
-    described = Described(network, NECKS[config.detector], settings, data.classes, config.size, config.channels)
+    described = Described(network, task.NECKS[settings.kind], settings, data.classes, config.size, config.channels)
     return described, weights, foreign
 
 
@@ -381,13 +377,10 @@ def _tested(data: Data, name: str) -> NDArray[np.int64]:
     return found
 
 
-def _by_class(classes: tuple[str, ...], counted: list[int]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in zip(classes, counted, strict=True))
-
-
 def _table(result: dict[str, Any]) -> str:
-    """Average precision in per cent with 95 % intervals over resampled pictures."""
-    names = ("AP", "AP50", "AP75", "VOC07")
+    """The measures in per cent with 95 % intervals over resampled pictures."""
+    first = next(iter(result["scores"].values()))
+    names = [name for name in first if f"{name}_interval" in first]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm, found in result["scores"].items():
         cells = []
@@ -396,7 +389,5 @@ def _table(result: dict[str, Any]) -> str:
             cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     pictures = result["data"]
-    return "\n".join(lines) + (
-        f"\n\n{pictures['labelled']} labelled pictures, {pictures['test']} to test; scores from "
-        f"{result['test_threshold']} on.\n"
-    )
+    least = f"; scores from {result['test_threshold']} on" if "test_threshold" in result else ""
+    return "\n".join(lines) + (f"\n\n{pictures['labelled']} labelled pictures, {pictures['test']} to test{least}.\n")

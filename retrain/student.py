@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ktransfer.detection import canvas, detectors
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import Truth
+from ktransfer.detection.masks import classes_of_pixels
 from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
@@ -45,7 +46,7 @@ class Weighing(NamedTuple):
 
 
 class Student(nn.Module):
-    """A detector with what its training remembers: the moving averages, and its own average where that is wanted.
+    """A detector or segmenter, what its training remembers, the moving averages, and its own average if wanted.
 
     Its buffers are in the checkpoint, so that an interrupted training goes on exactly.
     """
@@ -66,10 +67,9 @@ class Student(nn.Module):
         for name in ("human", "pseudo", "weight", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
-    def forward(self, pixels: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The losses of the detector: what is compiled where the student is."""
-        found: dict[str, Tensor] = self.detector(pixels, targets)
-        return found
+    def forward(self, *given: Any) -> Any:
+        """What the detector says in training: what is compiled where the student is."""
+        return self.detector(*given)
 
     def train(self, mode: bool = True) -> "Student":
         """The average never trains."""
@@ -133,7 +133,7 @@ def joined(human: Detection, pseudo: Detection) -> Detection:
         sizes=np.concatenate([human.sizes, pseudo.sizes]),
         objects=human.objects + pseudo.objects,
         ids=tuple(range(1, split + len(pseudo) + 1)),
-        label_map=None,
+        label_map=None if pseudo.label_map is None else lambda row: classes_of_pixels(*either(row)),
     )
 
 

@@ -1,14 +1,17 @@
 """What a detector answers: boxes, scores and labels of each picture, after NMS or soft-NMS."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
 from ktransfer.detection import canvas, detectors
-from ktransfer.detection.data import Detection
+from ktransfer.detection.data import Detection, Outline
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.masks import encoded
 from ktransfer.progress import bar
 from ktransfer.training.loop import Source
 
@@ -64,15 +67,18 @@ def detect(
     device: torch.device,
     batch: int = 16,
     label: str = "detect",
+    outlines: dict[int, Sequence[Outline]] | None = None,
 ) -> dict[int, Answer]:
     """What the detector finds in the pictures of (n,) rows, with scores of at least `settings.threshold`.
 
     Args:
         source: canvases of `size` pixels of that data.
+        outlines: where a Mask R-CNN puts its masks, row -> one for each answer; not with soft-NMS.
 
     Returns:
         Row -> answer, on the CPU; broken pictures are left out.
     """
+    assert outlines is None or not settings.soft
     model.eval()
     overlap, most = (1.0, SOFT_CANDIDATES) if settings.soft else (settings.overlap, settings.most)
     detectors.answering(model, settings.threshold, overlap, most)
@@ -101,6 +107,17 @@ def detect(
                     answer = _softened(answer, settings)
                 wide = (answer.boxes[:, 2:] > answer.boxes[:, :2]).all(1)
                 found[row] = Answer(*(part[wide].cpu() for part in answer))
+                if outlines is not None:
+                    outlines[row] = _pasted(one["masks"][wide].cpu(), found[row].boxes, data.sizes[row].tolist())
+    return found
+
+
+def _pasted(masks: Tensor, boxes: Tensor, size: list[int]) -> list[Outline]:
+    """(m, 1, 28, 28) probabilities in (m, 4) boxes as run lengths of the picture of `size`, width and height."""
+    found: list[Outline] = []
+    for mask, box in zip(masks[:, None], boxes[:, None], strict=True):
+        whole = paste_masks_in_image(mask, box, (size[1], size[0]))
+        found.append(encoded((whole[0, 0] >= 0.5).numpy()))
     return found
 
 

@@ -152,11 +152,11 @@ def _objects(notes: list[tuple[int, dict[str, Any]]], size: tuple[int, int], cou
         counts,
         crowd=[bool(note.get("iscrowd", 0)) for _, note in notes],
         areas=areas,
-        outlines=[_outline(note.get("segmentation")) for _, note in notes],
+        outlines=[outline(note.get("segmentation")) for _, note in notes],
     )
 
 
-def _outline(given: Any) -> Outline:
+def outline(given: Any) -> Outline:
     """Polygons of at least three corners, run lengths, or None."""
     if isinstance(given, dict):
         return {"size": list(given["size"]), "counts": given["counts"]}

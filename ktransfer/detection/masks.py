@@ -3,6 +3,7 @@
 In a map of classes 0 is background, class i of the data i + 1, and 255 is ignored.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ktransfer.detection import canvas
+from ktransfer import files
+from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, Objects, Outline
 from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.pictures import available_bytes
 from ktransfer.progress import track
 
 IGNORE = 255
@@ -61,6 +64,13 @@ def decoded(lengths: dict[str, Any]) -> NDArray[np.bool_]:
         raise ValueError(f"run lengths of {sum(runs)} pixels for {height} x {width}")
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.asarray(flat.reshape(width, height).T)
+
+
+def encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """COCO's run lengths of a (height, width) mask, packed into characters; `decoded` is the way back."""
+    flat = np.concatenate([[False], mask.T.ravel(), [True]])
+    runs = np.diff(np.concatenate([[0], np.flatnonzero(flat[1:-1] != flat[:-2]), [mask.size]])).tolist()
+    return {"size": [int(side) for side in mask.shape], "counts": _packed(runs)}
 
 
 def classes_of_pixels(data: Detection, row: int) -> NDArray[np.uint8]:
@@ -117,6 +127,65 @@ def map_canvases(data: Detection, size: int) -> tuple[Tensor, dict[int, str]]:
     return found, broken
 
 
+def read_map(path: Path) -> NDArray[np.uint8]:
+    """(height, width) uint8 of a palette PNG: 0 background, classes from 1, 255 ignored.
+
+    Raises:
+        BrokenPicture: it cannot be read, or has no palette.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.mode != "P":
+                raise BrokenPicture(f"{path.name}: no palette picture of classes")
+            return np.asarray(image)
+    except OSError as error:
+        raise BrokenPicture(f"{path.name}: {error.strerror or error}") from error
+
+
+def save_map(path: Path, found: NDArray[np.uint8]) -> None:
+    """Write a (height, width) map as a PNG of VOC's kind: numbers of classes behind a palette."""
+    image = Image.fromarray(found)
+    image.putpalette(colours().ravel().tolist())  # which makes it a picture of numbers
+    files.write_whole(path, lambda part: image.save(part, format="PNG"))
+
+
+def colours() -> NDArray[np.uint8]:
+    """(256, 3) uint8, the colours of VOC's masks: a number's bits in turns to red, green, blue, the low ones first."""
+    numbers = np.arange(256)
+    found = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        found[:, bit % 3] |= (numbers >> bit & 1).astype(np.uint8) << (7 - bit // 3)
+    return found
+
+
+def moved(maps: Tensor, moves: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Maps that follow their pictures; padding, and what comes from beyond the picture, is ignored.
+
+    Args:
+        maps: (b, s, s) uint8. moves: (b, 2, 3) of `strengths.augment`.
+        before, after: (b, 2), width and height of the pictures on their canvases.
+
+    Returns:
+        (b, s, s) uint8.
+    """
+    found = geometry.move_pixels(maps[:, None], moves, before, "nearest", IGNORE)
+    return torch.where(canvas.inside(after, maps.shape[-1]), found, IGNORE)[:, 0]
+
+
+def need_memory(flag: str, pictures: int, size: int) -> None:
+    """Raise UsageError where the maps of so many canvases do not fit into half of the free memory.
+
+    Args:
+        flag: what makes them so large, such as "--canvas 320".
+    """
+    needed, free = pictures * size**2, available_bytes()
+    if needed > free // 2:
+        raise UsageError(
+            f"{flag}: the masks of {pictures:,} pictures take {needed / 1e9:.1f} GB of memory, of which "
+            f"{free / 1e9:.1f} are free; give a smaller one"
+        )
+
+
 def need_masks(data: Detection) -> None:
     """Raise UsageError where the data has neither maps nor outlines, or more classes than a map has numbers."""
     if len(data.classes) >= IGNORE:
@@ -124,6 +193,18 @@ def need_masks(data: Detection) -> None:
     outlines = (outline for one in data.objects for outline in one.outlines)
     if data.label_map is None and not any(outline is not None for outline in outlines):
         raise UsageError(f"{data.spec}: its objects have boxes alone; segment needs outlines or maps of classes")
+
+
+def _packed(runs: list[int]) -> str:
+    """The characters that `_unpacked` reads."""
+    codes: list[int] = []
+    for place, run in enumerate(runs):
+        value, more = run - (runs[place - 2] if place > 2 else 0), True
+        while more:
+            code, value = value & 0x1F, value >> 5
+            more = value != (-1 if code & 0x10 else 0)
+            codes.append(code + 0x20 * more + 48)
+    return bytes(codes).decode()
 
 
 def _unpacked(packed: str | bytes) -> list[int]:

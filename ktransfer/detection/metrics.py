@@ -5,7 +5,7 @@ what an evaluation server does not: how much they would vary with other pictures
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ktransfer import rng
 from ktransfer.detection.answers import Answer
-from ktransfer.detection.data import Detection, Objects
+from ktransfer.detection.data import Detection, Objects, Outline
+from ktransfer.detection.masks import filled
 from ktransfer.errors import StageError, UsageError
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
@@ -23,6 +24,8 @@ VOC_RECALLS = np.linspace(0, 1, 11)
 SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESAMPLES = 200
 _Bits = NDArray[np.bool_]
+Outlines = Mapping[int, Sequence[Outline]] | None
+"""Row -> an outline of each answer: then masks are judged, else boxes."""
 
 
 class Matched(NamedTuple):
@@ -62,15 +65,8 @@ def scores(data: Detection, answers: Mapping[int, Answer], seed: int) -> dict[st
     Raises:
         StageError: there is nothing to be found in these rows.
     """
-    rows = sorted(answers)
-    if all(_ignored(data.objects[row]).all() for row in rows):
-        raise StageError(f"{data.spec}: no object in the {len(rows)} pictures that could be read to test; add some")
-    found: dict[str, Any] = coco_scores(data, answers)
-    weights = resamplings(len(rows), seed)
-    coco = match_all(data, answers, COCO_IOUS, voc=False)
-    table = np.stack([precision(one, weights, COCO_RECALLS) for one in coco.values()])  # (classes, t, 1 + resamplings)
-    for name, chosen in (("AP", slice(None)), ("AP50", slice(0, 1)), ("AP75", slice(5, 6))):
-        found[f"{name}_interval"] = interval(_mean(table[:, chosen].reshape(-1, weights.shape[0])))
+    weights = resamplings(len(answers), seed)
+    found = _coco(data, answers, weights)
     voc = {
         name: precision(one, weights, VOC_RECALLS)[0] for name, one in match_all(data, answers, [0.5], voc=True).items()
     }
@@ -80,12 +76,41 @@ def scores(data: Detection, answers: Mapping[int, Answer], seed: int) -> dict[st
     return found
 
 
-def coco_scores(data: Detection, answers: Mapping[int, Answer]) -> dict[str, float]:
+def mask_scores(data: Detection, answers: Mapping[int, Answer], outlines: Outlines, seed: int) -> dict[str, Any]:
+    """COCO's measures of masks: mask_AP, mask_AP50 and so on, with intervals, as `scores` has those of boxes.
+
+    Args:
+        outlines: of the answers; the data has them of all objects.
+
+    Raises:
+        StageError: there is nothing to be found in these rows.
+    """
+    found = _coco(data, answers, resamplings(len(answers), seed), outlines)
+    return {f"mask_{name}": value for name, value in found.items()}
+
+
+def _coco(
+    data: Detection, answers: Mapping[int, Answer], weights: NDArray[np.float64], outlines: Outlines = None
+) -> dict[str, Any]:
+    """COCO's measures, and the intervals of AP, AP50 and AP75."""
+    if all(_ignored(data.objects[row]).all() for row in answers):
+        raise StageError(f"{data.spec}: no object in the {len(answers)} pictures that could be read to test; add some")
+    found: dict[str, Any] = coco_scores(data, answers, outlines)
+    matched = match_all(data, answers, COCO_IOUS, voc=False, outlines=outlines)
+    # (classes, t, 1 + resamplings)
+    table = np.stack([precision(one, weights, COCO_RECALLS) for one in matched.values()])
+    for name, chosen in (("AP", slice(None)), ("AP50", slice(0, 1)), ("AP75", slice(5, 6))):
+        found[f"{name}_interval"] = interval(_mean(table[:, chosen].reshape(-1, weights.shape[0])))
+    return found
+
+
+def coco_scores(data: Detection, answers: Mapping[int, Answer], outlines: Outlines = None) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl in 0..1 by faster-coco-eval; none for sizes that no object has."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth = COCO(coco_truth(data, sorted(answers)))
-    judged = COCOeval_faster(truth, truth.loadRes(coco_answers(data, answers)), "bbox", print_function=_quiet)
+    truth = COCO(coco_truth(data, sorted(answers), outlines is not None))
+    given, kind = coco_answers(data, answers, outlines), "bbox" if outlines is None else "segm"
+    judged = COCOeval_faster(truth, truth.loadRes(given), kind, print_function=_quiet)
     judged.evaluate()
     judged.accumulate()
     judged.summarize()
@@ -93,9 +118,9 @@ def coco_scores(data: Detection, answers: Mapping[int, Answer]) -> dict[str, flo
     return {name: value for name, value in zip(SIZES, values, strict=True) if value >= 0}
 
 
-def coco_truth(data: Detection, rows: list[int]) -> dict[str, Any]:
+def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[str, Any]:
     """The objects of some rows as COCO's format has them; pictures are numbered by row; difficult as crowd."""
-    notes = [
+    notes: list[dict[str, Any]] = [
         {
             "id": 0,
             "image_id": row,
@@ -115,6 +140,9 @@ def coco_truth(data: Detection, rows: list[int]) -> dict[str, Any]:
     ]
     for number, note in enumerate(notes, start=1):
         note["id"] = number
+    outlines = [outline for row in rows for outline in data.objects[row].outlines] if masks else []
+    for note, outline in zip(notes, outlines, strict=False):
+        note["segmentation"] = outline
     return {
         "info": {},
         "images": [
@@ -133,9 +161,9 @@ def coco_truth(data: Detection, rows: list[int]) -> dict[str, Any]:
     }
 
 
-def coco_answers(data: Detection, answers: Mapping[int, Answer]) -> list[dict[str, Any]]:
+def coco_answers(data: Detection, answers: Mapping[int, Answer], outlines: Outlines = None) -> list[dict[str, Any]]:
     """Answers as COCO's list of results; pictures are numbered by row."""
-    return [
+    found = [
         {
             "image_id": row,
             "category_id": data.category_ids[label],
@@ -150,9 +178,15 @@ def coco_answers(data: Detection, answers: Mapping[int, Answer]) -> list[dict[st
             strict=True,
         )
     ]
+    masks = [one for row in sorted(outlines) for one in outlines[row]] if outlines is not None else []
+    for result, outline in zip(found, masks, strict=False):
+        result["segmentation"] = outline
+    return found
 
 
-def match_all(data: Detection, answers: Mapping[int, Answer], ious: Any, voc: bool) -> dict[str, Matched]:
+def match_all(
+    data: Detection, answers: Mapping[int, Answer], ious: Any, voc: bool, outlines: Outlines = None
+) -> dict[str, Matched]:
     """For each class that has an object or an answer in the judged rows, what its answers hit.
 
     Args:
@@ -171,9 +205,16 @@ def match_all(data: Detection, answers: Mapping[int, Answer], ious: Any, voc: bo
             ignore = _ignored(true)[mine]
             objects[place] = (~ignore).sum()
             order = np.argsort(-answer.scores.numpy()[own], kind="stable")
-            boxes = answer.boxes.numpy()[own][order]
-            hit, skip = _match(boxes, true.boxes[mine], ignore, np.asarray(ious, np.float64), voc)
-            pictures.append(np.full(len(boxes), place))
+            crowd = ignore & (not voc)
+            if outlines is None:
+                overlaps = _overlaps(answer.boxes.numpy()[own][order], true.boxes[mine], crowd)
+            else:
+                size = int(data.sizes[row, 0]), int(data.sizes[row, 1])
+                given = [outlines[row][number] for number in np.flatnonzero(own)[order].tolist()]
+                wanted = [true.outlines[number] for number in np.flatnonzero(mine).tolist()]
+                overlaps = _mask_overlaps(given, wanted, size, crowd)
+            hit, skip = _match(overlaps, ignore, np.asarray(ious, np.float64), voc)
+            pictures.append(np.full(len(overlaps), place))
             values.append(answer.scores.numpy()[own][order])
             hits.append(hit)
             passed.append(skip)
@@ -208,16 +249,13 @@ def precision(matched: Matched, weights: NDArray[np.float64], recalls: NDArray[n
     return result
 
 
-def _match(
-    boxes: NDArray[np.float32], true: NDArray[np.float32], ignore: _Bits, ious: NDArray[np.float64], voc: bool
-) -> tuple[_Bits, _Bits]:
-    """(t, d) hits and ignored of d answers, best first, among g objects of the same class in one picture."""
-    hit = np.zeros((len(ious), len(boxes)), np.bool_)
+def _match(overlaps: NDArray[np.float64], ignore: _Bits, ious: NDArray[np.float64], voc: bool) -> tuple[_Bits, _Bits]:
+    """(t, d) hits and ignored of d answers, best first, by their (d, g) IoU with objects of their class."""
+    hit = np.zeros((len(ious), len(overlaps)), np.bool_)
     skip = np.zeros_like(hit)
-    if not len(true) or not len(boxes):
+    if not overlaps.size:
         return hit, skip
-    overlaps = _overlaps(boxes.astype(np.float64), true.astype(np.float64), ignore & (not voc))
-    taken = np.zeros((len(ious), len(true)), np.bool_)
+    taken = np.zeros((len(ious), overlaps.shape[1]), np.bool_)
     lines = np.arange(len(ious))
     for place, overlap in enumerate(overlaps):
         allowed = np.broadcast_to(overlap, taken.shape) >= np.minimum(ious, 1 - 1e-10)[:, None]
@@ -229,7 +267,7 @@ def _match(
         else:
             # A true object goes before a crowd; of equals the last one, as in COCO's own loop.
             rank = np.where(allowed & ~taken, overlap + 2.0 * ~ignore, -1.0)
-            best = len(true) - 1 - rank[:, ::-1].argmax(1)
+            best = overlaps.shape[1] - 1 - rank[:, ::-1].argmax(1)
             near = rank[lines, best] >= 0
             skip[:, place] = near & ignore[best]
             hit[:, place] = near & ~ignore[best]
@@ -237,12 +275,27 @@ def _match(
     return hit, skip
 
 
-def _overlaps(boxes: NDArray[np.float64], true: NDArray[np.float64], crowd: _Bits) -> NDArray[np.float64]:
+def _mask_overlaps(
+    given: Sequence[Outline], wanted: Sequence[Outline], size: tuple[int, int], crowd: _Bits
+) -> NDArray[np.float64]:
+    """(d, g) IoU of masks of a picture of `size` (width, height); of a crowd the share of the answer in it."""
+    if not given or not wanted:
+        return np.zeros((len(given), len(wanted)))
+    own, theirs = (np.stack([filled(one, size).ravel() for one in some]).astype(np.float32) for some in (given, wanted))
+    return _shares((own @ theirs.T).astype(np.float64), own.sum(1), theirs.sum(1), crowd)
+
+
+def _overlaps(boxes: NDArray[np.float32], true: NDArray[np.float32], crowd: _Bits) -> NDArray[np.float64]:
     """(d, g) IoU; of a crowd the share of the answer that lies in it."""
+    boxes, true = boxes.astype(np.float64), true.astype(np.float64)
     low = np.maximum(boxes[:, None, :2], true[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], true[None, :, 2:])
     common = (high - low).clip(min=0).prod(axis=2)
     own, theirs = ((one[:, 2:] - one[:, :2]).prod(axis=1) for one in (boxes, true))
+    return _shares(common, own, theirs, crowd)
+
+
+def _shares(common: Any, own: Any, theirs: Any, crowd: _Bits) -> NDArray[np.float64]:
     union = own[:, None] + np.where(crowd, 0.0, theirs[None, :] - common)
     return np.asarray(common / np.maximum(union, np.finfo(float).tiny))
 

@@ -1,4 +1,4 @@
-"""Detectors as files: safetensors that say themselves what they hold."""
+"""Detectors and segmenters as files: safetensors that say themselves what they hold."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from safetensors.torch import save as serialise
 from torch import nn
 
 from ktransfer import files
-from ktransfer.detection import detectors, trunks
+from ktransfer.detection import detectors, segmentation, trunks
 from ktransfer.detection.detectors import Settings
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -17,7 +17,10 @@ from ktransfer.networks import Network
 
 @dataclass(frozen=True)
 class Described:
-    """What a detector is: its trunk's network, the pyramid on it, the heads, and the classes that it tells."""
+    """What a detector or segmenter is: its trunk's network, the pyramid on it, the heads, and the classes it tells.
+
+    `settings.kind` is a key of `segmentation.HEADS` for a segmenter; of the settings only `norm` says more of it.
+    """
 
     network: Network
     neck: str
@@ -31,9 +34,11 @@ class Described:
 def make(
     described: Described, seed: int, weights: Path | None = None, foreign: bool = False, filled_later: bool = False
 ) -> nn.Module:
-    """A detector of that kind: its trunk with the weights of a file (see `trunks.build`), the rest by the seed."""
+    """A network of that kind: its trunk with the weights of a file (see `trunks.build`), the rest by the seed."""
     network, norm = described.network, described.settings.norm
     trunk = trunks.build(network, weights, described.neck, norm, seed, described.channels, foreign, filled_later)
+    if described.settings.kind in segmentation.HEADS:
+        return segmentation.build(trunk, len(described.classes), norm, seed, described.settings.kind)
     return detectors.build(trunk, len(described.classes), described.size, described.settings, seed)
 
 

@@ -1,17 +1,22 @@
-"""Networks that tell the class of every pixel: an FCN on a trunk, its loss, and the mean IoU that it reaches."""
+"""Networks that tell the class of every pixel: heads on a trunk, their loss, answers, and the mean IoU.
 
-from collections.abc import Callable
-from typing import NamedTuple
+Heads: torchvision's FCN and DeepLab on the deepest map, and that of Zoph et al. on a pyramid, whose maps are
+enlarged to the finest one and summed before three convolutions (reference selftraining.md §1.6).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 from ktransfer import rng
-from ktransfer.detection import canvas, trunks
+from ktransfer.detection import canvas, metrics, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.masks import IGNORE, classes_of_pixels
 from ktransfer.detection.trunks import Trunk
@@ -19,9 +24,27 @@ from ktransfer.errors import BrokenPicture
 from ktransfer.progress import bar
 from ktransfer.training.loop import Batch, Source
 
+HEADS = {"fcn": "single", "deeplab": "single", "fpn": "p2-p6"}
+"""Head -> the neck of its trunk (see `trunks.build`)."""
+RATES = (96, 192, 288)  # pixels between the taps of DeepLab's convolutions: its 12, 24, 36 on a map of stride 8
+DEPTH = 3  # convolutions behind the sum of a pyramid
+
+
+class Summed(nn.Sequential):
+    """The head on a pyramid: maps (b, c, h, w), the finest first, are enlarged to that one and summed."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Logits at the resolution of the finest map."""
+        size = maps[0].shape[-2:]
+        coarser = [F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in maps[1:]]
+        x = torch.stack([maps[0], *coarser]).sum(0)
+        for module in self:
+            x = module(x)
+        return x
+
 
 class Segmenter(nn.Module):
-    """An FCN: torchvision's head on the deepest map, enlarged to the canvas: (b, 3, s, s) -> (b, classes + 1, s, s)."""
+    """A head on a trunk, its answer enlarged to the canvas: (b, 3, s, s) -> (b, classes + 1, s, s)."""
 
     def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
@@ -30,15 +53,36 @@ class Segmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits; class 0 is the background."""
-        maps = list(self.backbone(x).values())[-1]
-        return F.interpolate(self.classifier(maps).float(), size=x.shape[-2:], mode="bilinear", align_corners=False)
+        found = self.backbone(x)
+        maps = [found[name] for name in self.backbone.taps.values()]  # without what a pyramid adds beyond the network
+        logits = self.classifier(maps if isinstance(self.classifier, Summed) else maps[-1])
+        return F.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def build(trunk: Trunk, classes: int, norm: str, seed: int) -> Segmenter:
-    """An FCN for `classes` classes and background; its head is a function of the seed."""
+def build(trunk: Trunk, classes: int, norm: str, seed: int, head: str = "fcn") -> Segmenter:
+    """A network for `classes` classes and background.
+
+    Args:
+        trunk: with the neck of HEADS.
+        seed: the head is a function of it.
+        head: a key of HEADS.
+    """
+    width, outputs = trunk.out_channels, classes + 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.torch_seed(seed, "detection/fcn", 0))
-        return Segmenter(trunk, trunks.renormed(FCNHead(trunk.out_channels, classes + 1), norm))
+        torch.manual_seed(rng.torch_seed(seed, f"detection/{head}", 0))
+        made: nn.Module
+        if head == "fcn":
+            made = FCNHead(width, outputs)
+        elif head == "deeplab":
+            stride = max(trunks.strides(trunk).values())
+            made = DeepLabHead(width, outputs, [max(1, rate // stride) for rate in RATES])
+        else:
+            blocks = [
+                (nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+                for _ in range(DEPTH)
+            ]
+            made = Summed(*(layer for block in blocks for layer in block), nn.Conv2d(width, outputs, 1))
+        return Segmenter(trunk, trunks.renormed(made, norm))
 
 
 def segmentation_loss(
@@ -62,15 +106,24 @@ def segmentation_loss(
         wanted = canvas.move_pixels(wanted, jitter, "nearest").long()
         wanted[~canvas.inside(after, maps.shape[-1])] = IGNORE
         wanted = wanted[:, 0]
-        logits = model(pixels)
-        known = wanted != IGNORE
-        # A sum over a count: a batch without a known pixel gives 0 and not NaN.
-        total = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum") / known.sum().clamp(min=1)
-        right = ((logits.argmax(1) == wanted) & known).sum() / known.sum().clamp(min=1)
+        total, right = pixel_loss(model(pixels), wanted)
         count = batch.valid.sum()
         return total, {"pixels_right": right * count, "count": count}
 
     return loss
+
+
+def pixel_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the pixels that are not ignored, and the share of them whose class is right.
+
+    Args:
+        logits: (b, c, s, s).
+        wanted: (b, s, s) int64.
+    """
+    known = wanted != IGNORE
+    # A sum over a count: a batch without a known pixel gives 0 and not NaN.
+    total = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum") / known.sum().clamp(min=1)
+    return total, ((logits.argmax(1) == wanted) & known).sum() / known.sum().clamp(min=1)
 
 
 class Confusion(NamedTuple):
@@ -119,6 +172,77 @@ def confusion(
                 rows.append(row)
                 counts.append(confusion_matrix(true, whole[0].argmax(0).cpu(), classes))
     return Confusion(rows, np.stack(counts) if counts else np.zeros((0, classes, classes), np.int64), broken)
+
+
+@torch.no_grad()
+def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Sequence[float]) -> Tensor:
+    """The mean over scales, and over each picture and its mirror image, of what the model answers.
+
+    Args:
+        model: in evaluation mode.
+        pixels: (b, 3, s, s) uint8 canvases. extents: (b, 2) of their pictures, whole numbers.
+        scales: factors of the canvas's side.
+
+    Returns:
+        (b, classes + 1, s, s) float32, over classes and background adding up to 1.
+    """
+    size = pixels.shape[-1]
+    total: Any = 0.0
+    for mirrored in (False, True):
+        seen = mirror(pixels, extents) if mirrored else pixels
+        whole = canvas.normalise(seen, extents, model.backbone.how)
+        for scale in scales:
+            side = max(1, round(size * scale))
+            # Cells lie in a map as in training only where the sides differ by whole strides.
+            beyond = (size - side) % 32
+            small = whole if side == size else F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True)
+            logits = model(F.pad(small, (0, beyond, 0, beyond)))[:, :, :side, :side]
+            answer = F.interpolate(logits.softmax(1), size=(size, size), mode="bilinear", align_corners=False)
+            total = total + (mirror(answer, extents) if mirrored else answer)
+    found: Tensor = total / (2 * len(scales))
+    return found
+
+
+def mirror(canvases: Tensor, extents: Tensor) -> Tensor:
+    """(b, c, s, s) canvases whose pictures, (b, 2) whole numbers of pixels, are mirrored in their places."""
+    places = torch.arange(canvases.shape[-1], device=canvases.device)
+    width = extents[:, :1].long()
+    columns = torch.where(places < width, width - 1 - places, places)
+    return canvases.take_along_dim(columns[:, None, None, :], 3)
+
+
+def hard_map(probability: Tensor, extent: tuple[int, int], size: tuple[int, int], threshold: float) -> Tensor:
+    """(height, width) uint8 map of one picture: the likeliest class of a pixel; ignored where that is too unlikely.
+
+    Args:
+        probability: (c, s, s) on its canvas.
+        extent: width and height of the picture there. size: those of the picture itself.
+        threshold: the least probability that counts.
+    """
+    inside = probability[None, :, : extent[1], : extent[0]]
+    whole = F.interpolate(inside, size=(size[1], size[0]), mode="bilinear", align_corners=False)[0]
+    likely, found = whole.max(0)
+    return torch.where(likely >= threshold, found, IGNORE).to(torch.uint8).cpu()
+
+
+def summary(counts: NDArray[np.int64], names: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """mIoU and the share of right pixels, with intervals, and the IoU of each class.
+
+    Args:
+        counts: (pictures, c, c), see `Confusion`. names: of the c classes.
+    """
+    weights = metrics.resamplings(len(counts), seed)
+    resampled = np.tensordot(weights, counts, axes=1)
+    shares = intersection_over_union(resampled)
+    right = np.trace(resampled, axis1=1, axis2=2) / np.maximum(resampled.sum((1, 2)), 1)
+    means = np.nanmean(shares, axis=1)
+    return {
+        "mIoU": float(means[0]),
+        "mIoU_interval": metrics.interval(means),
+        "pixels": float(right[0]),
+        "pixels_interval": metrics.interval(right),
+        "classes": {name: float(value) for name, value in zip(names, shares[0], strict=True) if not np.isnan(value)},
+    }
 
 
 def confusion_matrix(true: Tensor, answered: Tensor, classes: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""What a detector is shown: augmented pictures with their boxes, as one picture."""
+"""What a training is shown: augmented pictures with their boxes or masks, as one picture."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ktransfer import files
+from ktransfer.detection import geometry, masks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import truth
 from ktransfer.detection.strengths import Boxed, augment
@@ -16,12 +17,15 @@ from ktransfer.pictures import Pictures
 COLUMNS = 4
 
 
-def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
+def draw_augmented(
+    path: Path, data: Detection, source: Pictures, strength: str, seed: int, rows: Tensor, maps: Tensor | None = None
+) -> None:
     """Write pictures as they are and, below each row of them, as epochs 0 and 1 show them (PNG).
 
     Args:
         rows: (n,) int64, n > 0, of `data` and of `source`, which can be read.
         seed: that of the training.
+        maps: (n, s, s) uint8, drawn in place of boxes.
     """
     pixels = source.batch(rows)[0].cpu()
     known = truth(data, source.size, torch.device("cpu"))
@@ -30,8 +34,14 @@ def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str,
     for place, row in enumerate(rows.tolist()):
         own = known.boxes[row]
         boxes[place, : len(own)], kept[place, : len(own)] = own, True
-    plain = Boxed(pixels, known.extents[rows], boxes, kept)
-    shown = [plain, *(augment(plain, strength, rows, seed, epoch)[0] for epoch in (0, 1))]
+    plain = Boxed(pixels, known.extents[rows], boxes, kept & (maps is None))
+    moves = [(plain, geometry.identity(len(rows))), *(augment(plain, strength, rows, seed, epoch) for epoch in (0, 1))]
+    shown = [batch for batch, _ in moves]
+    if maps is not None:
+        shown = [
+            batch._replace(pixels=_painted(batch.pixels, masks.moved(maps, moved, plain.extents, batch.extents)))
+            for batch, moved in moves
+        ]
     tiles: list[Tensor] = []
     for start in range(0, len(rows), COLUMNS):
         for batch in shown:
@@ -39,6 +49,12 @@ def draw_augmented(path: Path, data: Detection, source: Pictures, strength: str,
             tiles += [torch.zeros_like(tiles[0])] * (-len(tiles) % COLUMNS)
     grid = make_grid(torch.stack(tiles), nrow=COLUMNS, padding=4)
     files.write_whole(path, lambda part: to_pil_image(grid).save(part, format="PNG"))
+
+
+def _painted(pixels: Tensor, maps: Tensor) -> Tensor:
+    """(b, 3, s, s) uint8 with the colours of (b, s, s) masks half over them, but for the background."""
+    colours = torch.from_numpy(masks.colours())[maps.long()].permute(0, 3, 1, 2)
+    return torch.where(maps[:, None] > 0, pixels // 2 + colours // 2, pixels)
 
 
 def _drawn(batch: Boxed, place: int) -> Tensor:

@@ -83,6 +83,11 @@ class Boxed(NamedTuple):
     kept: Tensor
 
 
+def boxless(pixels: Tensor, extents: Tensor) -> Boxed:
+    """A batch of (b, 3, s, s) canvases whose masks follow: changes within single boxes would leave these behind."""
+    return Boxed(pixels, extents, extents.new_zeros(len(pixels), 1, 4), extents.new_zeros(len(pixels), 1).bool())
+
+
 Finish = Callable[[Tensor, Tensor], Tensor]
 """What is done to augmented pixels (some, 3, s, s) float32 in 0..255 and their extents (some, 2)."""
 

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from ktransfer import images
 from ktransfer.dataset import UNKNOWN
 from ktransfer.detection.data import Detection, Objects, objects_of, summary
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.detection.masks import read_map
+from ktransfer.errors import UsageError
 from ktransfer.folders import file_size
 
 CLASSES = (
@@ -99,7 +98,7 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]]) -> Detectio
         objects=objects,
         ids=keys,
         category_ids=tuple(range(1, len(classes) + 1)),
-        label_map=lambda row: _label_map(masks[row]),
+        label_map=lambda row: read_map(masks[row]),
         counts=counts,
     )
 
@@ -157,14 +156,3 @@ def _objects(
         counts,
         difficult=[(one.findtext("difficult") or "0").strip() == "1" for one in found],
     )
-
-
-def _label_map(path: Path) -> NDArray[np.uint8]:
-    """(height, width) uint8 of a palette PNG: 0 background, classes from 1, 255 ignored."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.mode != "P":
-                raise BrokenPicture(f"{path.name}: no palette picture of classes")
-            return np.asarray(image)
-    except OSError as error:
-        raise BrokenPicture(f"{path.name}: {error.strerror or error}") from error

@@ -1,8 +1,9 @@
+import numpy as np
 import torch
 from torchvision.ops import box_iou
 
 from ktransfer import rng
-from ktransfer.detection import answers, canvas, detectors, trunks
+from ktransfer.detection import answers, canvas, detectors, masks, trunks
 from ktransfer.detection.data import open_file
 from ktransfer.detection.detectors import Settings
 from ktransfer.networks import Network
@@ -62,3 +63,19 @@ def test_broken_pictures_have_no_answer():
     source._state[3] = 2  # found broken when it was read
     found = answers.detect(model, data, source, torch.tensor([3, 5]), 64, settings, CPU, batch=1)
     assert list(found) == [5] and len(found[5].scores) == 0
+
+
+def test_masks_lie_in_their_boxes():
+    """Of a 28 x 28 mask the left half, in a box of 20 x 10 pixels; and one that reaches over the edge."""
+    half = torch.zeros(1, 28, 28)
+    half[:, :, :14] = 1.0
+    boxes = torch.tensor([[10.0, 5, 30, 15], [50, 30, 70, 44]])
+    found = answers._pasted(torch.stack([half, torch.ones(1, 28, 28)]), boxes, [60, 40])
+    first, second = (masks.decoded(one) for one in found)
+    wanted = np.zeros((40, 60), bool)
+    wanted[5:15, 10:20] = True
+    assert first.shape == (40, 60) and (first != wanted).sum() <= 2 * (10 + 10) + 4  # but for its edge
+    wanted[:] = False
+    wanted[30:, 50:] = True
+    assert (second != wanted).sum() <= 2 * (10 + 10)
+    assert answers._pasted(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), [60, 40]) == []

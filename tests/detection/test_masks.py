@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from ktransfer import scenes
-from ktransfer.detection import canvas, masks
+from ktransfer.detection import canvas, geometry, masks
 from ktransfer.detection.coco import read
 from ktransfer.detection.data import open_file
+from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.errors import BrokenPicture, UsageError
 
 
@@ -38,6 +39,9 @@ def test_run_lengths_are_those_of_pycocotools():
         coarse = generator.random(shape) < 0.5
         for mask in (coarse, np.zeros(shape, bool), np.ones(shape, bool), np.indices(shape)[0] > 3):
             packed = tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+            own = masks.encoded(mask)
+            assert own == {"size": list(mask.shape), "counts": packed["counts"].decode()}
+            assert (masks.decoded(own) == mask).all()
             assert (masks.decoded(packed) == mask).all()
             text = {"size": packed["size"], "counts": packed["counts"].decode()}
             assert (masks.filled(text, (shape[1], shape[0])) == mask).all()
@@ -122,3 +126,49 @@ def test_broken_maps_are_broken_pictures(drawn):
     object.__setattr__(drawn, "label_map", lambda row: np.zeros((5, 5), np.uint8))
     with pytest.raises(BrokenPicture, match="map of classes is 5 x 5"):
         masks.classes_of_pixels(drawn, 0)
+
+
+@pytest.mark.parametrize("strength", ["none", "S1", "S2", "S3", "S4"])
+def test_maps_follow_what_strengths_do_to_pictures(strength):
+    """Against the outlines, moved point by point and drawn where they come to lie."""
+    data, rows = open_file("scenes:images=24,size=96"), torch.arange(24)
+    maps, before = masks.map_canvases(data, 96)[0], canvas.extents(data, 96)
+    given = Boxed(torch.zeros(24, 3, 96, 96).byte(), before, torch.zeros(24, 1, 4), torch.zeros(24, 1).bool())
+    batch, moves = augment(given, strength, rows, 0, 0)
+    found = masks.moved(maps, moves, before, batch.extents)
+    corner = torch.tensor([[0.0, 0, 96, 0, 96, 96, 0, 96]])
+    checked = 0
+    for row in range(24):
+        one = data.objects[row]
+
+        def at(polygon, row=row):
+            points = torch.as_tensor(polygon, dtype=torch.float32).view(1, -1, 2)
+            return geometry.move_points(points, moves[row : row + 1]).flatten().tolist()
+
+        inside = canvas.inside(batch.extents[row : row + 1], 96)[0, 0].numpy()
+        there = masks.filled([at(corner)], (96, 96)) & inside
+        known = found[row].numpy() != masks.IGNORE
+        assert (known != there).mean() < 0.03  # but for edges
+        if len(one.boxes) != 1:
+            continue
+        drawn = masks.filled([at(polygon) for polygon in one.outlines[0]], (96, 96)) & there
+        if drawn.sum() > 300:
+            own = found[row].numpy() == one.labels[0] + 1
+            assert (own & drawn).sum() / (own | drawn).sum() > 0.75
+            checked += 1
+    assert checked >= 4
+
+
+def test_maps_are_palette_pictures_with_the_colours_of_voc(tmp_path):
+    found = np.random.default_rng(0).integers(0, 256, (7, 5)).astype(np.uint8)
+    masks.save_map(tmp_path / "m.png", found)
+    np.testing.assert_array_equal(masks.read_map(tmp_path / "m.png"), found)
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.array(image.convert("RGB")), masks.colours()[found])
+    # aeroplane, bicycle, bird, dog, tv monitor, void of VOC 2012
+    known = {1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 12: (64, 0, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    assert all(tuple(masks.colours()[number]) == colour for number, colour in known.items())
+    (tmp_path / "m.png").write_bytes((tmp_path / "m.png").read_bytes()[:40])
+    with pytest.raises(BrokenPicture, match=r"m\.png"):
+        masks.read_map(tmp_path / "m.png")

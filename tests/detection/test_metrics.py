@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktransfer.detection import metrics
+from ktransfer.detection import masks, metrics
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import open_file, subset
 from ktransfer.errors import StageError, UsageError
@@ -37,13 +37,14 @@ def noisy(data, seed=0, crowds=False):
     return made, found
 
 
-def by_pycocotools(data, found):
+def by_pycocotools(data, found, outlines=None):
     coco, evaluation = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco.COCO()
-        truth.dataset = metrics.coco_truth(data, sorted(found))
+        truth.dataset = metrics.coco_truth(data, sorted(found), outlines is not None)
         truth.createIndex()
-        judged = evaluation.COCOeval(truth, truth.loadRes(metrics.coco_answers(data, found)), "bbox")
+        results = truth.loadRes(metrics.coco_answers(data, found, outlines))
+        judged = evaluation.COCOeval(truth, results, "segm" if outlines else "bbox")
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
@@ -67,6 +68,36 @@ def test_coco_numbers_are_those_of_pycocotools(crowds):
     for name in ("AP", "AP50", "AP75", "VOC07"):
         low, high = scores[f"{name}_interval"]
         assert low <= scores[name] <= high and 0.01 < high - low < 0.4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_numbers_of_masks_are_those_of_pycocotools(packed):
+    """Answers are true masks moved by the noise of their boxes; the truth as polygons, and as run lengths."""
+    data, found = noisy(open_file("scenes:images=60,size=96"), crowds=True)
+    objects, outlines = list(data.objects), {}
+    for row, answer in found.items():
+        one = objects[row]
+        whole = tuple(masks.encoded(masks.filled(outline, (96, 96))) for outline in one.outlines)
+        objects[row] = one._replace(outlines=whole) if packed else one
+        outlines[row] = []
+        for box in answer.boxes.numpy():
+            near = int(np.abs(one.boxes - box).sum(1).argmin())
+            by = np.round(box - one.boxes[near])[:2].astype(int)
+            outlines[row].append(masks.encoded(np.roll(masks.decoded(whole[near]), by[::-1], (0, 1))))
+    object.__setattr__(data, "objects", tuple(objects))
+    wanted = by_pycocotools(data, found, outlines)
+    scores = metrics.mask_scores(data, found, outlines, 0)
+    for name, value in zip(metrics.SIZES, wanted, strict=True):
+        assert scores.get(f"mask_{name}", -1) == pytest.approx(value, abs=1e-6), name
+    assert 0.02 < scores["mask_AP"] < scores["mask_AP50"] < 0.9
+    assert scores["mask_AP"] != pytest.approx(metrics.coco_scores(data, found)["AP"], abs=1e-3)
+    matched = metrics.match_all(data, found, metrics.COCO_IOUS, voc=False, outlines=outlines)
+    once = np.ones((1, len(found)))
+    table = np.stack([metrics.precision(one, once, metrics.COCO_RECALLS)[:, 0] for one in matched.values()])
+    # Of polygons pycocotools covers a little more than half of each pixel.
+    assert np.nanmean(table) == pytest.approx(wanted[0], abs=1e-6 if packed else 0.05)
+    low, high = scores["mask_AP_interval"]
+    assert low <= scores["mask_AP"] <= high and 0.01 < high - low < 0.4
 
 
 def test_a_picture_that_counts_twice_is_a_picture_twice():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ktransfer.detection import canvas
+from ktransfer.detection import canvas, masks
 from ktransfer.detection.data import open_detection
 from ktransfer.detection.sheet import draw_augmented
 
@@ -26,3 +26,17 @@ def test_the_sheet_holds_plain_and_augmented_pictures_with_boxes(tmp_path):
     found = strong[4 + y0 + 2 : 4 + y1 - 2, 4 + x0 + 2 : 4 + x1 - 2]
     other = ~yellow[4 + y0 + 2 : 4 + y1 - 2, 4 + x0 + 2 : 4 + x1 - 2]
     assert np.array_equal(found[other], inside[other])
+
+
+def test_masks_lie_on_the_pictures_in_their_colours(tmp_path):
+    data, _ = open_detection("scenes:images=12,size=64")
+    source, maps = canvas.canvases(data, 64), masks.map_canvases(data, 64)[0]
+    draw_augmented(tmp_path / "s.png", data, source, "S1", 0, torch.arange(4), maps[:4])
+    found = np.array(Image.open(tmp_path / "s.png"))
+    assert found.shape == (3 * 68 + 4, 4 * 68 + 4, 3)
+    assert not (found == [255, 255, 0]).all(2).any()
+    pixels = source.batch(torch.arange(1))[0][0].permute(1, 2, 0).numpy()
+    own, shown = maps[0].numpy(), found[4:68, 4:68]
+    np.testing.assert_array_equal(shown[own == 0], pixels[own == 0])
+    covered = shown[own > 0].astype(int) - pixels[own > 0] // 2
+    np.testing.assert_array_equal(covered, masks.colours()[own[own > 0]] // 2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ktransfer.detection import masks, segmentation
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate, segment
 from ktransfer.eval.arms import Arm
@@ -34,6 +35,14 @@ def test_a_table_of_segmenters(small_student):
     assert not list((small_student / "eval").glob("work-*"))
 
 
+@pytest.mark.parametrize("head", ["deeplab", "fpn"])
+def test_other_heads(small_student, head):
+    report = json.loads(
+        evaluate(small_student, **SMALL, head=head, trunk="frozen", random=False)["segment"].read_text()
+    )
+    assert 0 < report["arms"]["run"]["scores"]["frozen"]["mIoU"] < 1
+
+
 def test_wrong_data_is_found_before_the_work(small_student, tmp_path, monkeypatch):
     from ktransfer import scenes
 
@@ -46,14 +55,14 @@ def test_wrong_data_is_found_before_the_work(small_student, tmp_path, monkeypatc
         path.write_text(json.dumps(held))
     with pytest.raises(UsageError, match="boxes alone"):
         evaluate(small_student, **(SMALL | {"labelled": str(tmp_path / "s")}))
-    monkeypatch.setattr(segment, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(masks, "available_bytes", lambda: 1000)
     with pytest.raises(UsageError, match="--canvas 64: the masks of 24 pictures"):
         evaluate(small_student, **SMALL)
 
 
 def test_summary_is_that_of_one_confusion_matrix():
     counts = np.array([[[5, 1], [0, 2]], [[4, 0], [3, 1]]], np.int64)
-    found = segment.summary(counts, ("background", "a"), 0)
+    found = segmentation.summary(counts, ("background", "a"), 0)
     assert found["mIoU"] == pytest.approx((9 / 13 + 3 / 7) / 2) and found["pixels"] == pytest.approx(12 / 16)
     assert found["classes"] == {"background": pytest.approx(9 / 13), "a": pytest.approx(3 / 7)}
     assert found["mIoU_interval"][0] < found["mIoU"] < found["mIoU_interval"][1]

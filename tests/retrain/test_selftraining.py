@@ -14,7 +14,7 @@ from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
 from ktransfer.detection.data import open_detection
 from ktransfer.errors import BrokenPicture, StageError, UsageError
-from ktransfer.retrain import RetrainConfig, SelftrainConfig, selftrain, selftraining
+from ktransfer.retrain import RetrainConfig, SelftrainConfig, detecting, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
@@ -121,7 +121,7 @@ def test_killed_while_it_looks_at_pictures_it_goes_on(made, copy, monkeypatch, s
     records = json.loads(path.read_text())
     kept = list(records)[: list(records).index(step)]
     path.write_text(json.dumps({name: records[name] for name in kept}))
-    original = selftraining.detect
+    original = detecting.detect
 
     def detect(*given, **more):
         if more["label"] == label:
@@ -129,7 +129,7 @@ def test_killed_while_it_looks_at_pictures_it_goes_on(made, copy, monkeypatch, s
         return original(*given, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(selftraining, "detect", detect)
+        patch.setattr(detecting, "detect", detect)
         selftrain(copy, **SMALL)
     assert json.loads(path.read_text())[step]["state"] == "running"
     if step == "pseudo":  # the student of the copy is done, of the same boxes
@@ -347,7 +347,7 @@ def test_settings_of_the_paper_are_the_defaults():
     config = SelftrainConfig()
     assert (config.size, config.threshold, config.detector, config.rounds) == (640, 0.5, "retinanet", 1)
     assert config.batch == 256
-    assert selftraining.NECKS["retinanet"] == "p3-p7"
+    assert detecting.NECKS["retinanet"] == "p3-p7"
 
 
 def test_samples_are_passes_over_the_labelled_pictures(tmp_path):

@@ -14,7 +14,7 @@ from ktransfer.detection.data import open_detection
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.saved import Described
 from ktransfer.networks import Network
-from ktransfer.retrain import selftrain, selftraining, steady
+from ktransfer.retrain import detecting, selftrain, selftraining, steady
 
 SIZE = 64
 PLACES = np.array([[6, 8, 26, 32], [36, 10, 60, 26], [20, 40, 44, 58]], np.float32)  # red, green, blue
@@ -120,7 +120,7 @@ def test_a_detector_that_is_shown_the_same_again_says_the_same(kind, monkeypatch
     data = open_detection(f"scenes:images=12,size={SIZE}")[0]
     network = Network("alexnet_bn", 0.05, 4, SIZE, 0, "imagenet", "random")
     settings = Settings(kind, threshold=0.0, most=20, proposals=50)
-    described = Described(network, selftraining.NECKS[kind], settings, data.classes, SIZE, 16)
+    described = Described(network, detecting.NECKS[kind], settings, data.classes, SIZE, 16)
     model, source = saved.make(described, 0), canvas.canvases(data, SIZE, 1, cache="off")
     answers = detect(model, data, source, torch.tensor([3, 8]), SIZE, settings, CPU)
     assert [len(answer.scores) for answer in answers.values()] == [20, 20]

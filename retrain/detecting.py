@@ -1,0 +1,108 @@
+"""Self-training of detectors (`--task detect`), see `tasks.Task`: labels are boxes, pseudo-labels a COCO file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktransfer.detection import losses as truths
+from ktransfer.detection import metrics
+from ktransfer.detection.answers import detect
+from ktransfer.detection.data import Detection, open_detection
+from ktransfer.detection.losses import Truth
+from ktransfer.detection.saved import Described
+from ktransfer.detection.sheet import draw_augmented
+from ktransfer.pictures import Pictures, check_broken
+
+from . import boxes, steady
+from .config import SelftrainConfig
+from .student import losses as losses
+
+NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
+THINGS = "box", "boxes"
+JUDGED: tuple[str, ...] = ("test_threshold",)
+
+
+def kind(config: SelftrainConfig) -> str:
+    """The detector."""
+    return config.detector
+
+
+def check(config: SelftrainConfig, labelled: int, other: int) -> None:
+    """Nothing more can be wrong."""
+
+
+def open_data(spec: str) -> tuple[Detection, Detection]:
+    """Training and test part with boxes; UsageError with the install line where the extra is missing."""
+    metrics.need_extra()
+    return open_detection(spec)
+
+
+def read(
+    path: Path, other: Detection, labelled: Detection, config: SelftrainConfig
+) -> tuple[Detection, NDArray[np.int64]]:
+    """`other` with the pseudo-boxes that reach the threshold, see `boxes.read`."""
+    threshold: float | NDArray[np.float64] = config.threshold
+    if config.adaptive:
+        threshold = boxes.adaptive_thresholds(labelled, path, other, config.threshold)
+    return boxes.read(path, other, threshold)
+
+
+def count(data: Detection, row: int) -> NDArray[np.int64]:
+    """(classes,) boxes of each class in a picture."""
+    return np.array(boxes.count((data.objects[row],), len(data.classes)), np.int64)
+
+
+def known(data: Detection, config: SelftrainConfig, device: torch.device) -> tuple[Truth, dict[int, str]]:
+    """The boxes on canvases; none is broken."""
+    return truths.truth(data, config.size, device), {}
+
+
+def draw(path: Path, data: Detection, known: Truth, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
+    """Pictures with their boxes, plain and augmented."""
+    draw_augmented(path, data, source, strength, seed, rows)
+
+
+def label(
+    path: Path,
+    teacher: tuple[nn.Module, Described],
+    data: Detection,
+    source: Pictures,
+    rows: Tensor,
+    config: SelftrainConfig,
+    device: torch.device,
+    about: dict[str, Any],
+) -> dict[str, int]:
+    """Write the boxes that a teacher sees, with scores from the threshold on."""
+    model, described = teacher
+    settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
+    found = detect(model, data, source, rows, described.size, settings, device, label=path.stem)
+    check_broken(source.broken, len(rows), config.max_broken, data)
+    facts = {"pictures": len(found)}
+    if config.jitter_filter:
+        seen = steady.spreads(model, data, source, found, described.size, settings, device, config.seed)
+        found, facts["boxes that move, left out"] = steady.steady(found, seen, config.jitter_filter)
+        about = about | {"jitter_filter": config.jitter_filter}
+    boxes.write(path, data, found, about)
+    return facts | {"boxes": sum(len(answer.scores) for answer in found.values())}
+
+
+def judge(
+    arm: tuple[nn.Module, Described],
+    test: Detection,
+    source: Pictures,
+    config: SelftrainConfig,
+    device: torch.device,
+    label: str,
+) -> dict[str, Any]:
+    """Average precision."""
+    model, described = arm
+    answering = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
+    rows = torch.arange(len(test))
+    found = detect(model, test, source, rows, described.size, answering, device, label=label)
+    check_broken(source.broken, len(rows), config.max_broken, test)
+    return metrics.scores(test, found, config.seed)

@@ -1,0 +1,100 @@
+"""What self-training is about, by `--task`: each is a module of this room with the same few names in it (`Task`)."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktransfer.detection.data import Detection
+from ktransfer.detection.saved import Described
+from ktransfer.errors import UsageError
+from ktransfer.pictures import Pictures
+from ktransfer.training.batch import Loss
+
+from . import detecting, instances, joint, segmenting
+from .config import SelftrainConfig
+from .student import Weighing
+
+
+class Task(Protocol):
+    """Names of each module.
+
+    NECKS: kind of network -> neck of its trunk. THINGS: what pseudo-labels are counted in, one and several. JUDGED:
+    settings that stand beside the scores.
+    """
+
+    NECKS: dict[str, str]
+    THINGS: tuple[str, str]
+    JUDGED: tuple[str, ...]
+
+    def kind(self, config: SelftrainConfig) -> str:
+        """A key of NECKS."""
+
+    def check(self, config: SelftrainConfig, labelled: int, other: int) -> None:
+        """Find settings that are not for this task, or not for so many pictures."""
+
+    def open_data(self, spec: str) -> tuple[Detection, Detection]:
+        """Training and test part."""
+
+    def read(
+        self, path: Path, other: Detection, labelled: Detection, config: SelftrainConfig
+    ) -> tuple[Detection, NDArray[np.int64]]:
+        """`other` with the pseudo-labels of a file, and the rows that it lists."""
+
+    def count(self, data: Detection, row: int) -> NDArray[np.int64]:
+        """(classes,) things of each class in a picture."""
+
+    def known(self, data: Detection, config: SelftrainConfig, device: torch.device) -> tuple[Any, dict[int, str]]:
+        """The labels on canvases, as `losses` takes them, and row and reason of those that are broken."""
+
+    def losses(
+        self, known: Any, how: str, strength: str, seed: int, weighing: Weighing | None = None, split: int = 0, /
+    ) -> Loss:
+        """The loss of a teacher, or, with `weighing`, that of a student whose rows from `split` on are pseudo."""
+
+    def draw(
+        self, path: Path, data: Detection, known: Any, source: Pictures, strength: str, seed: int, rows: Tensor
+    ) -> None:
+        """The sheet of augmented pictures."""
+
+    def label(
+        self,
+        path: Path,
+        teacher: tuple[nn.Module, Described],
+        data: Detection,
+        source: Pictures,
+        rows: Tensor,
+        config: SelftrainConfig,
+        device: torch.device,
+        about: dict[str, Any],
+    ) -> dict[str, int]:
+        """Write what a teacher sees in (n,) rows; returns how much of what there is."""
+
+    def judge(
+        self,
+        arm: tuple[nn.Module, Described],
+        test: Detection,
+        source: Pictures,
+        config: SelftrainConfig,
+        device: torch.device,
+        label: str,
+    ) -> dict[str, Any]:
+        """Measures of the test part, NAME_interval beside each that tables show."""
+
+
+def boxes_alone(config: SelftrainConfig) -> None:
+    """Raise UsageError where masks are learned with what boxes alone have."""
+    asked = {
+        "patience": config.patience,
+        "jitter-filter": config.jitter_filter,
+        "soft-nms": config.soft_nms,
+        "methods": joint.NAME in joint.methods(config),
+    }
+    for flag in (name for name, given in asked.items() if given and config.task != "detect"):
+        raise UsageError(f"--{flag}: is for --task detect; leave it away with --task {config.task}")
+
+
+TASKS: dict[str, Task] = {"detect": detecting, "segment": segmenting, "instance": instances}
