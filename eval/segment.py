@@ -65,7 +65,7 @@ def judge(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Judged:
     """What FCNs on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers) for part in parts]
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
     maps, unmapped = masks.map_canvases(parts[0], config.canvas)
     check_broken(sources[0].broken | unmapped, len(parts[0]), config.max_broken, parts[0])
