@@ -1,11 +1,15 @@
 """The exact search for neighbours beside the product of matrices that it cannot do without, and beside its peers.
 
 Run as `python benchmarks/knn.py [--quick] [--references 1000000] [--queries 50000] [--dim 512] [--k 20,200]
-[--threads 2] [--methods product,ours,faiss,torch]`. `product` multiplies blocks and does nothing else: what a search
-costs at least. All read float16 rows of a file, as eval keeps them. `faiss` is its brute force, `torch` a product and
-topk; both are given one block of references after another, as whole ones do not fit in the memory that is allowed.
-Each method runs in a process of its own, which tells its peak memory, in all and above what it had before. Rounds are
-interleaved, and the least time counts. `--cpu` counts CPU seconds, with one thread for each product: for a machine on
+[--threads 2] [--methods product,ours,faiss,torch] [--repeats 1] [--json FILE]`. `product` multiplies blocks and does
+nothing else: what a search costs at least. All read float16 rows of a file, as eval keeps them. `faiss` is its brute
+force, `torch` a product and topk; both are given one block of references after another, as whole ones do not fit in
+the memory that is allowed.
+Each method runs in a process of its own, which tells its peak memory: in all, with Python, libraries and queries, and
+above what it had when the search began. The references themselves stay on disk as float16 and are read by blocks, never
+mapped, so that no row of them counts but those of the block at work; as float32 in memory, 1 M x 512 would be 2.05 GB
+alone. Methods take turns within a round; times are medians over the rounds, and so are the ratios, each to the product
+of its own round. `--cpu` counts CPU seconds, with one thread for each product: for a machine on
 which other work runs.
 """
 
@@ -13,6 +17,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -129,6 +134,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("FOLDER", "METHOD", "K"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -143,24 +149,39 @@ def main() -> None:
         folder = Path(name)
         make(folder / "references.npy", given.references, given.dim, 1)
         make(folder / "queries.npy", given.queries, given.dim, 2)
-        print(f"{given.references} references, {given.queries} queries, {given.dim} numbers, {threads} threads")
-        for k in (int(part) for part in given.k.split(",")):
+        size = given.references * given.dim
+        print(
+            f"{given.references} references, {given.queries} queries, {given.dim} numbers, {threads} threads; "
+            f"references on disk: {2 * size / 1e9:.2f} GB of float16 (float32: {4 * size / 1e9:.2f} GB); "
+            f"queries in memory: {4 * given.queries * given.dim / 1e9:.2f} GB of float32"
+        )
+        every: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for k in given.k.split(","):
             measured: dict[str, list[dict[str, Any]]] = {method: [] for method in given.methods.split(",")}
             for _ in range(given.repeats):
                 for method, rounds in measured.items():
-                    command = [sys.executable, __file__, "--one", str(folder), method, str(k), *["--cpu"] * given.cpu]
+                    command = [sys.executable, __file__, "--one", str(folder), method, k, *["--cpu"] * given.cpu]
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
                     rounds.append(json.loads(done.stdout))
-            least = {method: min(one["seconds"] for one in rounds) for method, rounds in measured.items()}
             for method, rounds in measured.items():
-                ratio = f"{least[method] / least['product']:.2f} x product" if "product" in least else ""
-                first = rounds[0]
-                print(
-                    f"k {k:4d}  {method:8s} {least[method]:8.2f} s  {ratio}  {first['gigabytes']:.2f} GB more, "
-                    f"{first['whole']:.2f} GB in all  mean similarity of the first and the last: "
-                    f"{first['found'][0]:.5f} {first['found'][1]:.5f}",
-                    flush=True,
-                )
+                print(line(f"k {k:>4s}  {method:8s}", rounds, measured.get("product", [])), flush=True)
+            every[k] = measured
+        if given.json:
+            given.json.write_text(json.dumps(vars(given) | {"json": str(given.json), "measured": every}, indent=1))
+
+
+def line(name: str, rounds: list[dict[str, Any]], products: list[dict[str, Any]]) -> str:
+    """What one method reached, beside the product of the same rounds."""
+    seconds = [one["seconds"] for one in rounds]
+    ratios = [mine / product["seconds"] for mine, product in zip(seconds, products, strict=False)]
+    spread = f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(rounds) > 1 else ""
+    ratio = f"{statistics.median(ratios):.2f} x product  " if ratios else ""
+    most, whole = (max(one[key] for one in rounds) for key in ("gigabytes", "whole"))
+    first, last = rounds[0]["found"]
+    return (
+        f"{name} {statistics.median(seconds):8.2f} s{spread}  {ratio}peak {whole:.2f} GB, {most:.2f} of them by the "
+        f"search  mean similarity of the first and the last: {first:.5f} {last:.5f}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,37 +3,20 @@
 import io
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import files
+from ktransfer.centroids import SCHEMA, SOURCE
+from ktransfer.centroids import read_centroids as read_centroids
 from ktransfer.errors import UsageError
 from ktransfer.features import Features
 
 from .kmeans import Clustering
 from .projection import Projection
-
-SCHEMA = 1
-SOURCE = ("teacher", "layer", "pooling", "transform")  # features that differ in one of these cannot be compared
-
-
-class Centroids(NamedTuple):
-    """What is needed to label pictures.
-
-    Attributes:
-        centroids: (k, d) float32.
-        projection: the PCA before, if any.
-        normalise: whether rows were scaled to length 1.
-        source: the attributes of the features that must agree.
-    """
-
-    centroids: NDArray[np.float32]
-    projection: Projection | None
-    normalise: bool
-    source: dict[str, str]
 
 
 def write_centroids(
@@ -111,28 +94,3 @@ def read_start(path: Path, k: int, dim: int | None, normalise: bool) -> NDArray[
     if not np.isfinite(centroids).all():
         raise UsageError(f"--start {path}: holds NaN, infinity or numbers beyond float32; give finite centroids")
     return centroids
-
-
-def read_centroids(path: Path) -> Centroids:
-    """Read what `write_centroids` wrote.
-
-    Raises:
-        UsageError: missing, or not such a file.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            attributes: dict[str, Any] = dict(file.attrs)
-            if attributes["schema"] != SCHEMA:
-                raise KeyError(f"schema {attributes['schema']}")
-            centroids: NDArray[np.float32] = np.asarray(file["centroids"], np.float32)
-            projection = None
-            if "pca" in file:
-                parts: dict[str, Any] = {name: np.asarray(data) for name, data in file["pca"].items()}
-                # Files from before there was whitening have no scale.
-                parts.setdefault("scale", np.ones(parts["components"].shape[1], np.float32))
-                projection = Projection(**{name: parts[name] for name in Projection._fields})
-            source = {name: str(attributes[name]) for name in SOURCE}
-            return Centroids(centroids, projection, bool(attributes["normalise"]), source)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ktransfer import networks, ranks, teachers
@@ -159,14 +158,7 @@ def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None
 
 def _reader(teacher: Teacher, config: ExtractConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
     """(batch, 3, s, s) uint8 pictures -> (batch, d) features on the device."""
-    model = teachers.load(teacher).to(device)
-    maps_of = teachers.reader(model, teacher.network, str(config.layer), config.token)
-
-    def compute(pixels: Tensor) -> Tensor:
-        with loop.autocast(config, device):
-            return _read(maps_of, teacher, config, pixels.to(device))
-
-    return compute
+    return teachers.rows_reader(teacher, str(config.layer), config.token, config.pool, config.l2, config, device)
 
 
 def _pooling(teacher: Teacher, config: ExtractConfig) -> str:
@@ -178,13 +170,3 @@ def _pooling(teacher: Teacher, config: ExtractConfig) -> str:
     else:
         how = f"max {config.pool}x{config.pool}"
     return how + (", l2" if config.l2 else "")
-
-
-@torch.no_grad()
-def _read(maps_of: Callable[[Tensor], Tensor], teacher: Teacher, config: ExtractConfig, pixels: Tensor) -> Tensor:
-    """(batch, 3, s, s) uint8 -> (batch, d) float32: d = channels * pool * pool, or all that hog and pixels give."""
-    maps = maps_of(pixels).float()
-    if teacher.pooled:
-        maps = F.adaptive_max_pool2d(maps, min(config.pool, maps.shape[-1]))
-    rows = maps.flatten(1)
-    return F.normalize(rows) if config.l2 else rows

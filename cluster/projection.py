@@ -1,10 +1,10 @@
 """Principal components of the valid rows in one streaming pass."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.centroids import Projection as Projection
+from ktransfer.centroids import project as project
 from ktransfer.errors import UsageError
 from ktransfer.features import Features, valid_rows
 from ktransfer.progress import bar
@@ -12,22 +12,6 @@ from ktransfer.progress import bar
 from .engine import BLOCK_NUMBERS
 
 FLAT = 1e-6  # share of the largest variance below which there is only the rounding of float32 products to be whitened
-
-
-class Projection(NamedTuple):
-    """A PCA.
-
-    Attributes:
-        mean: (d,) float32.
-        components: (d, p) float32, orthonormal columns by falling variance; the largest number of each is positive.
-        explained: (p,) float64, the share of the total variance that each component holds.
-        scale: (p,) float32, what each coordinate is multiplied by: 1, or 1 / its deviation to whiten.
-    """
-
-    mean: NDArray[np.float32]
-    components: NDArray[np.float32]
-    explained: NDArray[np.float64]
-    scale: NDArray[np.float32]
 
 
 def fit_projection(features: Features, dim: int, whiten: bool = False) -> Projection:
@@ -79,9 +63,3 @@ def fit_projection(features: Features, dim: int, whiten: bool = False) -> Projec
         share,
         scale.astype(np.float32),
     )
-
-
-def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(b, d) float32 rows as (b, p) float32 coordinates around the mean."""
-    projected = (rows - projection.mean) @ projection.components * projection.scale
-    return projected.astype(np.float32, copy=False)

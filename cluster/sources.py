@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from ktransfer.centroids import Centroids
 from ktransfer.dataset import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.features import Features, open_features
 from ktransfer.run import input_hash, read_record
 
-from .centroids import Centroids
 from .config import AssignConfig, ClusterConfig
 from .extraction import extract
 

@@ -7,7 +7,8 @@ seed, are held against the classes: NMI and AMI (arithmetic means), ARI, purity,
 one-to-one match with the classes. `seeds`: the mean ARI between two of the seeds. `twice`: the AMI with 2 k clusters.
 
 A run that clustered these same pictures has its pseudo-labels (`clusters/labels.csv`) held against their classes too,
-column `pseudo-labels`. Intervals: 95 % by the bootstrap over pictures.
+column `pseudo-labels`; intervals: 95 % by the bootstrap over pictures. A network that learned them is asked for those
+of the test part (heldout.py): column `held-out pseudo-labels`, and the share told right with Wilson's interval.
 """
 
 from functools import partial
@@ -19,16 +20,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ktransfer import networks
 from ktransfer.dataset import Dataset
 from ktransfer.errors import UsageError
 from ktransfer.labels import read_labels
 from ktransfer.networks import Network
+from ktransfer.progress import say
 from ktransfer.run import input_hash
 
 from .arms import Arm
 from .bootstrap import Places, with_intervals
 from .config import EvalConfig
 from .frozen import check_frozen, judge_layers, labels_of
+from .heldout import answers, clusters_path, compared, find_source, heldout_labels
 from .maps import Frozen, Layer
 from .neighbours import unit
 from .protocols import Judged
@@ -43,10 +47,17 @@ MEASURES = {
     "match": "accuracy % of the best one-to-one match",
     "seeds": "ARI % between seeds",
     "twice": "AMI % with twice as many clusters",
+    "heldout": "% of the held-out pseudo-labels told right",
 }
-NOTE = "{counts}centroids of the first, agreement of the second."
+NEITHER_IS_BETTER = ("heldout",)
+"""Between runs: each has labels of its own to tell."""
+NOTE = (
+    "{counts}k-means on the first, measured on the second; column pseudo-labels: on the pictures that the run labelled."
+)
 ITERATIONS = 20
 PSEUDO = "pseudo-labels"
+HELDOUT = f"held-out {PSEUDO}"
+LEARNED = ("labels.csv", "clusters.h5")
 
 
 def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
@@ -77,13 +88,13 @@ def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
 
 
 def inputs(arms: list[Arm]) -> dict[str, str]:
-    """The pseudo-labels of the runs, with their hashes."""
-    return {f"labels {arm.name}": input_hash(path) for arm in arms if (path := labels_path(arm)) and path.is_file()}
-
-
-def labels_path(arm: Arm) -> Path | None:
-    """Where the pseudo-labels of an arm's run are, if it has any."""
-    return arm.weights.parent.parent / "clusters" / "labels.csv" if arm.weights else None
+    """The pseudo-labels and the centroids of the runs, with their hashes."""
+    return {
+        f"{name.partition('.')[0]} {arm.name}": input_hash(path)
+        for arm in arms
+        for name in LEARNED
+        if (path := clusters_path(arm, name))
+    }
 
 
 def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Judged:
@@ -95,16 +106,33 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
         for k in wanted:
             column = layer if len(wanted) == 1 else f"{layer}, k = {k}"
             cells[column] = {"numbers": cell["numbers"], "k": k, **cell["by_k"][str(k)]}
-    path = labels_path(arm)
-    if path and path.is_file() and (labels := pseudo_labels(path, parts)):
-        of_run, classes = labels
-
-        def measure(places: Places) -> dict[str, float]:
-            return agreement(of_run[places], classes[places])
-
-        cells[PSEUDO] = {"sizes": sizes(of_run), **with_intervals(measure, len(classes), config.seed)}
+    path = clusters_path(arm, LEARNED[0])
+    if path and (labels := pseudo_labels(path, parts)):
+        cells[PSEUDO] = _against_classes(*labels, config.seed)
+    if arm.weights and networks.describe(arm.weights).task == PSEUDO:
+        cells |= _heldout(arm, parts[1], config, device)
     found["scores"] = cells
     return found
+
+
+def _heldout(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> dict[str, dict[str, Any]]:
+    """What the run's network makes of the test part's pseudo-labels; nothing, and a line why, where there are none."""
+    try:
+        source = find_source(arm, test)
+    except UsageError as why:
+        say(f"eval clusters: {arm.name} is not asked for held-out pseudo-labels: {why}")
+        return {}
+    labels = heldout_labels(source, test, config, device)
+    known = labels >= 0
+    cells = {HELDOUT: _against_classes(labels[known], test.targets[known].astype(np.int64), config.seed)}
+    return cells | compared(labels, answers(arm, test, config, device), len(source.centroids.centroids))
+
+
+def _against_classes(labels: Places, classes: Places, seed: int) -> dict[str, Any]:
+    def measure(places: Places) -> dict[str, float]:
+        return agreement(labels[places], classes[places])
+
+    return {"sizes": sizes(labels), **with_intervals(measure, len(classes), seed)}
 
 
 def _of_layer(wanted: list[int], config: EvalConfig, train: Frozen, test: Frozen, layer: Layer) -> dict[str, Any]:

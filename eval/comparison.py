@@ -17,6 +17,7 @@ SCHEMA = 2
 NO_TREATMENT = ("seeds", "random")
 """Settings that say how much was judged, not how."""
 LEGEND = (
+    "±: half of the 95 % interval over the test pictures; (seeds S): the standard deviation between the seeds. "
     "Bold: the best of a column. ≈: not told from the best at the 95 % level: the two differ by less than 1.96 "
     "standard errors of a difference, taken from both intervals and, with several seeds, from the deviations between "
     "these. The test takes the pictures as drawn for each network anew, which is cautious, and does not allow for the "
@@ -54,6 +55,9 @@ def compare(runs: list[str | Path], show_published: bool = False) -> str:
     parts: list[str] = []
     for name in names:
         lines = _tables(by_name[name])
+        seeds = {place: result["settings"].get("seeds", 1) for place, result in by_name[name].items()}
+        if max(seeds.values()) > 1:
+            lines.append(f"Seeds: {', '.join(f'{count} in {place}' for place, count in seeds.items())}.")
         lacking = [str(place) for place in places if place not in by_name[name]]
         if lacking:
             lines.append(f"Not judged by {name}: {', '.join(lacking)}.")
@@ -128,9 +132,10 @@ def _tables(results: dict[Path, dict[str, Any]]) -> list[str]:
         best: Callable[..., Any] | None = min if measure in result.get("lower_is_better", ()) else max
         if measure in result.get("neither_is_better", ()):
             best = None
-        cells = [[row.label] for row in rows]
+        there = [row for row in rows if any(measure in row.arm["scores"].get(column, {}) for column in columns)]
+        cells = [[row.label] for row in there]
         for column in columns:
-            for line, text in zip(cells, _marked(rows, column, measure, best), strict=True):
+            for line, text in zip(cells, _marked(there, column, measure, best), strict=True):
                 line.append(text)
         lines += [*table(*turned([f"{result['title']}, {words}", *columns], cells)), ""]
     return [*lines, footer(result)]

@@ -149,6 +149,12 @@ class EvalConfig(LoopOptions):
     threshold: float = option(0.05, "boxes of a lower score are no answers", low=0, high=1, of=("detect",))
     canvas: int = option(320, "long side of the pictures in pixels", low=64, high=2048, of=LOCATED)
     jitter: str = option("0.8,1.2", "range of the scale in training", of=LOCATED)
+    test_scales: str = option(
+        "1",
+        "factors of the canvas at test, separated by commas; of others than 1 alone, pictures are mirrored too and "
+        "answers merged by NMS",
+        of=("detect",),
+    )
     queries: str = option("8", "keys of test pictures, separated by commas, or so many drawn", of=("retrieve",))
     compare: str | None = option(
         None, "judge nothing; show the results of this run and of these, separated by commas", execution=True

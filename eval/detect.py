@@ -1,10 +1,11 @@
 """Detection from the network's trunk: how well boxes are found after training on a labelled set.
 
-Protocol `detect/1`, after the detection of the paper and of the transfer studies (reference jigsawpp.md §6.1,
+Protocol `detect/2`, after the detection of the paper and of the transfer studies (reference jigsawpp.md §6.1,
 selftraining.md §4.2), made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's convolutions, heads
 random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Pictures lie
 on squares of `--canvas` pixels, the long side resized, the rest padded; in training they are scaled by a factor drawn
-from `--jitter`, cropped, mirrored half the time. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
+from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
+and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
 with it; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end: nothing is
 chosen by the test part, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes a picture.
 AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
@@ -21,9 +22,10 @@ import torch
 
 from ktransfer import files, networks
 from ktransfer.config import chosen
-from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
+from ktransfer.detection import canvas, detectors, losses, metrics, trunks
 from ktransfer.detection.data import Detection, open_detection
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.pictures import Pictures, check_broken, readable
@@ -34,7 +36,7 @@ from .arms import Arm
 from .config import EvalConfig
 from .protocols import Judged
 
-PROTOCOL = "detect/1"
+PROTOCOL = "detect/2"
 TITLE = "detection"
 MEASURES = {"AP": "AP %", "AP50": "AP50 %", "AP75": "AP75 %", "VOC07": "VOC07 mAP %"}
 NOTE = "{counts}detector, canvas, schedule and least score stand in its json."
@@ -56,6 +58,7 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     """
     metrics.need_extra()
     scales(config)
+    test_scales(config)
     columns(config)
     losses.check_batches(config, config.norm, config.batch)
     for network in judged:
@@ -66,7 +69,7 @@ def judge(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Judged:
     """What detectors on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers) for part in parts]
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
 
     def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
@@ -134,6 +137,23 @@ def scales(config: EvalConfig) -> tuple[float, float]:
     return low, high
 
 
+def test_scales(config: EvalConfig) -> list[float]:
+    """The factors of `--test-scales`.
+
+    Raises:
+        UsageError: they are not positive numbers.
+    """
+    try:
+        found = [float(part) for part in config.test_scales.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0.2 <= one <= 5 for one in found):
+        raise UsageError(
+            f"--test-scales {config.test_scales}: must be numbers from 0.2 to 5 such as 0.75,1,1.25, with commas"
+        )
+    return found
+
+
 def columns(config: EvalConfig) -> list[str]:
     """The columns of `--trunk`.
 
@@ -178,6 +198,7 @@ def _column(
         label,
     )
     everything = torch.arange(len(test))
-    found = answers.detect(model, test, sources[1], everything, config.canvas, settings, device, label=label)
+    at = test_scales(config)
+    found = detect_at(model, test, sources[1], everything, config.canvas, settings, device, at, label)
     check_broken(sources[1].broken, len(test), config.max_broken, test)
     return metrics.scores(test, found, config.seed) | {"threshold": config.threshold, "neck": neck(arm.network, config)}

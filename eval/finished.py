@@ -1,8 +1,8 @@
 """Detectors that selftrain finished, judged as they are: `detect --trunk finished`.
 
-Protocol `detect/1 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
+Protocol `detect/2 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
 the runs beside, is judged on the test part of the labelled pictures that it learned from, or of `--labelled`, on
-canvases of its own size. Scores from `--threshold` on, non-maximum suppression and measures as in `detect/1`. A run
+canvases of its own size. Scores from `--threshold` on, non-maximum suppression and measures as in `detect/2`. A run
 that holds no other network is judged so without being told.
 """
 
@@ -27,7 +27,7 @@ from .arms import FINAL, Arm
 from .config import EvalConfig
 from .protocols import Judged
 
-PROTOCOL = "detect/1 finished"
+PROTOCOL = "detect/2 finished"
 TITLE = detect.TITLE
 MEASURES = detect.MEASURES
 NOTE = "detectors as selftrain made them; their size, the pictures and the least score stand in its json."

@@ -1,6 +1,6 @@
 """Segmentation from the network's trunk: how well the class of every pixel is told after training on masks.
 
-Protocol `segment/1`, after the FCN transfer of the paper (reference jigsawpp.md §6.1: its settings are not known), made
+Protocol `segment/2`, after the FCN transfer of the paper (reference jigsawpp.md §6.1: its settings are not known), made
 short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips.
 `--head deeplab` puts torchvision's DeepLab there, `--head fpn` a pyramid on C2..C5 whose maps are summed. Masks
 are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box
@@ -29,7 +29,7 @@ from .config import EvalConfig
 from .detect import by_column, columns, scales, train_options
 from .protocols import Judged
 
-PROTOCOL = "segment/1"
+PROTOCOL = "segment/2"
 TITLE = "segmentation"
 MEASURES = {"mIoU": "mIoU %", "pixels": "pixels right %"}
 NOTE = "{counts}canvas and schedule stand in its json."
@@ -60,7 +60,7 @@ def judge(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Judged:
     """What heads on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers) for part in parts]
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
     maps, unmapped = masks.map_canvases(parts[0], config.canvas)
     check_broken(sources[0].broken | unmapped, len(parts[0]), config.max_broken, parts[0])

@@ -1,9 +1,9 @@
 """One-vs-all linear SVMs on frozen vectors: the VOC07 classification test, and its like for single labels.
 
-Protocol `svm/1`, after Goyal et al. 2019 ("Scaling and Benchmarking Self-Supervised Visual Representation Learning";
+Protocol `svm/2`, after Goyal et al. 2019 ("Scaling and Benchmarking Self-Supervised Visual Representation Learning";
 their released scripts). Centre square; maps of each layer averaged to one vector (`--grid`; theirs: about 9000 numbers)
-and scaled to length 1; scikit-learn's LinearSVC, squared hinge, at most 2000 iterations; cost by 3-fold
-cross-validation on the training part (the smallest of equals); the test part is used once.
+and scaled to length 1; what LinearSVC minimises, squared hinge and a bias that is decayed too, all classes at once
+(hinge.py); cost by 3-fold cross-validation on the training part (the smallest of equals); the test part is used once.
 
 Several labels a picture (`Dataset.tags`): an SVM a class, a "yes" weighing twice, its cost by average precision;
 pictures that are not counted for a class neither teach nor test it; 11-point mAP of VOC07.
@@ -14,7 +14,6 @@ Few pictures: 4 and 16 of each class (what there is, if less), five seeded draws
 
 import math
 import statistics
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from ktransfer.progress import bar
 from .arms import Arm
 from .config import EvalConfig
 from .frozen import check_frozen, judge_layers, labels_of
+from .hinge import Matrix, Rows, minimise, prepared
 from .logistic import place_in_class, stratified_folds
 from .maps import Frozen, Layer
 from .metrics import voc_ap, voc_map
@@ -38,7 +38,7 @@ from .neighbours import unit
 from .probe import scores
 from .protocols import Judged
 
-PROTOCOL = "svm/1"
+PROTOCOL = "svm/2"
 TITLE = "linear SVMs"
 MULTI_LABEL = True
 SHOTS, DRAWS = (4, 16), 5
@@ -85,9 +85,7 @@ def _one_layer(
     of_train, of_test = labels
     several = of_train.ndim == 2
     learn: Any = _several if several else _single
-    with bar(
-        (1 + len(SHOTS) * DRAWS) * (of_train.shape[1] if several else 1), f"svm {label} {layer.name}", "fits"
-    ) as shown:
+    with bar(1 + len(SHOTS) * DRAWS, f"svm {label} {layer.name}", "fits") as shown:
         answers, cost = learn(vectors, of_train, asked, config.seed, shown.update)
         cell: dict[str, Any] = {"cost": cost}
         if several:
@@ -110,17 +108,21 @@ def _single(
     vectors: NDArray[np.float32], labels: NDArray[np.int64], asked: NDArray[np.float32], seed: int, tick: Tick
 ) -> tuple[NDArray[np.int64], float]:
     """(m,) classes of (m, d) `asked`, and the cost."""
+    names, wanted = np.unique(labels, return_inverse=True)
+    rows, signs = prepared(vectors), np.where(wanted[:, None] == np.arange(len(names)), 1.0, -1.0)
     folds = stratified_folds(labels, FOLDS, seed, "eval/svm")
     right = np.zeros(len(COSTS), np.int64)
     for fold in range(FOLDS):
         held = folds == fold
-        if len(np.unique(labels[~held])) < 2 or not held.any():
+        known = np.unique(wanted[~held])
+        if len(known) < 2 or not held.any():
             continue  # of a handful of pictures: nothing to tell apart
+        weights = None
         for place, cost in enumerate(COSTS):
-            model = _fitted(vectors[~held], labels[~held], cost, seed)
-            right[place] += (model.predict(vectors[held]) == labels[held]).sum()
+            weights = minimise(rows, signs[:, known], cost * np.repeat(~held[:, None], len(known), axis=1), weights)
+            right[place] += (known[(rows.numbers[held] @ weights).argmax(axis=1)] == wanted[held]).sum()
     best = COSTS[int(right.argmax())]
-    answers: NDArray[np.int64] = _fitted(vectors, labels, best, seed).predict(asked)
+    answers = names[(rows.of(asked) @ minimise(rows, signs, np.full(signs.shape, best))).argmax(axis=1)]
     tick()
     return answers, best
 
@@ -129,48 +131,37 @@ def _several(
     vectors: NDArray[np.float32], tags: NDArray[np.int8], asked: NDArray[np.float32], seed: int, tick: Tick
 ) -> tuple[NDArray[np.float64], list[float | None]]:
     """(m, classes) scores of (m, d) `asked`, and each class's cost: None, and scores of 0, without a "yes" or "no"."""
+    rows, signs, counts = prepared(vectors), np.where(tags == 1, 1.0, -1.0), np.choose(tags + 1, (0.0, 1.0, 2.0))
+    taught = np.flatnonzero((tags == 1).any(axis=0) & (tags == 0).any(axis=0))
+    costs = _costs_by_precision(rows, tags, signs, counts, taught, seed)
     found = np.zeros((len(asked), tags.shape[1]))
-    costs: list[float | None] = []
-    for column in range(tags.shape[1]):
+    found[:, taught] = rows.of(asked) @ minimise(rows, signs[:, taught], counts[:, taught] * costs[taught])
+    tick()
+    return found, [float(cost) if column in taught else None for column, cost in enumerate(costs)]
+
+
+def _costs_by_precision(
+    rows: Rows, tags: NDArray[np.int8], signs: Matrix, counts: Matrix, taught: NDArray[np.int64], seed: int
+) -> Matrix:
+    """(classes,) costs of the highest average precision over the folds that have a "yes" and a "no" on either side."""
+    folds = np.full(tags.shape, -1)
+    for column in taught:
         counted = tags[:, column] >= 0
-        rows, wanted = vectors[counted], tags[counted, column].astype(np.int64)
-        costs.append(None)
-        if len(np.unique(wanted)) == 2:
-            best = _cost_by_precision(rows, wanted, seed)
-            found[:, column] = _fitted(rows, wanted, best, seed, {1: 2, 0: 1}).decision_function(asked)
-            costs[-1] = best
-        tick()
-    return found, costs
-
-
-def _cost_by_precision(vectors: NDArray[np.float32], wanted: NDArray[np.int64], seed: int) -> float:
-    """The cost of the highest average precision over the folds that have both a "yes" and a "no" on either side."""
-    folds = stratified_folds(wanted, FOLDS, seed, "eval/svm")
-    reached = np.zeros(len(COSTS))
+        folds[counted, column] = stratified_folds(tags[counted, column].astype(np.int64), FOLDS, seed, "eval/svm")
+    reached = np.zeros((len(COSTS), tags.shape[1]))
     for fold in range(FOLDS):
         held = folds == fold
-        if len(np.unique(wanted[held])) < 2 or len(np.unique(wanted[~held])) < 2:
-            continue
+        sides = [((tags == answer) & part).any(axis=0) for answer in (0, 1) for part in (held, ~held)]
+        able = np.intersect1d(taught, np.flatnonzero(np.all(sides, axis=0)))
+        weights = None
         for place, cost in enumerate(COSTS):
-            model = _fitted(vectors[~held], wanted[~held], cost, seed, {1: 2, 0: 1})
-            reached[place] += voc_ap(model.decision_function(vectors[held]), wanted[held])
-    return COSTS[int(reached.argmax())]
-
-
-def _fitted(
-    vectors: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    cost: float,
-    seed: int,
-    class_weight: dict[int, int] | None = None,
-) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.svm import LinearSVC
-
-    model = LinearSVC(C=cost, dual=True, max_iter=2000, class_weight=class_weight, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the limit of iterations is part of the protocol
-        return model.fit(vectors, labels)
+            weights = minimise(rows, signs[:, able], cost * np.where(held, 0, counts)[:, able], weights)
+            scored = rows.numbers @ weights
+            for column, told in zip(able, scored.T, strict=True):
+                asked = held[:, column]
+                reached[place, column] += voc_ap(told[asked], tags[asked, column])
+    best: Matrix = np.array(COSTS)[reached.argmax(axis=0)]
+    return best
 
 
 def _drawn(labels: NDArray[Any], shots: int, seed: int, draw: int) -> NDArray[np.int64]:

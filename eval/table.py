@@ -90,7 +90,8 @@ def cell_text(arm: dict[str, Any], column: str, measure: str) -> str:
     low, high = found[f"{measure}_interval"]
     deviation = found.get(f"{measure}_deviation")
     spread = "" if deviation is None else f" (seeds {100 * deviation:.1f})"
-    return f"{100 * found[measure]:.1f} ± {50 * (high - low):.1f}{spread}"
+    value = round(100 * found[measure], 1) + 0.0  # no "-0.0"
+    return f"{value:.1f} ± {50 * (high - low):.1f}{spread}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:

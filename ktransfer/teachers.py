@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as zoo
 
@@ -24,6 +25,8 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import say_once
 from ktransfer.run import input_hash
+from ktransfer.training.device import autocast
+from ktransfer.training.options import MachineOptions
 from ktransfer.zoos import TIMM, TORCHVISION
 
 KINDS = "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, hog or pixels"
@@ -161,6 +164,37 @@ def reader(model: nn.Module, network: Network, layer: str, token: str | None) ->
         return networks.feature_maps(model, {"read": path}, x, token or "patch")["read"]
 
     return read
+
+
+def rows_reader(
+    teacher: Teacher,
+    layer: str,
+    token: str | None,
+    pool: int,
+    l2: bool,
+    options: MachineOptions,
+    device: torch.device,
+) -> Callable[[Tensor], Tensor]:
+    """(batch, 3, size, size) uint8 -> (batch, d) features on the device, d = channels * pool * pool.
+
+    Args:
+        layer, token: what is read (`reader`).
+        pool: maps are max-pooled to this grid; hog and pixels are taken whole.
+        l2: whether rows get length 1.
+        options: their `precision` counts.
+    """
+    maps_of = reader(load(teacher).to(device), teacher.network, layer, token)
+
+    @torch.no_grad()
+    def compute(pixels: Tensor) -> Tensor:
+        with autocast(options, device):
+            maps = maps_of(pixels.to(device)).float()
+            if teacher.pooled:
+                maps = F.adaptive_max_pool2d(maps, min(pool, maps.shape[-1]))
+            rows = maps.flatten(1)
+            return F.normalize(rows) if l2 else rows
+
+    return compute
 
 
 def _sized(teacher: Teacher, size: int) -> Teacher:

@@ -68,7 +68,7 @@ def test_visible_classes_are_found(parts, tmp_path):
     assert max(cell["match"] for cell in found["scores"].values()) > 0.8
     for cell in found["scores"].values():
         assert cell["k"] == 3
-        for measure in clusters.MEASURES:
+        for measure in clusters.MEASURES.keys() - {"heldout"}:
             low, high = cell[f"{measure}_interval"]
             assert low <= cell[measure] <= high
     assert json.loads(json.dumps(found)) == found

@@ -135,7 +135,20 @@ def test_numbers_of_seeds_and_other_networks_may_differ(tmp_path):
     one = run(tmp_path, "one", {"one": RANDOM})
     settings = RESULT["settings"] | {"seeds": 3, "random": False}
     two = run(tmp_path, "two", {"two": RANDOM}, settings=settings, inputs=RESULT["inputs"] | {"network two": "z"})
-    assert "random weights (two)" in compare([one, two])
+    text = compare([one, two])
+    assert "random weights (two)" in text
+    assert f"Seeds: 1 in {one}, 3 in {two}." in text
+    assert "Seeds:" not in compare([one])
+
+
+def test_a_network_without_a_measure_has_no_row_in_its_table(tmp_path):
+    asked = copy.deepcopy(arm("jigsaw", 0.5))
+    asked["scores"]["network"] = {"heldout": -0.0004, "heldout_interval": [-0.1, 0.1]}
+    measures = {"top1": "top-1 %", "heldout": "held out %"}
+    one = run(tmp_path, "one", {"random": RANDOM, "one": asked}, measures=measures, neither_is_better=["heldout"])
+    found = lines(compare([one]))
+    assert found[3] == ["linear probe, held out %", "network"]
+    assert found[4:] == [["alexnet, trained on Jigsaw (one)", "0.0 ± 10.0"]]
 
 
 def test_what_is_no_result(tmp_path):

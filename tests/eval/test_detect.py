@@ -31,7 +31,7 @@ def few_boxes(monkeypatch):
 
 def test_a_table_of_detectors(small_student):
     report = json.loads(evaluate(small_student, **SMALL)["detect"].read_text())
-    assert report["protocol"] == "detect/1" and list(report["arms"]) == ["random", "run"]
+    assert report["protocol"] == "detect/2" and list(report["arms"]) == ["random", "run"]
     for arm in report["arms"].values():
         assert list(arm["scores"]) == ["frozen", "full"]
         for cell in arm["scores"].values():
@@ -48,6 +48,8 @@ def test_wrong_options_are_found_before_the_work(small_student, monkeypatch):
     for options, words in (
         ({"jitter": "2,1"}, "--jitter 2,1"),
         ({"trunk": "fulll"}, "did you mean 'full'"),
+        ({"test_scales": "1,big"}, "--test-scales 1,big"),
+        ({"test_scales": "0"}, "--test-scales 0"),
         ({"labelled": "nowhere"}, "no such folder"),
     ):
         with pytest.raises(UsageError, match=words):
@@ -128,3 +130,19 @@ def test_necks():
     assert detect.neck(Network("resnet18"), config()) == "p2-p6"
     assert detect.neck(Network("alexnet"), config(detector="retinanet")) == "p3-p7"
     assert detect.neck(Network("alexnet"), config(neck="p2-p6")) == "p2-p6"
+
+
+def test_several_scales_are_read_at_test_alone(tmp_path, monkeypatch):
+    parts = detect.open_data("scenes:images=24,size=64")
+    arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
+    asked = []
+    real = Pictures.batches
+    monkeypatch.setattr(
+        Pictures, "batches", lambda self, rows: asked.append((self.dataset.name, self.size)) or real(self, rows)
+    )
+    found = detect.judge(arm, parts, config(test_scales="1,1.5", cache_pictures="off"), tmp_path / "work", CPU)
+    assert set(found["scores"]["full"]) >= set(detect.MEASURES)
+    assert [size for name, size in asked if name == parts[1].name] == [64, 64, 96, 96]
+    assert {size for name, size in asked if name == parts[0].name} == {64}
+    with pytest.raises(UsageError, match="--cache-pictures device"):
+        detect.judge(arm, parts, config(cache_pictures="device"), tmp_path / "work", CPU)

@@ -48,7 +48,7 @@ def result(run):
 
 def test_the_line_judges_teacher_and_student(made):
     found = result(made)
-    assert found["protocol"] == "detect/1 finished" and found["schema"] == 2
+    assert found["protocol"] == "detect/2 finished" and found["schema"] == 2
     assert list(found["arms"]) == ["teacher", "student"]
     own = json.loads((made / "selftrain" / "scores.json").read_text())
     assert own["test_threshold"] == found["settings"]["threshold"] == 0.05

@@ -24,7 +24,7 @@ SMALL = {
 
 def test_a_table_of_segmenters(small_student):
     report = json.loads(evaluate(small_student, **SMALL)["segment"].read_text())
-    assert report["protocol"] == "segment/1" and list(report["arms"]) == ["random", "run"]
+    assert report["protocol"] == "segment/2" and list(report["arms"]) == ["random", "run"]
     for arm in report["arms"].values():
         for column in ("frozen", "full"):
             cell = arm["scores"][column]

@@ -1,0 +1,92 @@
+"""The centroids of `clusters.h5`: reading them, and which of them is nearest to a picture's features."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.errors import UsageError
+
+SCHEMA = 1
+SOURCE = ("teacher", "layer", "pooling", "transform")  # features that differ in one of these cannot be compared
+
+
+class Projection(NamedTuple):
+    """A PCA.
+
+    Attributes:
+        mean: (d,) float32.
+        components: (d, p) float32, orthonormal columns by falling variance; the largest number of each is positive.
+        explained: (p,) float64, the share of the total variance that each component holds.
+        scale: (p,) float32, what each coordinate is multiplied by: 1, or 1 / its deviation to whiten.
+    """
+
+    mean: NDArray[np.float32]
+    components: NDArray[np.float32]
+    explained: NDArray[np.float64]
+    scale: NDArray[np.float32]
+
+
+class Centroids(NamedTuple):
+    """What is needed to label pictures.
+
+    Attributes:
+        centroids: (k, d) float32.
+        projection: the PCA before, if any.
+        normalise: whether rows were scaled to length 1.
+        source: the attributes of the features that must agree.
+    """
+
+    centroids: NDArray[np.float32]
+    projection: Projection | None
+    normalise: bool
+    source: dict[str, str]
+
+
+def read_centroids(path: Path) -> Centroids:
+    """Read what `write_centroids` wrote.
+
+    Raises:
+        UsageError: missing, or not such a file.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            attributes: dict[str, Any] = dict(file.attrs)
+            if attributes["schema"] != SCHEMA:
+                raise KeyError(f"schema {attributes['schema']}")
+            centroids: NDArray[np.float32] = np.asarray(file["centroids"], np.float32)
+            projection = None
+            if "pca" in file:
+                parts: dict[str, Any] = {name: np.asarray(data) for name, data in file["pca"].items()}
+                # Files from before there was whitening have no scale.
+                parts.setdefault("scale", np.ones(parts["components"].shape[1], np.float32))
+                projection = Projection(**{name: parts[name] for name in Projection._fields})
+            source = {name: str(attributes[name]) for name in SOURCE}
+            return Centroids(centroids, projection, bool(attributes["normalise"]), source)
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error
+
+
+def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(b, d) float32 rows as (b, p) float32 coordinates around the mean."""
+    projected = (rows - projection.mean) @ projection.components * projection.scale
+    return projected.astype(np.float32, copy=False)
+
+
+def nearest(made: Centroids, rows: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(b,) the centroid nearest to each of (b, d) rows as the teacher gives them: what `assign` labels them with.
+
+    In float64; of centroids that are equally near, the first.
+    """
+    seen = rows if made.projection is None else project(made.projection, rows)
+    if made.normalise:
+        seen = seen / np.maximum(np.linalg.norm(seen, axis=1, keepdims=True), 1e-12)
+    points = made.centroids.astype(np.float64)
+    origin = points.mean(axis=0)  # far from it squares would lose their digits
+    points -= origin
+    scores = np.einsum("ij,ij->i", points, points) - 2 * (seen.astype(np.float64) - origin) @ points.T
+    found: NDArray[np.int64] = scores.argmin(axis=1)
+    return found

@@ -1,0 +1,83 @@
+"""A detector asked at several scales: each picture larger, smaller and mirrored, all answers merged by NMS."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from ktransfer.detection import canvas
+from ktransfer.detection.answers import Answer, detect
+from ktransfer.detection.data import Detection
+from ktransfer.detection.detectors import Settings
+from ktransfer.pictures import Pictures
+from ktransfer.training.loop import Source
+
+STRIDE = 32  # sides are multiples of it, so that cells lie in a map as in training
+
+
+class Mirrored:
+    """Canvases whose pictures are mirrored in their places, read as `Pictures` are.
+
+    Args:
+        extents: (n, 2) of the pictures on their canvases, whole numbers (`canvas.extents`).
+    """
+
+    def __init__(self, source: Pictures, extents: Tensor) -> None:
+        self.source, self.widths = source, extents[:, :1].long()
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """See `Pictures.batches`."""
+        for chosen, pixels, valid, wait in self.source.batches(rows):
+            places, width = torch.arange(pixels.shape[-1]), self.widths[chosen]
+            columns = torch.where(places < width, width - 1 - places, places).to(pixels.device)
+            yield chosen, pixels.take_along_dim(columns[:, None, None, :], 3), valid, wait
+
+
+def sides(size: int, scales: Sequence[float]) -> list[int]:
+    """The sides of the canvases in pixels, each once, for factors of `size`: whole strides, but for `size` itself."""
+    found = [size if scale == 1 else max(1, round(size * scale / STRIDE)) * STRIDE for scale in scales]
+    return list(dict.fromkeys(found))
+
+
+def detect_at(
+    model: nn.Module,
+    data: Detection,
+    source: Pictures,
+    rows: Tensor,
+    size: int,
+    settings: Settings,
+    device: torch.device,
+    scales: Sequence[float],
+    label: str = "detect",
+) -> dict[int, Answer]:
+    """As `answers.detect`, over all scales and their mirror images; of (1.0,) alone that itself, nothing mirrored.
+
+    Of boxes of one class that overlap by more than `settings.overlap` the one of the highest score stays, whatever its
+    view; then the best `settings.most` of a picture. No score is averaged.
+
+    Args:
+        source: canvases of `size` pixels; those of other sizes are read anew from its pictures.
+    """
+    if tuple(scales) == (1.0,):
+        return detect(model, data, source, rows, size, settings, device, label=label)
+    every: dict[int, list[Answer]] = {}
+    for side in sides(size, scales):
+        own = source if side == size else canvas.canvases(data, side, source.workers, source.cache, source.device)
+        views: tuple[Source, ...] = (own, Mirrored(own, canvas.extents(data, side)))
+        for mirrored, view in enumerate(views):
+            name = f"{label} at {side}{', mirrored' if mirrored else ''}"
+            for row, answer in detect(model, data, view, rows, side, settings, device, label=name).items():
+                every.setdefault(row, []).append(_mirrored(answer, float(data.sizes[row, 0])) if mirrored else answer)
+    return {row: _merged(found, settings) for row, found in every.items()}
+
+
+def _mirrored(answer: Answer, width: float) -> Answer:
+    left, top, right, bottom = answer.boxes.unbind(1)
+    return answer._replace(boxes=torch.stack([width - right, top, width - left, bottom], dim=1))
+
+
+def _merged(found: list[Answer], settings: Settings) -> Answer:
+    whole = Answer(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    kept = batched_nms(whole.boxes, whole.scores, whole.labels, settings.overlap)[: settings.most]
+    return Answer(*(part[kept] for part in whole))
