@@ -17,10 +17,12 @@ from ktransfer.detection.answers import Answer
 from ktransfer.detection.coco import outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
 from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.folders import ENDINGS
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 COMPARED = 64  # pixels, the short side at which pictures are compared: a large JPEG is then read at reduced scale
+ANY = 2**30  # pixels, the sides of a picture whose size is not asked for: no box reaches over its edge
 UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
 
 
@@ -194,17 +196,23 @@ def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least:
 
 
 def shared(data: Dataset, test: Dataset) -> NDArray[np.int64]:
-    """The rows of `data` that are pictures of `test` too: of the same file name, and in all pixels the same."""
+    """The rows of `data` that are pictures of `test` too: of the same file name, endings aside, and the same pixels."""
     named: dict[str, list[int]] = {}
     for row, key in enumerate(test.keys):
-        named.setdefault(PurePosixPath(key).name, []).append(row)
-    pairs = [(row, other) for row, key in enumerate(data.keys) for other in named.get(PurePosixPath(key).name, ())]
+        named.setdefault(_name(key), []).append(row)
+    pairs = [(row, other) for row, key in enumerate(data.keys) for other in named.get(_name(key), ())]
     with bar(len(pairs), "compare") as shown, ThreadPoolExecutor(cores()) as pool:
         found: set[int] = set()
         for (row, _), same in zip(pairs, pool.map(lambda pair: _same(data, test, *pair), pairs), strict=True):
             found |= {row} if same else set()
             shown.update(1)
     return np.array(sorted(found), np.int64)
+
+
+def _name(key: str) -> str:
+    """The file name without its ending, which VOC's keys do not have; numbers as in 2007.17 are no ending."""
+    path = PurePosixPath(key)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def _same(data: Dataset, test: Dataset, row: int, other: int) -> bool:

@@ -124,16 +124,16 @@ class SelftrainConfig(TrainOptions):
         "normalised",
         "normalised: by moving averages of both losses; plain: their sum",
         choices=("normalised", "plain"),
-        of=("student",),
+        of=("student", "joint"),
     )
-    alpha: float = option(1.0, "weight of the loss on pseudo-boxes", low=0, of=("student",))
-    decay: float = option(0.9997, "of the moving averages of the losses", low=0, high=0.999999, of=("student",))
+    alpha: float = option(1.0, "weight of the loss on pseudo-boxes or classes", low=0, of=("student", "joint"))
+    decay: float = option(0.9997, "of the moving averages of the losses", low=0, high=0.999999, of=("student", "joint"))
     ema: float = option(
         0.0,
         "decay of the student's own average, which is then the result; 0: none",
         low=0,
         high=0.9999,
-        of=("student",),
+        of=("student", "joint"),
     )
     samples: int = option(
         0,
@@ -142,21 +142,21 @@ class SelftrainConfig(TrainOptions):
         low=0,
     )
     student_epochs: int = option(
-        0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student",)
+        0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student", "joint")
     )
     patience: int = option(
         0,
         "stop when average precision on held-out labelled pictures has not grown for so many passes, and take the best "
         "weights; 0: never",
         low=0,
-        of=("teacher", "student"),
+        of=("teacher", "student", "joint"),
     )
     held_out: float = option(
         0.1,
         "of --patience: share of the labelled pictures that judges, and is not learned from",
         low=0.0001,
         high=0.9,
-        of=("teacher", "student"),
+        of=("teacher", "student", "joint"),
     )
     test_threshold: float = option(0.05, "least score of a box that is judged", low=0, high=1, of=("scores",))
     overwrite: bool = option(

@@ -65,8 +65,10 @@ def open_data(spec: str) -> tuple[Detection, Detection]:
 
 
 def need_outlines(data: Detection) -> None:
-    """Raise UsageError where an object has no outline, or run lengths that are broken."""
+    """Raise UsageError where an object has no outline, or run lengths that are broken or of another picture's size."""
     for row, one in enumerate(data.objects):
+        if tuple(data.sizes[row].tolist()) == boxes.UNREADABLE:
+            continue
         for outline, crowd in zip(one.outlines, one.crowd.tolist(), strict=True):
             if crowd:
                 continue
@@ -76,6 +78,9 @@ def need_outlines(data: Detection) -> None:
                 )
             try:
                 if isinstance(outline, dict):
+                    stated = data.sizes[row, ::-1].tolist()
+                    if outline["size"] != stated and stated != [boxes.ANY, boxes.ANY]:
+                        raise ValueError(f"of {outline['size']} pixels, high and wide, in a picture of {stated}")
                     masks.decoded(outline)
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{data.spec}: {data.keys[row]} has a broken outline ({error}); mend it") from error

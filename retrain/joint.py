@@ -7,53 +7,38 @@ trunk's deepest map. It is thrown away at the end; what is written is a detector
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktransfer import rng
 from ktransfer.config import chosen, settings_of
 from ktransfer.dataset import UNKNOWN, Dataset
 from ktransfer.detection import canvas, detectors, saved
-from ktransfer.detection.data import Detection, save_ids, subset
+from ktransfer.detection.data import subset
 from ktransfer.detection.losses import truth
 from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.errors import StageError, UsageError
 from ktransfer.pictures import readable
-from ktransfer.progress import say
 from ktransfer.run import begin, input_hash
 from ktransfer.training import loop
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch, Loss
 
 from . import boxes, heldout, student
 from .config import SelftrainConfig
+from .parts import SHEET, Data, finish, left_out
 from .student import Student, Weighing
 
 NAME, SELF = "joint", "self"
 SHOWN = 4  # pictures of either kind on the sheet
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
-
-
-class Data(Protocol):
-    """What is learned: `selftraining.Data`."""
-
-    @property
-    def labelled(self) -> Detection:
-        """Pictures with boxes."""
-
-    @property
-    def unlabelled(self) -> Dataset:
-        """Pictures with classes."""
 
 
 class Joint(Student):
@@ -113,13 +98,11 @@ def train(
     data: Data,
     device: torch.device,
     made_of: tuple[Described, Path | None, bool],
-    left_out: Callable[[], NDArray[np.int64]],
 ) -> Path:
     """The training, as a step of selftrain; the path of its detector.
 
     Args:
         made_of: what the detector is, the weights that its trunk begins with, and whether these were made elsewhere.
-        left_out: gives the rows of the pictures with classes that nobody may learn from.
 
     Raises:
         StageError: none of the pictures of either kind can be read.
@@ -127,13 +110,13 @@ def train(
     described, init, foreign = made_of
     inputs = {"labelled": data.labelled.fingerprint, "unlabelled": data.unlabelled.fingerprint}
     inputs |= classes(data) | ({"init": input_hash(init)} if init else {})
-    outputs, settings = [NAME, f"{NAME}.ids.json"], settings_of(config, "student")
+    outputs, settings = [NAME, f"{NAME}.ids.json"], settings_of(config, NAME)
     with begin(run, "selftrain", NAME, settings, inputs, outputs, False, str(device)) as step:
         folder, weights = step.folder / NAME, step.folder / NAME / "model.safetensors"
         if step.done:
             return weights
         targets, split, seed = data.unlabelled.targets, len(data.labelled), config.seed + 1
-        listed = np.setdiff1d(np.flatnonzero(targets != UNKNOWN), left_out())
+        listed = np.setdiff1d(np.flatnonzero(targets != UNKNOWN), left_out(config, data, NAME))
         pictures = student.joined(data.labelled, subset(boxes.without_boxes(data.unlabelled, data.labelled), listed))
         source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
         good = readable(source, torch.arange(len(pictures)), config.max_broken)
@@ -145,9 +128,7 @@ def train(
         average = saved.make(described, config.seed, init, foreign) if config.ema else None
         detector = saved.make(described, config.seed, init, foreign)
         model = Joint(detector, len(data.unlabelled.classes), config.seed, average, config.ema)
-        draw_augmented(
-            folder / "augmented.png", pictures, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]])
-        )
+        draw_augmented(folder / SHEET, pictures, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]]))
         known, how = truth(pictures, config.size, device), described.network.normalise
         loss = losses(
             student.losses(known, how, config.augment, seed),
@@ -161,15 +142,9 @@ def train(
         batches = partial(student.batches, rows, added, config.batch, seed)
         early = heldout.stopping(model, data.labelled, source, judging, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, NAME, early)
-        saved.save(weights, heldout.result(model, early), described)
-        save_ids(step.folder / f"{NAME}.ids.json", data.labelled, np.arange(split))
-        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
         facts = {"labelled": split, "of a class": len(listed), "classes": len(data.unlabelled.classes)}
         facts |= heldout.facts(early, judging)
-        files_made = [weights, folder / "augmented.png", step.folder / f"{NAME}.ids.json", *folder.glob(heldout.IDS)]
-        step.finish(files_made, broken=broken, result=facts)
-        loop.remove_checkpoint(folder)
-        say(f"{NAME}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")
+        finish(step, NAME, data, pictures, source.broken, model, described, early, facts)
         return weights
 
 

@@ -32,6 +32,7 @@ from ktransfer.pictures import Pictures, check_broken
 from ktransfer.progress import bar, track
 from ktransfer.training.batch import Batch, Loss
 
+from . import boxes
 from .config import SelftrainConfig
 from .student import Student, Weighing, weighed
 
@@ -116,11 +117,18 @@ def read(
                 f"{path}: {len(strange)} of its {what} are not those of {other.spec}, such as {strange[0]}; give the "
                 "file that was made for these"
             )
+    if len(set(names)) < len(names):
+        raise UsageError(f"{path}: names a class twice; each has one number")
     root = path.parent.resolve()
     for name, _ in listed.values():
-        if PurePosixPath(name).is_absolute() or not (root / name).resolve().is_relative_to(root):
+        try:
+            within = not PurePosixPath(name).is_absolute() and (root / name).resolve().is_relative_to(root)
+            there = within and (root / name).is_file()
+        except (OSError, ValueError) as error:  # too long, or with characters that no name has
+            raise UsageError(f"{path}: its mask {name[:40]!r} is no name of a file ({error}); mend it") from error
+        if not within:
             raise UsageError(f"{path}: its mask {name} lies outside of its folder; put masks beside it or below")
-        if not (root / name).is_file():
+        if not there:
             raise UsageError(f"{path}: its mask {name} is missing; make it again")
     numbers = np.full(256, -1)
     numbers[0], numbers[IGNORE] = 0, IGNORE
@@ -128,6 +136,8 @@ def read(
 
     def label_map(row: int) -> NDArray[np.uint8]:
         name, digest = listed[other.keys[row]]
+        if tuple(other.sizes[row].tolist()) == boxes.UNREADABLE:  # the picture itself is broken, and counted as that
+            return np.full((1, 1), IGNORE, np.uint8)
         try:
             found = masks.read_map(root / name)
         except BrokenPicture as error:

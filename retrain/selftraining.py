@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktransfer import files, teachers
 from ktransfer.config import build, settings_of
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.dataset import open_dataset
 from ktransfer.detection import canvas, saved
-from ktransfer.detection.data import Detection, fraction, load_ids, save_ids, subset
+from ktransfer.detection.data import Detection, fraction, load_ids, subset
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
@@ -37,19 +36,11 @@ from ktransfer.training import loop
 
 from . import boxes, heldout, joint, student
 from .config import SelftrainConfig
-from .tasks import TASKS, boxes_alone
+from .parts import SHEET, Data, finish, held_out, tested
+from .tasks import TASKS, suited
 
 STAGE = "selftrain"
-SHEET = "augmented.png"
 SHOWN = 8  # pictures on it
-
-
-class Data(NamedTuple):
-    """The pictures of a self-training: with boxes, without, and those that judge."""
-
-    labelled: Detection
-    unlabelled: Dataset
-    test: Detection
 
 
 class Checked(NamedTuple):
@@ -86,8 +77,7 @@ def selftrain(run: str | Path, **options: Any) -> Path:
         weights.append(_train(run, config, data, device, f"student{end}", pseudo))
         arms["student"] = weights[-1]
     if joint.NAME in joint.methods(config):
-        made_of, tested = _described(run, config, data.labelled), partial(_tested, data, joint.NAME)
-        arms[joint.NAME] = joint.train(run, config, data, device, made_of, tested)
+        arms[joint.NAME] = joint.train(run, config, data, device, _described(run, config, data.labelled))
     return _judge(run, config, data, device, arms)
 
 
@@ -111,7 +101,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
             raise UsageError(f"--{name} {given}: --overwrite would remove it; copy it to another place first")
     check_batches(config, config.norm, 2 * config.batch)
     task = TASKS[config.task]
-    boxes_alone(config)
+    suited(config)
     whole, test = task.open_data(config.labelled)
     if config.ids and config.fraction < 1:
         raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
@@ -141,7 +131,8 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         if held.classes != whole.classes:
             raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
     if config.pseudo:
-        any_size = np.ones((len(unlabelled), 2), np.int32)  # the file is what is checked, and pictures are not read
+        # The file is what is checked, and pictures are not read.
+        any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
         task.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), labelled, config)
     data = Data(labelled, unlabelled, test)
     joint.check(config, unlabelled)
@@ -161,7 +152,7 @@ def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part
             found.append(Part(f"pseudo{_end(number)}", settings_of(config, "pseudo"), known))
         found.append(Part(f"student{_end(number)}", settings_of(config, "student"), begun | others | pseudo))
     if joint.NAME in joint.methods(config):
-        found.append(Part(joint.NAME, settings_of(config, "student"), begun | others | joint.classes(data)))
+        found.append(Part(joint.NAME, settings_of(config, joint.NAME), begun | others | joint.classes(data)))
     tested = {"test": data.test.fingerprint}
     return [*found, Part("scores", settings_of(config, "scores"), tested, cheap=True)]
 
@@ -169,7 +160,8 @@ def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part
 def remove(run: Path, parts: list[Part]) -> None:
     """Make room for `--overwrite`: the first step that was made otherwise goes and all after it; else all of them go.
 
-    The records go last, so that a removal that was killed is not taken for a whole stage.
+    A joint training goes only if it was made otherwise itself: it reads nothing of the steps before it. The records go
+    last, so that a removal that was killed is not taken for a whole stage.
     """
     with locked(run):
         records = [read_record(run, STAGE, part.step) for part in parts]
@@ -182,7 +174,14 @@ def remove(run: Path, parts: list[Part]) -> None:
         ]
         path = run / STAGE / RECORD
         held: dict[str, Any] = files.read_json(path) if path.is_file() else {}
-        kept = {part.step: held[part.step] for part in parts[: min(otherwise, default=0)]}
+        first = min(otherwise, default=0)
+        kept = {
+            part.step: held[part.step]
+            for place, part in enumerate(parts)
+            if otherwise
+            and (place < first or (part.step == joint.NAME and place not in otherwise))
+            and part.step in held
+        }
         for name in held.keys() - kept.keys():
             for output in held[name].get("writes", []):
                 files.remove(run / STAGE / output)
@@ -207,16 +206,8 @@ def _train(
     inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
     if pseudo:
         inputs |= {"pseudo-boxes": input_hash(pseudo), "unlabelled": data.unlabelled.fingerprint}
-    with begin(
-        run,
-        STAGE,
-        name,
-        settings_of(config, "student" if pseudo else "teacher"),
-        inputs,
-        [name, f"{name}.ids.json"],
-        False,
-        str(device),
-    ) as step:
+    settings, outputs = settings_of(config, "student" if pseudo else "teacher"), [name, f"{name}.ids.json"]
+    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
         folder, weights = step.folder / name, step.folder / name / "model.safetensors"
         if step.done:
             return weights
@@ -225,30 +216,8 @@ def _train(
         pictures, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
         by_class: dict[str, Any] = {}
         if pseudo:
-            sizes = None if config.pseudo else boxes.stated_sizes(pseudo, data.unlabelled)
-            other = boxes.without_boxes(data.unlabelled, data.labelled, sizes)
-            other, listed = task.read(pseudo, other, data.labelled, config)
-            if config.pseudo:  # a teacher of ours was not shown them
-                listed = np.setdiff1d(listed, _tested(data, name))
-            each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count")}
-            if config.empty == "drop":
-                listed = listed[[each[row].any() for row in listed.tolist()]]
-            counted, (one, several) = sum(each.values(), np.zeros(len(other.classes), np.int64)), task.THINGS
-            if not counted.any():
-                steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
-                raise StageError(
-                    f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} pictures; train "
-                    f"the teacher longer{steady_too}, or lower --threshold, with --overwrite"
-                )
-            facts |= {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
-            own = np.sum([task.count(data.labelled, row) for row in range(len(data.labelled))], axis=0)
-            pairs = {
-                kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)
-            }
-            by_class = {f"{several} by class, labelled and pseudo": pairs}
-            words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
-            say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
-            pictures = student.joined(data.labelled, subset(other, listed))
+            pictures, more, by_class = _with_pseudo(config, data, name, pseudo)
+            facts |= more
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
             model = student.Student(model, average, config.ema)
         source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
@@ -272,14 +241,44 @@ def _train(
         early = heldout.stopping(model, data.labelled, source, judging, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, name, early)
         facts |= heldout.facts(early, judging)
-        saved.save(weights, heldout.result(model, early), described)
-        save_ids(step.folder / f"{name}.ids.json", data.labelled, np.arange(split))
-        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in (source.broken | unknown).items()]
-        outputs = [weights, folder / SHEET, step.folder / f"{name}.ids.json", *folder.glob(heldout.IDS)]
-        step.finish(outputs, broken=broken, result=facts | by_class)
-        loop.remove_checkpoint(folder)
-        say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")
+        broken = source.broken | unknown
+        finish(step, name, data, pictures, broken, model, described, early, facts, by_class)
         return weights
+
+
+def _with_pseudo(
+    config: SelftrainConfig, data: Data, name: str, pseudo: Path
+) -> tuple[Detection, dict[str, int], dict[str, Any]]:
+    """The labelled pictures and behind them the pseudo-labelled ones that a student learns, and how much there is.
+
+    Raises:
+        StageError: there is nothing in the pseudo-labels.
+    """
+    task = TASKS[config.task]
+    one, several = task.THINGS
+    sizes = None if config.pseudo else boxes.stated_sizes(pseudo, data.unlabelled)
+    other = boxes.without_boxes(data.unlabelled, data.labelled, sizes)
+    other, listed = task.read(pseudo, other, data.labelled, config)
+    if config.pseudo:  # a teacher of ours was not shown them
+        listed = np.setdiff1d(listed, tested(data, name))
+    listed = np.setdiff1d(listed, held_out(config, data, name))
+    each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count")}
+    if config.empty == "drop":
+        listed = listed[[each[row].any() for row in listed.tolist()]]
+    counted = sum(each.values(), np.zeros(len(other.classes), np.int64))
+    if not counted.any():
+        steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
+        raise StageError(
+            f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} pictures; train the "
+            f"teacher longer{steady_too}, or lower --threshold, with --overwrite"
+        )
+    own = np.sum([task.count(data.labelled, row) for row in range(len(data.labelled))], axis=0)
+    pairs = {kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)}
+    words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
+    say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
+    facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
+    by_class = {f"{several} by class, labelled and pseudo": pairs}
+    return student.joined(data.labelled, subset(other, listed)), facts, by_class
 
 
 def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
@@ -294,7 +293,7 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         model, described = saved.load(teacher)
         pictures = boxes.without_boxes(other, data.labelled)
         source = canvas.canvases(pictures, described.size, config.workers, cache="off")
-        rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), _tested(data, name)))
+        rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), tested(data, name)))
         about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
         teaching = model.to(device), described
         facts = TASKS[config.task].label(path, teaching, pictures, source, rows, config, device, about)
@@ -367,14 +366,6 @@ def _backbone(
     if found.weights is None:
         raise UsageError(f"--init {config.init}: has no weights; give a network")
     return replace(found.network, classes=0 if ours else found.network.classes), found.weights, found.foreign
-
-
-def _tested(data: Data, name: str) -> NDArray[np.int64]:
-    """The unlabelled pictures that the test part holds too: nobody may learn from them."""
-    found = boxes.shared(data.unlabelled, data.test)
-    if len(found):
-        say(f"{name}: {len(found)} of the unlabelled pictures are in the test part too, and are left out")
-    return found
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -63,7 +63,7 @@ def study(recipe: str | Path, run: str | Path) -> Path:
             "cause, or take the values out of the recipe, and give the same command again"
         )
     lines = tables.lines_of(plan, scores)
-    held = {"schema": 1, "measure": lines[0].measure, "common": plan.common, "cells": scores}
+    held = {"schema": 1, "measure": tables.measure_of(lines), "common": plan.common, "cells": scores}
     files.write_json(run / "study.json", held)
     files.write_text(run / "study.csv", tables.to_csv(lines))
     files.write_text(run / "cells.csv", tables.cells_csv(lines))
@@ -124,6 +124,8 @@ def read(path: Path) -> Recipe:
         again = [value for place, value in enumerate(values) if value in values[:place]]
         if again:
             raise UsageError(f"--recipe {path}: {axis} lists {again[0]!r} twice; each value makes a cell of its own")
+    if "segment" in grid.get("task", []) and len(grid["task"]) > 1:
+        raise UsageError(f"--recipe {path}: [grid] task: masks have no AP, which boxes have; make a study of each")
     named: dict[str, Cell] = {}
     for cell in cells(Recipe(common, grid, {})):
         build(SelftrainConfig, common | cell, f"--recipe {path}")

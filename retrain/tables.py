@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 from ktransfer.errors import UsageError
 
-MEASURES = ("AP", "AP50", "mIoU")
-"""Those that a study tells, where its cells have them; the tables have the first one."""
+MEASURES = ("mask_AP", "mask_AP50", "AP", "AP50", "mIoU")
+"""Those that a study tells, where its cells have them; the tables have the first one that all have."""
+PUBLISHED = ("AP", "mask_AP")
+"""Those beside which the published tables can stand."""
 BASELINE = "teacher"
 WORDS = {
     "teacher": "labelled pictures alone",
@@ -74,6 +76,12 @@ def lines_of(recipe: Recipe, scores: list[dict[str, Any]]) -> list[Line]:
                 line = found.setdefault((*cell.values(), method, measure), Line(cell, method, measure, {}))
                 line.values[one["cell"].get("seed")] = 100 * measured[measure]
     return list(found.values())
+
+
+def measure_of(lines: list[Line]) -> str:
+    """The first measure that every method has in every cell."""
+    wanted = len({(*line.cell.values(), line.method) for line in lines})
+    return next(name for name in MEASURES if sum(line.measure == name for line in lines) == wanted)
 
 
 def mean(values: list[float]) -> tuple[float, float | None]:
@@ -151,7 +159,7 @@ def varied(recipe: Recipe) -> list[str]:
 
 def to_markdown(recipe: Recipe, lines: list[Line]) -> str:
     """A table for each axis of `SHAPES` that is varied, with its values as columns, and the published ones beside."""
-    measure = lines[0].measure
+    measure = measure_of(lines)
     own = [line for line in lines if line.measure == measure]
     across = varied(recipe) or [""]
     if len({line.method for line in own}) > 2:
@@ -165,7 +173,9 @@ def to_markdown(recipe: Recipe, lines: list[Line]) -> str:
         f"{spread}. In brackets the gain, seed by seed: of a training with unlabelled pictures over the labelled ones "
         "alone, of these over the same from random weights."
     )
-    text += ["", "For orientation, what others found on COCO with networks and schedules far larger:"]
+    if measure not in PUBLISHED:
+        return "\n".join(text) + "\n"
+    text += ["", "For orientation, what others found for boxes on COCO with networks and schedules far larger:"]
     for source in dict.fromkeys(source for axis in across for source in SHAPES[axis]):
         text += ["", *published(source)]
     return "\n".join(text) + "\n"
@@ -220,7 +230,8 @@ def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:
         UsageError: matplotlib is not installed.
     """
     figure, axes = matplotlib()(figsize=(8, 4))
-    own = [line for line in lines if line.measure == lines[0].measure]
+    measure = measure_of(lines)
+    own = [line for line in lines if line.measure == measure]
     series: dict[tuple[str, str], list[Line]] = {}
     for line in own:
         title = ", ".join(_words(recipe, name, value) for name, value in line.cell.items() if name != axis)
@@ -239,7 +250,7 @@ def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:
             label=", ".join(part for part in (title, WORDS[method]) if part),
         )
     axes.set_xlabel(LABELS.get(axis, axis))
-    axes.set_ylabel(f"{own[0].measure} %")
+    axes.set_ylabel(f"{measure} %")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     out = io.StringIO()

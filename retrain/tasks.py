@@ -85,16 +85,30 @@ class Task(Protocol):
         """Measures of the test part, NAME_interval beside each that tables show."""
 
 
-def boxes_alone(config: SelftrainConfig) -> None:
-    """Raise UsageError where masks are learned with what boxes alone have."""
-    asked = {
-        "patience": config.patience,
-        "jitter-filter": config.jitter_filter,
-        "soft-nms": config.soft_nms,
-        "methods": joint.NAME in joint.methods(config),
-    }
-    for flag in (name for name, given in asked.items() if given and config.task != "detect"):
-        raise UsageError(f"--{flag}: is for --task detect; leave it away with --task {config.task}")
+RETINANET = ("focal_alpha", "focal_gamma", "huber_delta", "huber_weight")
+BOXES = ("detector", "patience", "jitter_filter", "soft_nms", *RETINANET)
+STRANGE = {
+    "detect": ("head", "scales"),
+    "segment": (*BOXES, "anchor", "test_threshold"),
+    "instance": (*BOXES, "head", "scales"),
+}
+"""Task -> settings that it does not read."""
+OF_PSEUDO = ("pseudo", "rounds", "adaptive", "jitter_filter", "empty")
+
+
+def suited(config: SelftrainConfig) -> None:
+    """Raise UsageError where a setting is given that the task, the detector or the methods would not read."""
+    usual, methods = SelftrainConfig(), joint.methods(config)
+    strange = [(name, f"--task {config.task}") for name in STRANGE[config.task]]
+    if config.detector != "retinanet":
+        strange += [(name, f"--detector {config.detector}") for name in RETINANET]
+    if joint.SELF not in methods:
+        strange += [(name, "--methods joint alone") for name in OF_PSEUDO]
+    for name, where in strange:
+        if getattr(config, name) != getattr(usual, name):
+            raise UsageError(f"--{name.replace('_', '-')}: is not for {where}; leave it away")
+    if joint.NAME in methods and config.task != "detect":
+        raise UsageError(f"--methods joint: is not for --task {config.task}; leave it away")
 
 
 TASKS: dict[str, Task] = {"detect": detecting, "segment": segmenting, "instance": instances}

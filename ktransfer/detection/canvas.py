@@ -156,6 +156,14 @@ def _sides(extents: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def mirror(canvases: Tensor, extents: Tensor) -> Tensor:
+    """(b, c, s, s) canvases whose pictures, (b, 2) whole numbers of pixels, are mirrored in their places."""
+    places = torch.arange(canvases.shape[-1], device=canvases.device)
+    width = extents[:, :1].long()
+    columns = torch.where(places < width, width - 1 - places, places)
+    return canvases.take_along_dim(columns[:, None, None, :], 3)
+
+
 def normalise(pixels: Tensor, extents: Tensor, how: str) -> Tensor:
     """Canvases (b, 3, size, size), uint8 or float in 0..255, as float32 that a network reads; padding becomes 0.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -157,8 +158,8 @@ def _objects(notes: list[tuple[int, dict[str, Any]]], size: tuple[int, int], cou
 
 
 def outline(given: Any) -> Outline:
-    """Polygons of at least three corners, run lengths, or None."""
+    """Polygons of at least three corners, all of them finite, run lengths, or None."""
     if isinstance(given, dict):
         return {"size": list(given["size"]), "counts": given["counts"]}
     polygons = [[float(value) for value in one] for one in given or [] if len(one) >= 6 and len(one) % 2 == 0]
-    return polygons or None
+    return [one for one in polygons if math.isfinite(sum(one))] or None

@@ -99,7 +99,7 @@ def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
         outline = objects.outlines[place]
         try:
             inside = filled(outline, size)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise BrokenPicture(f"an outline of it is broken: {error}") from error
         if outline is None:
             inside[window] = True
@@ -138,8 +138,12 @@ def read_map(path: Path) -> NDArray[np.uint8]:
             if image.mode != "P":
                 raise BrokenPicture(f"{path.name}: no palette picture of classes")
             return np.asarray(image)
+    except (BrokenPicture, MemoryError):
+        raise
     except OSError as error:
         raise BrokenPicture(f"{path.name}: {error.strerror or error}") from error
+    except Exception as error:  # hostile bytes make decoders raise anything: SyntaxError, DecompressionBombError ...
+        raise BrokenPicture(f"{path.name}: damaged: {type(error).__name__}: {error}") from error
 
 
 def save_map(path: Path, found: NDArray[np.uint8]) -> None:

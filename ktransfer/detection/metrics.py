@@ -140,7 +140,7 @@ def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[st
     ]
     for number, note in enumerate(notes, start=1):
         note["id"] = number
-    outlines = [outline for row in rows for outline in data.objects[row].outlines] if masks else []
+    outlines = [outline for row in rows for outline in _outlines(data.objects[row])] if masks else []
     for note, outline in zip(notes, outlines, strict=False):
         note["segmentation"] = outline
     return {
@@ -211,7 +211,7 @@ def match_all(
             else:
                 size = int(data.sizes[row, 0]), int(data.sizes[row, 1])
                 given = [outlines[row][number] for number in np.flatnonzero(own)[order].tolist()]
-                wanted = [true.outlines[number] for number in np.flatnonzero(mine).tolist()]
+                wanted = [one for one, own_label in zip(_outlines(true), mine.tolist(), strict=True) if own_label]
                 overlaps = _mask_overlaps(given, wanted, size, crowd)
             hit, skip = _match(overlaps, ignore, np.asarray(ious, np.float64), voc)
             pictures.append(np.full(len(overlaps), place))
@@ -298,6 +298,12 @@ def _overlaps(boxes: NDArray[np.float32], true: NDArray[np.float32], crowd: _Bit
 def _shares(common: Any, own: Any, theirs: Any, crowd: _Bits) -> NDArray[np.float64]:
     union = own[:, None] + np.where(crowd, 0.0, theirs[None, :] - common)
     return np.asarray(common / np.maximum(union, np.finfo(float).tiny))
+
+
+def _outlines(objects: Objects) -> list[Outline]:
+    """The outlines of all objects; of one without, which may be a crowd, its box."""
+    corners = objects.boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].astype(np.float64).tolist()
+    return [outline or [box] for outline, box in zip(objects.outlines, corners, strict=True)]
 
 
 def _ignored(objects: Objects) -> _Bits:

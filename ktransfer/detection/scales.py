@@ -24,14 +24,12 @@ class Mirrored:
     """
 
     def __init__(self, source: Pictures, extents: Tensor) -> None:
-        self.source, self.widths = source, extents[:, :1].long()
+        self.source, self.extents = source, extents
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """See `Pictures.batches`."""
         for chosen, pixels, valid, wait in self.source.batches(rows):
-            places, width = torch.arange(pixels.shape[-1]), self.widths[chosen]
-            columns = torch.where(places < width, width - 1 - places, places).to(pixels.device)
-            yield chosen, pixels.take_along_dim(columns[:, None, None, :], 3), valid, wait
+            yield chosen, canvas.mirror(pixels, self.extents[chosen].to(pixels.device)), valid, wait
 
 
 def sides(size: int, scales: Sequence[float]) -> list[int]:

@@ -189,7 +189,7 @@ def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Seq
     size = pixels.shape[-1]
     total: Any = 0.0
     for mirrored in (False, True):
-        seen = mirror(pixels, extents) if mirrored else pixels
+        seen = canvas.mirror(pixels, extents) if mirrored else pixels
         whole = canvas.normalise(seen, extents, model.backbone.how)
         for scale in scales:
             side = max(1, round(size * scale))
@@ -198,17 +198,9 @@ def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Seq
             small = whole if side == size else F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True)
             logits = model(F.pad(small, (0, beyond, 0, beyond)))[:, :, :side, :side]
             answer = F.interpolate(logits.softmax(1), size=(size, size), mode="bilinear", align_corners=False)
-            total = total + (mirror(answer, extents) if mirrored else answer)
+            total = total + (canvas.mirror(answer, extents) if mirrored else answer)
     found: Tensor = total / (2 * len(scales))
     return found
-
-
-def mirror(canvases: Tensor, extents: Tensor) -> Tensor:
-    """(b, c, s, s) canvases whose pictures, (b, 2) whole numbers of pixels, are mirrored in their places."""
-    places = torch.arange(canvases.shape[-1], device=canvases.device)
-    width = extents[:, :1].long()
-    columns = torch.where(places < width, width - 1 - places, places)
-    return canvases.take_along_dim(columns[:, None, None, :], 3)
 
 
 def hard_map(probability: Tensor, extent: tuple[int, int], size: tuple[int, int], threshold: float) -> Tensor:

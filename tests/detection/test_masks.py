@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -117,10 +119,11 @@ def test_data_without_masks_is_one_line(drawn):
 
 
 def test_broken_maps_are_broken_pictures(drawn):
-    outlines = ({"size": [20, 40], "counts": [7]}, *drawn.objects[0].outlines[1:])
-    object.__setattr__(drawn, "objects", (drawn.objects[0]._replace(outlines=outlines),))
-    with pytest.raises(BrokenPicture, match="an outline of it is broken"):
-        masks.classes_of_pixels(drawn, 0)
+    for counts in (None, [7]):
+        outlines = ({"size": [20, 40], "counts": counts}, *drawn.objects[0].outlines[1:])
+        object.__setattr__(drawn, "objects", (drawn.objects[0]._replace(outlines=outlines),))
+        with pytest.raises(BrokenPicture, match="an outline of it is broken"):
+            masks.classes_of_pixels(drawn, 0)
     maps, broken = masks.map_canvases(drawn, 20)
     assert (maps == masks.IGNORE).all() and "an outline of it is broken" in broken[0]
     object.__setattr__(drawn, "label_map", lambda row: np.zeros((5, 5), np.uint8))
@@ -172,3 +175,20 @@ def test_maps_are_palette_pictures_with_the_colours_of_voc(tmp_path):
     (tmp_path / "m.png").write_bytes((tmp_path / "m.png").read_bytes()[:40])
     with pytest.raises(BrokenPicture, match=r"m\.png"):
         masks.read_map(tmp_path / "m.png")
+
+
+def test_a_damaged_map_is_a_broken_picture(tmp_path):
+    """Pillow raises SyntaxError for a chunk whose name is none, and DecompressionBombError for a huge one."""
+    path = tmp_path / "a.png"
+    masks.save_map(path, np.random.default_rng(0).integers(0, 20, (64, 64), np.uint8))
+    whole = path.read_bytes()
+    header = whole.index(b"IHDR")
+    huge = struct.pack(">II", 60_000, 60_000) + whole[header + 12 : header + 17]
+    for broken in (
+        whole.replace(b"IDAT", b"\x01\x02\x03\x04"),
+        whole[: len(whole) // 2],
+        whole[: header + 4] + huge + struct.pack(">I", zlib.crc32(b"IHDR" + huge)) + whole[header + 21 :],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(BrokenPicture, match=r"a\.png"):
+            masks.read_map(path)

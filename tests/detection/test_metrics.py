@@ -1,5 +1,6 @@
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,3 +178,22 @@ def test_nothing_to_be_found_is_said_in_a_line():
     object.__setattr__(data, "objects", crowds)
     with pytest.raises(StageError, match="no object in the 12 pictures"):
         metrics.scores(data, found, 0)
+
+
+def test_a_crowd_without_outline_is_its_box():
+    data, found = noisy(open_file("scenes:images=20,size=96"), crowds=True)
+    outlines = {
+        row: [masks.encoded(masks.filled([[x, y, u, y, u, v, x, v]], (96, 96))) for x, y, u, v in one.boxes.tolist()]
+        for row, one in found.items()
+    }
+    scores = []
+    for box in (False, True):
+        objects = []
+        for one in data.objects:
+            corners = one.boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].tolist()
+            drawn = [[own] if box else None for own in corners]
+            chosen = [own if crowd else o for own, o, crowd in zip(drawn, one.outlines, one.crowd, strict=True)]
+            objects.append(one._replace(outlines=tuple(chosen)))
+        scores.append(metrics.mask_scores(replace(data, objects=tuple(objects)), found, outlines, 0))
+    assert any(one.crowd.any() for one in data.objects)
+    assert scores[0] == scores[1]

@@ -150,7 +150,7 @@ def test_answers_of_scales_and_mirror_images_lie_where_the_picture_is():
 
 def test_pictures_are_mirrored_in_their_places():
     canvases = torch.arange(2 * 4 * 4).view(2, 1, 4, 4)
-    found = segmentation.mirror(canvases, torch.tensor([[4.0, 4], [3, 4]]))
+    found = canvas.mirror(canvases, torch.tensor([[4.0, 4], [3, 4]]))
     assert torch.equal(found[0], canvases[0].flip(2))
     assert found[1, 0, 0].tolist() == [18, 17, 16, 19]
 

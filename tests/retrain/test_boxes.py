@@ -1,6 +1,7 @@
 """Pseudo-boxes as COCO files: there and back, thresholds, and files of others."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,3 +151,13 @@ def test_sizes_of_pictures_without_any_statement(folder):
             assert plain.read(row, None).shape[:2] == (height, width)
         except Exception:
             assert (width, height) == boxes.UNREADABLE
+
+
+def test_pictures_of_a_vocdevkit_are_known_by_their_names_without_ending(tmp_path):
+    """Its keys have no ending; the unlabelled pictures are often its whole JPEGImages."""
+    scenes.write_scenes(tmp_path / "s", 12, 64)
+    _, test = open_detection(str(tmp_path / "s"))
+    keys = tuple(f"VOC2007/{key.rsplit('/', 1)[-1].rsplit('.', 1)[0]}" for key in test.keys)
+    assert boxes.shared(test, replace(test, keys=keys)).tolist() == list(range(len(test)))
+    dotted = tuple(f"{name}.17" for name in keys)
+    assert not len(boxes.shared(test, replace(test, keys=dotted)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ktransfer import scenes
 from ktransfer.detection import canvas, metrics, saved
 from ktransfer.detection.answers import detect
 from ktransfer.detection.data import open_detection
@@ -138,3 +139,25 @@ def test_too_few_pictures_are_one_line(tmp_path):
     nothing = torch.zeros(0, dtype=torch.int64)
     with pytest.raises(StageError, match="no box in the held-out pictures that can be read"):
         heldout.stopping(None, data, None, nothing, SelftrainConfig(patience=1), None, tmp_path)
+
+
+@pytest.mark.parametrize("methods", ["self", "joint"])
+def test_pictures_that_are_held_out_and_unlabelled_too_teach_nothing(tmp_path, monkeypatch, capsys, methods):
+    """Labelled and unlabelled pictures are the same folder: pseudo-boxes would teach those that judge."""
+    scenes.write_scenes(tmp_path / "s", 12, 64)
+    seen, original = set(), loop.fit
+
+    def fit(model, loss, source, batches, *rest):
+        if rest[3] != "teacher":
+            rows = {row for epoch in range(8) for row in batches(epoch).flatten().tolist()}
+            seen.update(source.dataset.keys[row].rsplit("/", 1)[-1] for row in rows)
+        original(model, loss, source, batches, *rest)
+
+    monkeypatch.setattr(loop, "fit", fit)
+    options = SMALL | {"labelled": str(tmp_path / "s"), "unlabelled": str(tmp_path / "s" / "train"), "fraction": 1.0}
+    folder = selftrain(tmp_path / "run", **options | {"epochs": 1, "methods": methods, "patience": 1}).parent
+    whole, _ = open_detection(str(tmp_path / "s"))
+    numbers = json.loads((folder / "teacher" / heldout.IDS).read_text())
+    held = {whole.keys[whole.ids.index(number)].rsplit("/", 1)[-1] for number in numbers}
+    assert len(held) == 3 and len(seen) == 9 and not held & seen
+    assert "3 of the unlabelled pictures are held out" in capsys.readouterr().err

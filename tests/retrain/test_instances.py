@@ -153,7 +153,12 @@ def test_objects_without_outline_are_refused(tmp_path):
     path = tmp_path / "s" / "train.json"
     held = json.loads(path.read_text())
     outline = held["annotations"][0]["segmentation"]
-    for wrong, words in (([], "without outline"), ({"size": [48, 48], "counts": [7]}, "broken outline")):
+    for wrong, words in (
+        ([], "without outline"),
+        ([[1, 1, 9, 9, 1, float("nan")]], "without outline"),
+        ({"size": [48, 48], "counts": [7]}, "broken outline"),
+        ({"size": [24, 96], "counts": [0, 24 * 96]}, r"broken outline \(of \[24, 96\] pixels"),
+    ):
         held["annotations"][0]["segmentation"] = wrong
         path.write_text(json.dumps(held))
         with pytest.raises(UsageError, match=words):
@@ -175,4 +180,7 @@ def test_objects_without_outline_are_refused(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(pseudo))
     with pytest.raises(UsageError, match=r"p\.json: .* without outline"):
         instances.read(tmp_path / "p.json", plain, data, SelftrainConfig())
+    options = SMALL | {"labelled": str(tmp_path / "s"), "pseudo": str(tmp_path / "p.json")}
+    with pytest.raises(UsageError, match=r"p\.json: .* without outline"):  # before the teacher is trained
+        selftraining.check(tmp_path / "run", options)
     assert open_detection(str(tmp_path / "s"))[0].classes == data.classes

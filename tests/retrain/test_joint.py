@@ -251,6 +251,8 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
     ("options", "words"),
     [
         ({"methods": "jointly"}, "--methods jointly: no such method; did you mean 'joint'"),
+        ({"methods": "joint", "rounds": 2}, "--rounds: is not for --methods joint alone; leave it away"),
+        ({"methods": "joint", "empty": "drop"}, "--empty: is not for --methods joint alone"),
         ({"unlabelled": None}, "the pictures without boxes have no classes for --methods joint"),
     ],
 )
@@ -274,3 +276,16 @@ def test_in_a_study_it_is_a_method(made, tmp_path):
     text = study.study(tmp_path / "recipe.toml", tmp_path / "out").read_text()
     assert "| AP % | labelled pictures alone | with self-training | with joint training |" in text
     assert "| ImageNet Init | 33.3 | 36.0 | 34.0 | 36.6 |" in text
+
+
+def test_what_is_of_pseudo_boxes_alone_leaves_it_as_it_is(made, copy, capsys):
+    options = SMALL | {"threshold": 0.01}
+    selftrain(copy, **options | {"methods": "joint"})
+    assert "joint: done before" in capsys.readouterr().err
+    selftrain(copy, **options, overwrite=True)
+    said = capsys.readouterr().err
+    assert "teacher: done before" in said and "joint: done before" in said and "student: done;" in said
+    selftrain(copy, **options | {"alpha": 0.5}, overwrite=True)
+    said = capsys.readouterr().err
+    assert "pseudo: done before" in said and "student: done;" in said and "joint: done;" in said
+    assert weights(copy, "joint") != weights(made, "joint")

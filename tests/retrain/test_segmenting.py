@@ -263,6 +263,9 @@ def test_masks_of_others(listed):
     assert (masks.classes_of_pixels(found, 4) == 12).all()
     assert segmenting.count(found, 4).tolist() == [0] * 11 + [64 * 64]
     assert not segmenting.count(found, 2).any()
+    data.sizes[4] = boxes.UNREADABLE  # a broken picture stops nothing by itself
+    assert not segmenting.count(segmenting.read(path, data, data, config())[0], 4).any()
+    data.sizes[4] = 64
     truth = open_detection("scenes:images=12,size=64")[0]
     outlines = ({"size": [64, 64], "counts": [7]},) * len(truth.objects[0].boxes)
     object.__setattr__(truth, "objects", (truth.objects[0]._replace(outlines=outlines), *truth.objects[1:]))
@@ -280,6 +283,8 @@ def test_masks_of_others(listed):
         ("mask", "../out.png", "lies outside of its folder"),
         ("mask", "/etc/hostname", "lies outside of its folder"),
         ("mask", "m/none.png", "is missing"),
+        ("mask", "m/\0.png", "is no name of a file"),
+        ("mask", "m" * 5000, "is no name of a file"),
         ("file_name", "x/1", "1 of its pictures are not those"),
     ],
 )
@@ -312,6 +317,9 @@ def test_lists_and_masks_that_are_none(listed):
     with pytest.raises(UsageError, match=r"1 of its classes .* such as barrow"):
         segmenting.read(path, data, data, config())
     held = json.loads(text)
+    path.write_text(json.dumps(held | {"classes": held["classes"] * 2}))
+    with pytest.raises(UsageError, match="names a class twice"):
+        segmenting.read(path, data, data, config())
     held["images"][0]["sha256"] = "0"
     path.write_text(json.dumps(held))
     found, _ = segmenting.read(path, data, data, config())
@@ -334,14 +342,16 @@ def test_a_teacher_and_masks_of_another_run(made, tmp_path):
     path = selftrain(tmp_path / "run", **(SMALL | own | {"empty": "drop", "balance": "plain", "ema": 0.5}))
     assert list(json.loads((path.parent / "stage.json").read_text())) == ["student", "scores"]
     with pytest.raises(UsageError, match=r"--teacher .*: a fpn, and --task detect takes one of retinanet, fasterrcnn"):
-        selftrain(tmp_path / "other", **(SMALL | {"task": "detect", "teacher": own["teacher"]}))
+        selftrain(tmp_path / "other", **(SMALL | {"task": "detect", "head": "fcn", "teacher": own["teacher"]}))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"patience": 2}, "--patience: is for --task detect"),
-        ({"methods": "self,joint"}, "--methods: is for --task detect"),
+        ({"patience": 2}, "--patience: is not for --task segment"),
+        ({"methods": "self,joint"}, "--methods joint: is not for --task segment"),
+        ({"anchor": 2.0}, "--anchor: is not for --task segment; leave it away"),
+        ({"test_threshold": 0.1}, "--test-threshold: is not for --task segment"),
         ({"adaptive": True}, "--adaptive: counts boxes"),
         ({"scales": "1,x"}, "--scales 1,x: must be numbers"),
         ({"scales": "0.1"}, "from 0.25 to 4"),

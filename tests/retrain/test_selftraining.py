@@ -14,7 +14,7 @@ from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
 from ktransfer.detection.data import open_detection
 from ktransfer.errors import BrokenPicture, StageError, UsageError
-from ktransfer.retrain import RetrainConfig, SelftrainConfig, detecting, selftrain, selftraining
+from ktransfer.retrain import RetrainConfig, detecting, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
@@ -323,6 +323,9 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"micro_batch": 4}, "--micro-batch 4: .* all 8 pictures"),
         ({"cache_pictures": "device", "device": "cpu"}, "--cache-pictures device"),
         ({"ema": 1.0}, "must be at most 0.9999"),
+        ({"head": "fpn"}, "--head: is not for --task detect; leave it away"),
+        ({"scales": "0.5,1"}, "--scales: is not for --task detect"),
+        ({"detector": "fasterrcnn", "focal_gamma": 2.0}, "--focal-gamma: is not for --detector fasterrcnn"),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
@@ -341,13 +344,6 @@ def test_the_extra_is_asked_for_when_the_command_starts(tmp_path, monkeypatch):
     )
     with pytest.raises(UsageError, match=r"pip install 'ktransfer\[detection\]'"):
         selftrain(tmp_path / "run", **SMALL)
-
-
-def test_settings_of_the_paper_are_the_defaults():
-    config = SelftrainConfig()
-    assert (config.size, config.threshold, config.detector, config.rounds) == (640, 0.5, "retinanet", 1)
-    assert config.batch == 256
-    assert detecting.NECKS["retinanet"] == "p3-p7"
 
 
 def test_samples_are_passes_over_the_labelled_pictures(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from ktransfer.detection import canvas
 from ktransfer.detection.data import open_detection
 from ktransfer.detection.losses import Truth
-from ktransfer.retrain import student
+from ktransfer.retrain import SelftrainConfig, detecting, student
 from ktransfer.training import loop
 
 
@@ -119,3 +119,10 @@ def test_joined_pictures_are_those_of_both():
     assert np.array_equal(both.read(3, None), train.read(3, None))
     assert np.array_equal(both.read(len(train) + 2, None), test.read(2, None))
     assert both.objects[len(train) + 2] is test.objects[2]
+
+
+def test_settings_of_the_paper_are_the_defaults():
+    config = SelftrainConfig()
+    assert (config.size, config.threshold, config.detector, config.rounds) == (640, 0.5, "retinanet", 1)
+    assert config.batch == 256
+    assert detecting.NECKS["retinanet"] == "p3-p7"

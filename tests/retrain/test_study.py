@@ -278,6 +278,7 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
     ("old", "new", "words"),
     [
         ("[names]", "[nomes]", "'nomes' is no table of a study"),
+        ("[grid]", '[grid]\ntask = ["detect", "segment"]', "task: masks have no AP, which boxes have"),
         ("epochs = 1", "epoch = 1", "no setting 'epoch'; did you mean 'epochs'"),
         ("epochs = 1", "epochs = 1\nfraction = 0.1", "'fraction' stands in"),
         ("seed = [0, 1, 2]", "seed = 3", "needs a list of values"),
@@ -342,3 +343,25 @@ def test_of_several_processes_one_studies(recipe, tmp_path, monkeypatch):
 
 def test_one_seed_has_no_interval():
     assert tables.mean([3.0]) == (3.0, None)
+
+
+def test_masks_of_objects_are_judged_by_their_own_precision_and_pixels_have_no_published_table(
+    recipe, ran, tmp_path, monkeypatch
+):
+    def measured(*names):
+        def fake(run, **options):
+            run.mkdir(parents=True, exist_ok=True)
+            found = {name: ap(options, "teacher") / place for place, name in enumerate(names, 1)}
+            (run / "scores.json").write_text(json.dumps({"scores": {"teacher": found}}))
+            return run / "scores.json"
+
+        monkeypatch.setattr(selftraining, "selftrain", fake)
+        return study.study(recipe, tmp_path / names[0]).read_text()
+
+    text = measured("mask_AP", "mask_AP50", "AP", "AP50")
+    assert "| mask_AP % | 50 % | 25 % |" in text and "Zoph et al. 2020, Table 3" in text
+    assert {row["measure"] for row in table(tmp_path / "mask_AP" / "study.csv")} == set(tables.MEASURES) - {"mIoU"}
+    text = measured("mIoU")
+    assert "| mIoU % | 50 % | 25 % |" in text and "Zoph" not in text
+    lines = [tables.Line({"task": task}, "teacher", name, {0: 1.0}) for task, name in (("detect", "AP"), ("b", "AP"))]
+    assert tables.measure_of([*lines, tables.Line({"task": "b"}, "teacher", "mask_AP", {0: 2.0})]) == "AP"
