@@ -74,9 +74,15 @@ def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
     """Those of `--clusters-k`.
 
     Raises:
-        UsageError: they are not whole numbers of which twice as many are at most the training pictures.
+        UsageError: they are not whole numbers of which twice as many are at most the training pictures, or the
+            classes, which count where none are given, are not.
     """
     if config.clusters_k is None:
+        if 2 * len(train.classes) > len(train):
+            raise UsageError(
+                f"--protocol clusters: {len(train)} training pictures are too few for twice as many clusters as "
+                f"classes ({len(train.classes)}); give more pictures, or fewer clusters with --clusters-k"
+            )
         return [len(train.classes)]
     words = [part.strip() for part in config.clusters_k.split(",")]
     if not all(word.isdecimal() and 2 <= int(word) <= len(train) // 2 for word in words):

@@ -73,7 +73,7 @@ def judge(
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
 
     def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
-        return _column(arm, column, parts, sources, rows, config, place, device), sources[1].broken
+        return _column(arm, column, parts, sources, rows, config, place, device)
 
     return by_column(arm, parts, config, folder, sources[0].broken, make)
 
@@ -177,8 +177,8 @@ def _column(
     config: EvalConfig,
     folder: Path,
     device: torch.device,
-) -> dict[str, Any]:
-    """Train one detector and judge it."""
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """Train one detector and judge it: its scores, and the broken pictures of the test part."""
     train, test = parts
     trunk = trunks.build(arm.network, arm.weights, neck(arm.network, config), config.norm, config.seed)
     if column == "frozen":
@@ -199,6 +199,7 @@ def _column(
     )
     everything = torch.arange(len(test))
     at = test_scales(config)
-    found = detect_at(model, test, sources[1], everything, config.canvas, settings, device, at, label)
-    check_broken(sources[1].broken, len(test), config.max_broken, test)
-    return metrics.scores(test, found, config.seed) | {"threshold": config.threshold, "neck": neck(arm.network, config)}
+    found, broken = detect_at(model, test, sources[1], everything, config.canvas, settings, device, at, label)
+    check_broken(broken, len(test), config.max_broken, test)
+    about = {"threshold": config.threshold, "neck": neck(arm.network, config)}
+    return metrics.scores(test, found, config.seed) | about, broken

@@ -2,8 +2,8 @@
 
 Protocol `detect/2 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
 the runs beside, is judged on the test part of the labelled pictures that it learned from, or of `--labelled`, on
-canvases of its own size. Scores from `--threshold` on, non-maximum suppression and measures as in `detect/2`. A run
-that holds no other network is judged so without being told.
+canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on, non-maximum suppression and measures
+as in `detect/2`. A run that holds no other network is judged so without being told.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ktransfer import files
-from ktransfer.detection import answers, canvas, detectors, metrics, saved
+from ktransfer.detection import canvas, detectors, metrics, saved
 from ktransfer.detection.data import Detection
+from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.pictures import check_broken
 from ktransfer.run import RECORD, done_record, read_record
@@ -33,14 +34,16 @@ MEASURES = detect.MEASURES
 NOTE = "detectors as selftrain made them; their size, the pictures and the least score stand in its json."
 TRUNK = "finished"
 STAGE, LAST = "selftrain", "scores"
-READ = ("labelled", "beside", "trunk", "threshold", "seed", "seeds", "device", "workers", "max_broken")
+READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
 """The settings that count here."""
 
 
 def wanted(run: Path, config: EvalConfig, pending: Mapping[str, Any]) -> bool:
-    """Whether `--protocol detect` means these: it was told so, or the run will hold nothing else."""
+    """Whether `--protocol detect` means these: it was told so, or told nothing, and the run will hold nothing else."""
+    if config.trunk != EvalConfig.trunk:
+        return config.trunk == TRUNK
     others = any(stage in pending or read_record(run, stage, name) for stage, name in FINAL)
-    return config.trunk == TRUNK or (not others and (STAGE in pending or read_record(run, STAGE, LAST) is not None))
+    return not others and (STAGE in pending or read_record(run, STAGE, LAST) is not None)
 
 
 def labelled(run: Path, pending: Mapping[str, Any]) -> str | None:
@@ -63,6 +66,9 @@ def check(
         UsageError: one line.
     """
     metrics.need_extra()
+    detect.test_scales(config)
+    if STAGE in pending and pending[STAGE].task == "segment":
+        raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
     if config.supervised:
         raise UsageError("--supervised: finished detectors are judged as they are; leave it away")
     if STAGE in pending and source != config.labelled:
@@ -137,15 +143,14 @@ def judge(
     source = canvas.canvases(test, described.size, config.workers, cache="off")
     answering = replace(described.settings, threshold=config.threshold)
     rows = torch.arange(len(test))
-    found = answers.detect(
-        model.to(device), test, source, rows, described.size, answering, device, label=f"detect {arm.name}"
-    )
-    check_broken(source.broken, len(rows), config.max_broken, test)
+    at, label = detect.test_scales(config), f"detect {arm.name}"
+    found, broken = detect_at(model.to(device), test, source, rows, described.size, answering, device, at, label)
+    check_broken(broken, len(rows), config.max_broken, test)
     about = {"threshold": config.threshold, "size": described.size, "detector": described.settings.kind}
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,
         "width": arm.network.width,
         "scores": {TRUNK: metrics.scores(test, found, config.seed) | about},
-        "broken": [f"{test.name}/{test.keys[row]}: {why}" for row, why in sorted(source.broken.items())],
+        "broken": [f"{test.name}/{test.keys[row]}: {why}" for row, why in sorted(broken.items())],
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from ktransfer import networks, teachers
 from ktransfer.augment import centre_crop
 from ktransfer.centroids import Centroids, nearest, read_centroids
-from ktransfer.dataset import Dataset
+from ktransfer.dataset import Dataset, open_dataset, same_pictures
 from ktransfer.errors import UsageError
 from ktransfer.pictures import Pictures
 from ktransfer.progress import bar
@@ -53,7 +53,7 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     """What the pseudo-labels were made with that the network of a run learned.
 
     Raises:
-        UsageError: it is not there any more, not known, or the network learned from the pictures of `test`.
+        UsageError: it is not there any more, not known, or pictures of `test` were learned from or clustered.
     """
     assert arm.weights is not None
     run = arm.weights.parent.parent
@@ -66,11 +66,15 @@ def find_source(arm: Arm, test: Dataset) -> Source:
         raise UsageError("the network learned other labels than those in clusters/labels.csv")
     if assigned["inputs"].get("centroids") != input_hash(centroids_path):
         raise UsageError("the clusters were made anew since the labels")
-    if learned["inputs"].get("data") == test.fingerprint:
-        raise UsageError("the network learned those of these very pictures")
-    made = read_record(run, "features", Path(clustered["config"]["features"]).stem)
-    if not made or made["config"].get("elsewhere"):
-        raise UsageError("the features that were clustered were not made in the run")
+    made = read_record(run, "features", (stem := Path(clustered["config"]["features"]).stem))
+    hashes = made["outputs"].get(f"{stem}.h5", {}) if made else {}
+    if not made or made["config"].get("elsewhere") or hashes.get("sha256") != clustered["inputs"]["features"]:
+        raise UsageError("the features that were clustered were not made in the run, or made anew since")
+    for what, step in (("network learned from", learned), ("clusters hold", made)):
+        if step["inputs"].get("data") == test.fingerprint:
+            raise UsageError(f"the {what} these very pictures")
+        if seen := _seen(open_dataset(step["config"]["data"]), test):
+            raise UsageError(f"the {what} {seen} of the {len(test)} test pictures")
     extracted, centroids = made["config"], read_centroids(centroids_path)
     if extracted["teacher"]:
         teacher = teachers.find(*(extracted[name] for name in ("teacher", "arch", "weights", "size")))
@@ -80,6 +84,21 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     if teachers.identity(teacher) != centroids.source["teacher"]:
         raise UsageError("its teacher is another one now")
     return Source(centroids, teacher, extracted)
+
+
+def _seen(data: Dataset, test: Dataset) -> int:
+    """How many pictures of `test` are in `data`: one path ends with the other, and the pixels are equal."""
+    mine, theirs = ({key: row for row, key in enumerate(part.keys)} for part in (data, test))
+    pairs = {(row, theirs[end]) for key, row in mine.items() for end in _ends(key) if end in theirs}
+    pairs |= {(mine[end], row) for key, row in theirs.items() for end in _ends(key) if end in mine}
+    chosen = sorted(pairs)
+    return len({row for (_, row), same in zip(chosen, same_pictures(data, test, chosen), strict=True) if same})
+
+
+def _ends(key: str) -> list[str]:
+    """a/b/c.png, b/c.png, c.png."""
+    parts = key.split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
 def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:

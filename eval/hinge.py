@@ -102,7 +102,7 @@ def _direction(
     for _ in range(INNER):
         seen = rows @ way
         bent = way + 2 * rows.T @ (active * seen)
-        ratio = power / np.einsum("ij,ij->j", way, bent)
+        ratio = _over(power, np.einsum("ij,ij->j", way, bent))
         step += ratio * way
         change += ratio * seen
         rest = rest - ratio * bent
@@ -110,9 +110,15 @@ def _direction(
             break
         eased = scale * rest
         fresh = np.einsum("ij,ij->j", rest, eased)
-        way = eased + fresh / power * way
+        way = eased + _over(fresh, power) * way
         power = fresh
     return step, change
+
+
+def _over(above: Matrix, below: Matrix) -> Matrix:
+    """Quotients, 0 of 0 by 0: a problem that is solved to the last digit while others go on."""
+    found: Matrix = np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+    return found
 
 
 def _size(own: Matrix, step: Matrix, gaps: Matrix, change: Matrix, cost: Matrix, gradient: Matrix) -> Matrix:

@@ -27,7 +27,9 @@ def to_markdown(result: dict[str, Any]) -> str:
         if not columns:
             continue  # of labels of another kind
         rows = [
-            [title(name, arm), *(cell_text(arm, column, measure) for column in columns)] for name, arm in arms.items()
+            [title(name, arm), *(cell_text(arm, column, measure) for column in columns)]
+            for name, arm in arms.items()
+            if any(measure in found for found in arm["scores"].values())
         ]
         lines += [*table(*turned([f"{result['title']}, {words}", *columns], rows)), ""]
     return "\n".join([*lines, footer(result)]) + "\n"

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import images
-from ktransfer.errors import StageError, UsageError
+from ktransfer.errors import BrokenPicture, StageError, UsageError
 from ktransfer.folders import ENDINGS, file_size, walk
-from ktransfer.progress import say_once
+from ktransfer.machine import cores
+from ktransfer.progress import bar, say_once
 
+COMPARED = 64
 LISTS = (".txt", ".csv", ".tsv")
 PACKS = (".h5", ".hdf5")
 PATH_COLUMNS = ("path", "file", "filename", "key")
@@ -143,6 +146,26 @@ def check_broken(broken: Mapping[int, str], total: int, max_broken: float, datas
         f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
         f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
     )
+
+
+def same_pictures(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether the rows of each pair, one of `data` and one of `other`, show the same in all pixels; broken ones do not.
+
+    They are compared at a short side of `COMPARED` pixels, so that a large JPEG is read at reduced scale.
+    """
+
+    def same(pair: tuple[int, int]) -> bool:
+        try:
+            return np.array_equal(data.read(pair[0], COMPARED), other.read(pair[1], COMPARED))
+        except BrokenPicture:
+            return False
+
+    found: list[bool] = []
+    with bar(len(pairs), "compare") as shown, ThreadPoolExecutor(cores()) as pool:
+        for one in pool.map(same, pairs):
+            found.append(one)
+            shown.update(1)
+    return found
 
 
 def _existing(spec: str) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import files
-from ktransfer.dataset import UNKNOWN, Dataset
+from ktransfer.dataset import UNKNOWN, Dataset, same_pictures
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.coco import outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
@@ -21,7 +21,6 @@ from ktransfer.folders import ENDINGS
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
-COMPARED = 64  # pixels, the short side at which pictures are compared: a large JPEG is then read at reduced scale
 ANY = 2**30  # pixels, the sides of a picture whose size is not asked for: no box reaches over its edge
 UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
 
@@ -201,25 +200,14 @@ def shared(data: Dataset, test: Dataset) -> NDArray[np.int64]:
     for row, key in enumerate(test.keys):
         named.setdefault(_name(key), []).append(row)
     pairs = [(row, other) for row, key in enumerate(data.keys) for other in named.get(_name(key), ())]
-    with bar(len(pairs), "compare") as shown, ThreadPoolExecutor(cores()) as pool:
-        found: set[int] = set()
-        for (row, _), same in zip(pairs, pool.map(lambda pair: _same(data, test, *pair), pairs), strict=True):
-            found |= {row} if same else set()
-            shown.update(1)
-    return np.array(sorted(found), np.int64)
+    same = same_pictures(data, test, pairs)
+    return np.unique(np.array([row for (row, _), one in zip(pairs, same, strict=True) if one], np.int64))
 
 
 def _name(key: str) -> str:
     """The file name without its ending, which VOC's keys do not have; numbers as in 2007.17 are no ending."""
     path = PurePosixPath(key)
     return path.stem if path.suffix.lower() in ENDINGS else path.name
-
-
-def _same(data: Dataset, test: Dataset, row: int, other: int) -> bool:
-    try:
-        return np.array_equal(data.read(row, COMPARED), test.read(other, COMPARED))
-    except BrokenPicture:
-        return False
 
 
 def count(objects: tuple[Objects, ...], classes: int) -> list[int]:

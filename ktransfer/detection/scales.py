@@ -48,7 +48,7 @@ def detect_at(
     device: torch.device,
     scales: Sequence[float],
     label: str = "detect",
-) -> dict[int, Answer]:
+) -> tuple[dict[int, Answer], dict[int, str]]:
     """As `answers.detect`, over all scales and their mirror images; of (1.0,) alone that itself, nothing mirrored.
 
     Of boxes of one class that overlap by more than `settings.overlap` the one of the highest score stays, whatever its
@@ -56,10 +56,14 @@ def detect_at(
 
     Args:
         source: canvases of `size` pixels; those of other sizes are read anew from its pictures.
+
+    Returns:
+        Row -> answer, and row -> reason of the broken pictures, whatever canvas they were wanted for.
     """
     if tuple(scales) == (1.0,):
-        return detect(model, data, source, rows, size, settings, device, label=label)
+        return detect(model, data, source, rows, size, settings, device, label=label), source.broken
     every: dict[int, list[Answer]] = {}
+    broken: dict[int, str] = {}
     for side in sides(size, scales):
         own = source if side == size else canvas.canvases(data, side, source.workers, source.cache, source.device)
         views: tuple[Source, ...] = (own, Mirrored(own, canvas.extents(data, side)))
@@ -67,7 +71,8 @@ def detect_at(
             name = f"{label} at {side}{', mirrored' if mirrored else ''}"
             for row, answer in detect(model, data, view, rows, side, settings, device, label=name).items():
                 every.setdefault(row, []).append(_mirrored(answer, float(data.sizes[row, 0])) if mirrored else answer)
-    return {row: _merged(found, settings) for row, found in every.items()}
+        broken |= own.broken
+    return {row: _merged(found, settings) for row, found in every.items()}, broken
 
 
 def _mirrored(answer: Answer, width: float) -> Answer:

@@ -9,6 +9,7 @@ from torchvision.ops import box_iou
 from ktransfer.detection import answers, canvas, detectors, scales, trunks
 from ktransfer.detection.data import open_file
 from ktransfer.detection.detectors import Settings
+from ktransfer.errors import BrokenPicture
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def made(size=96, **more):
 def test_one_scale_is_the_detector_itself(data):
     source, (model, settings) = canvas.canvases(data, 96), made(threshold=0.05)
     plain = answers.detect(model, data, source, ROWS, 96, settings, CPU)
-    found = scales.detect_at(model, data, source, ROWS, 96, settings, CPU, [1.0])
+    found, _ = scales.detect_at(model, data, source, ROWS, 96, settings, CPU, [1.0])
     for row, answer in plain.items():
         for one, other in zip(answer, found[row], strict=True):
             assert torch.equal(one, other)
@@ -73,19 +74,20 @@ def test_every_view_finds_the_same_place(data, monkeypatch):
     monkeypatch.setattr(canvas.networks, "normalise", lambda pixels, how: pixels.float() / 255)
     lit_data = data.__class__(**{**vars(data), "read": lit})
     settings, source = Settings(kind="fasterrcnn", overlap=1.0), canvas.canvases(lit_data, 96)
-    found = scales.detect_at(Bright(), lit_data, source, ROWS, 96, settings, CPU, [0.66, 1.0, 1.34])
+    found, _ = scales.detect_at(Bright(), lit_data, source, ROWS, 96, settings, CPU, [0.66, 1.0, 1.34])
     assert list(found) == [3, 5]
     assert len(found[3].boxes) == 6
     assert found[3].scores.tolist() == pytest.approx([0.836, 0.836, 0.804, 0.804, 0.772, 0.772])
     for box in found[3].boxes:
         torch.testing.assert_close(box, torch.tensor([4.0, 10.0, 20.0, 30.0]), atol=1.0, rtol=0)
-    one = scales.detect_at(Bright(), lit_data, source, ROWS, 96, Settings(kind="fasterrcnn"), CPU, [0.66, 1.0, 1.34])
+    plain = Settings(kind="fasterrcnn")
+    one, _ = scales.detect_at(Bright(), lit_data, source, ROWS, 96, plain, CPU, [0.66, 1.0, 1.34])
     assert len(one[5].boxes) == 1 and one[5].labels.tolist() == [3]
 
 
 def test_merging_is_that_of_a_plain_loop(data):
     source, (model, settings) = canvas.canvases(data, 96), made(threshold=0.06, most=30)
-    found = scales.detect_at(model, data, source, ROWS, 96, settings, CPU, [1.0, 1.34])[3]
+    found = scales.detect_at(model, data, source, ROWS, 96, settings, CPU, [1.0, 1.34])[0][3]
     views = []
     for side in (96, 128):
         own = canvas.canvases(data, side)
@@ -105,3 +107,18 @@ def test_merging_is_that_of_a_plain_loop(data):
 def test_sides_are_whole_strides():
     assert scales.sides(320, [0.75, 1.0, 1.25]) == [256, 320, 384]
     assert scales.sides(100, [0.2, 0.25, 1.0]) == [32, 100]
+
+
+@pytest.mark.parametrize("at", [[1.0], [0.66, 1.34]])
+def test_broken_pictures_are_told_whatever_the_scales(data, at):
+    def read(row, side):
+        if row == 5:
+            raise BrokenPicture("is empty")
+        return data.read(row, side)
+
+    torn = data.__class__(**{**vars(data), "read": read})
+    model, settings = made(threshold=0.05)
+    source = canvas.canvases(torn, 96)
+    found, broken = scales.detect_at(model, torn, source, ROWS, 96, settings, CPU, at)
+    assert broken == {5: "is empty"}
+    assert list(found) == [3]

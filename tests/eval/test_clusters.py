@@ -127,6 +127,12 @@ def test_misuse_is_one_line(parts, tmp_path, wanted):
     assert "\n" not in str(caught.value)
 
 
+def test_too_few_pictures_for_twice_as_many_clusters_as_classes(parts, tmp_path):
+    crowded = replace(parts[0], classes=tuple(f"class{place}" for place in range(46)))
+    with pytest.raises(UsageError, match=r"90 training pictures are too few .* \(46\); .*--clusters-k"):
+        clusters.check([NETWORK], (crowded, parts[1]), CONFIG, tmp_path)
+
+
 def test_which_clusterings_are_compared(parts, tmp_path, monkeypatch):
     whole, calls = clusters.clustered, []
 

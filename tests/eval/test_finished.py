@@ -56,7 +56,7 @@ def test_the_line_judges_teacher_and_student(made):
         cell = arm["scores"]["finished"]
         assert {key: cell[key] for key in own["scores"][name]} == own["scores"][name]
         assert cell["size"] == 64 and cell["detector"] == "retinanet"
-    assert set(found["settings"]) == {"threshold", "trunk", "seed", "seeds"}
+    assert set(found["settings"]) == {"threshold", "test_scales", "trunk", "seed", "seeds"}
     assert found["inputs"]["network student"] == files.sha256(made / "selftrain" / "student" / "model.safetensors")
     assert "alexnet_bn, detector (student)" in (made / "eval" / "detect.md").read_text()
     assert "student,alexnet_bn,detector,finished,AP50" in (made / "eval" / "detect.csv").read_text()
@@ -83,6 +83,7 @@ def test_other_pictures_other_runs_and_a_threshold(made, copy):
         labelled="scenes:images=16,size=64,seed=1",
         beside=str(copy.parent / "second"),
         threshold=0.5,
+        test_scales="1,1.5",
         overwrite=True,
     )["detect"]
     found = json.loads(path.read_text())
@@ -106,6 +107,9 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     fails("no labelled pictures given", tmp_path / "none", trunk="finished")
     fails("no labelled pictures given", protocol="linear")
     fails("--supervised: finished detectors", supervised=True)
+    fails("--test-scales 9: must be", test_scales="9")
+    for told in ("frozen", "finished,frozen"):
+        fails("holds no finished network", trunk=told, labelled=SCENES)
     fails("scores is missing", beside=str(tmp_path / "none"))
     strange = tmp_path / "boxes.json"
     pictures = [{"id": n, "file_name": f"{n}.jpg", "width": 9, "height": 9} for n in range(9)]
@@ -117,6 +121,9 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     fails("has other classes than the detectors tell", labelled=str(strange))
     line = [("selftrain", SMALL), ("eval", {"protocol": "detect", "labelled": str(strange)})]
     with pytest.raises(UsageError, match="has other classes than the detectors tell"):
+        stages.plan(line, tmp_path / "new")
+    line = [("selftrain", SMALL | {"task": "segment"}), ("eval", {"protocol": "detect"})]
+    with pytest.raises(UsageError, match="makes no detector"):
         stages.plan(line, tmp_path / "new")
     other = copy.parent / "again" / copy.name
     shutil.copytree(copy, other)

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ktransfer import networks
+from ktransfer import networks, scenes
 from ktransfer.cli import main
 from ktransfer.dataset import open_dataset, open_parts
 from ktransfer.errors import UsageError
@@ -109,7 +110,7 @@ def test_shares_by_hand():
 
 
 def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
-    with pytest.raises(UsageError, match="of these very pictures"):
+    with pytest.raises(UsageError, match="learned from these very pictures"):
         heldout.find_source(arm_of(run), open_parts(SCENES)[0])
     copy = shutil.copytree(run, tmp_path / "run")
     labels, centroids = copy / "clusters" / "labels.csv", copy / "clusters" / "clusters.h5"
@@ -125,6 +126,11 @@ def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
         path.write_bytes(kept[path])
     record = copy / "features" / "stage.json"
     made = json.loads(record.read_text())
+    other = json.loads(record.read_text())
+    other["scenes"]["outputs"]["scenes.h5"]["sha256"] = "of another layer"
+    record.write_text(json.dumps(other))
+    with pytest.raises(UsageError, match="made anew since"):
+        heldout.find_source(arm_of(copy), test_part)
     made["scenes"]["config"]["elsewhere"] = True
     record.write_text(json.dumps(made))
     with pytest.raises(UsageError, match="not made in the run"):
@@ -132,3 +138,21 @@ def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
     path = evaluate(copy, protocol="clusters", layers="conv1", clusters_k="4", random=False, overwrite=True)["clusters"]
     assert list(json.loads(path.read_text())["arms"]["run"]["scores"]) == ["conv1", "pseudo-labels"]
     assert "run is not asked for held-out pseudo-labels: the features" in capsys.readouterr().err
+
+
+def test_pictures_that_were_learned_from_are_not_held_out(tmp_path):
+    """A folder is learned from, and a list names some of its pictures for the test."""
+    scenes.write_scenes(tmp_path / "s", 12, 48)
+    learned, test = (open_dataset(str(tmp_path / "s" / part)) for part in ("train", "val"))
+    assert heldout._seen(learned, test) == 0
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"s/train/{key}\n" for key in learned.keys[:4]) + f"s/val/{test.keys[0]}\n")
+    assert heldout._seen(learned, open_dataset(str(listed))) == 4
+    assert heldout._seen(open_dataset(str(listed)), learned) == 4
+
+
+def test_a_run_that_learned_some_of_the_test_pictures_is_not_asked(run, test_part):
+    some = replace(test_part, fingerprint="of fewer", read=open_parts(SCENES)[0].read)
+    shared = len(set(some.keys) & set(open_parts(SCENES)[0].keys))
+    with pytest.raises(UsageError, match=f"learned from {shared} of the {len(some)} test pictures"):
+        heldout.find_source(arm_of(run), some)

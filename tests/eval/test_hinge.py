@@ -65,3 +65,14 @@ def test_what_can_be_told_apart_at_any_cost():
     assert (hinge.prepared(rows).numbers @ found) == pytest.approx(2 * np.eye(3) - 1, abs=1e-3)
     none = hinge.minimise(hinge.prepared(rows), 2 * np.eye(3) - 1, np.zeros((3, 3)), np.ones((3, 3)))
     assert np.abs(none).max() < hinge.LENGTH
+
+
+def test_a_problem_that_is_solved_to_the_last_digit_does_not_harm_the_others():
+    """Where no row is within its margin the function is |w|^2 / 2, and one step of conjugate gradients is exact."""
+    given, signs = problem(40, 60, 2)
+    rows, costs = hinge.prepared(given), np.full((40, 2), 100.0)
+    start = np.zeros((rows.numbers.shape[1], 2))
+    start[:, 0] = np.linalg.lstsq(rows.numbers, 3 * signs[:, 0], rcond=None)[0]
+    with np.errstate(all="raise"):
+        found = hinge.minimise(rows, signs, costs, start)
+    np.testing.assert_allclose(found, hinge.minimise(rows, signs, costs), atol=2 * hinge.LENGTH)

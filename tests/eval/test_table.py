@@ -92,6 +92,9 @@ def test_a_measure_has_the_columns_that_have_it():
     assert [line.count("|") for line in text.splitlines() if line.startswith("| linear")] == [4, 4, 3]
     assert "| 12.5 ± 2.5 |" in text
     assert "mAP" not in text
+    both = to_markdown(result | {"arms": {"random": arm, "mine": other}})
+    assert [line.count("|") for line in both.splitlines() if "| 12.5 ± 2.5 |" in line] == [3]
+    assert "| -" not in both.split("error %")[1]
 
 
 def test_a_wide_table_is_turned():
