@@ -44,9 +44,9 @@ def assert_close(found, wanted):
 def test_the_same_training(tmp_path, monkeypatch, capsys, micro_batch):
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # inductor wants a compiler of C++, and a minute
     wanted = train(tmp_path / "off", "off", micro_batch=micro_batch)
-    assert capsys.readouterr().err == ""
+    capsys.readouterr()
     assert_close(train(tmp_path / "auto", "auto", micro_batch=micro_batch), wanted)
-    assert capsys.readouterr().err == ""  # not on a CPU
+    assert "compiling" not in capsys.readouterr().err  # not on a CPU
     assert_close(train(tmp_path / "on", "on", micro_batch=micro_batch), wanted)
     assert "t: compiling the step" in capsys.readouterr().err
 
