@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,10 @@ def main() -> None:
                 code = 99
                 try:
                     code = child(order, rank, port)
+                except BaseException:
+                    traceback.print_exc()  # nothing else tells why a process went
                 finally:
+                    sys.stderr.flush()
                     os._exit(code)
             os.setpgid(pid, pids[0] if pids else pid)
             pids.append(pid)
