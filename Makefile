@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The tests of a file share what they prepare, and stay in one process.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-all check format bench install
@@ -18,10 +20,10 @@ demo: $(READY)
 	$(BIN)/ktransfer demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(PYTEST) -m "not slow" --cov-fail-under=90
 
 test-all: $(READY)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -186,7 +186,7 @@ def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least:
         scores[label[note["category_id"]]].append(float(note["score"]))
     found = np.full(len(data.classes), least)
     for place, own in enumerate(scores):
-        rate = sum(int((one.labels == place).sum()) for one in labelled.objects) / len(labelled)
+        rate = sum(int((one.labels[~one.crowd] == place).sum()) for one in labelled.objects) / len(labelled)
         wanted = round(rate * len(held["images"]))
         ranked = sorted(own, reverse=True)
         if wanted < len(ranked):

@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ktransfer.detection import losses as truths
 from ktransfer.detection import metrics
 from ktransfer.detection.answers import detect
 from ktransfer.detection.data import Detection, open_detection
 from ktransfer.detection.losses import Truth
-from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.pictures import Pictures, check_broken
 
 from . import boxes, steady
 from .config import SelftrainConfig
+from .parts import Shown
 from .student import losses as losses
 
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
@@ -67,18 +67,9 @@ def draw(path: Path, data: Detection, known: Truth, source: Pictures, strength: 
     draw_augmented(path, data, source, strength, seed, rows)
 
 
-def label(
-    path: Path,
-    teacher: tuple[nn.Module, Described],
-    data: Detection,
-    source: Pictures,
-    rows: Tensor,
-    config: SelftrainConfig,
-    device: torch.device,
-    about: dict[str, Any],
-) -> dict[str, int]:
+def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
     """Write the boxes that a teacher sees, with scores from the threshold on."""
-    model, described = teacher
+    model, described, data, source, config, device = shown
     settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
     found = detect(model, data, source, rows, described.size, settings, device, label=path.stem)
     check_broken(source.broken, len(rows), config.max_broken, data)
@@ -91,16 +82,9 @@ def label(
     return facts | {"boxes": sum(len(answer.scores) for answer in found.values())}
 
 
-def judge(
-    arm: tuple[nn.Module, Described],
-    test: Detection,
-    source: Pictures,
-    config: SelftrainConfig,
-    device: torch.device,
-    label: str,
-) -> dict[str, Any]:
+def judge(shown: Shown, label: str) -> dict[str, Any]:
     """Average precision."""
-    model, described = arm
+    model, described, test, source, config, device = shown
     answering = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
     rows = torch.arange(len(test))
     found = detect(model, test, source, rows, described.size, answering, device, label=label)

@@ -18,7 +18,6 @@ from torchvision.ops import masks_to_boxes
 from ktransfer.detection import canvas, detectors, geometry, masks, metrics
 from ktransfer.detection.answers import detect
 from ktransfer.detection.data import Detection, Outline, subset
-from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
 from ktransfer.errors import UsageError
@@ -28,7 +27,8 @@ from ktransfer.training.batch import Batch, Loss
 from . import boxes, detecting
 from .config import SelftrainConfig
 from .detecting import count as count
-from .student import Student, Weighing, _part, _sum, weighed
+from .parts import Shown
+from .student import Student, Weighing, halves, total, weighed
 
 NECKS = {"maskrcnn": "p2-p6"}
 THINGS = "object", "objects"
@@ -120,12 +120,11 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
         ]
         objects = torch.tensor([len(one["labels"]) for one in targets], device=rows.device)
         if weighing is None:
-            return _sum(model, pixels, targets), {"objects": objects.sum(), "count": count}
+            return total(model, pixels, targets), {"objects": objects.sum(), "count": count}
         student = detectors.plain(model)
         assert isinstance(student, Student)
         mine = rows < split
-        parts = [_part(model, pixels, targets, which) for which in (mine, ~mine)]
-        value, sums = weighed(student, parts, weighing, count)
+        value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
         sums |= {"human_objects": 2 * objects[mine].sum(), "pseudo_objects": 2 * objects[~mine].sum()}
         return value, sums | {"count": count}
 
@@ -167,18 +166,9 @@ def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: 
     draw_augmented(path, data, source, strength, seed, rows, maps)
 
 
-def label(
-    path: Path,
-    teacher: tuple[nn.Module, Described],
-    data: Detection,
-    source: Pictures,
-    rows: Tensor,
-    config: SelftrainConfig,
-    device: torch.device,
-    about: dict[str, Any],
-) -> dict[str, int]:
+def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
     """Write the objects that a teacher sees, with scores from the threshold on."""
-    model, described = teacher
+    model, described, data, source, config, device = shown
     settings, outlines = replace(described.settings, threshold=config.threshold), dict[int, Sequence[Outline]]()
     found = detect(model, data, source, rows, described.size, settings, device, label=path.stem, outlines=outlines)
     check_broken(source.broken, len(rows), config.max_broken, data)
@@ -186,16 +176,9 @@ def label(
     return {"pictures": len(found), "objects": sum(len(answer.scores) for answer in found.values())}
 
 
-def judge(
-    arm: tuple[nn.Module, Described],
-    test: Detection,
-    source: Pictures,
-    config: SelftrainConfig,
-    device: torch.device,
-    label: str,
-) -> dict[str, Any]:
+def judge(shown: Shown, label: str) -> dict[str, Any]:
     """Average precision of masks and of boxes."""
-    model, described = arm
+    model, described, test, source, config, device = shown
     settings, outlines = replace(described.settings, threshold=config.test_threshold), dict[int, Sequence[Outline]]()
     rows = torch.arange(len(test))
     found = detect(model, test, source, rows, described.size, settings, device, label=label, outlines=outlines)

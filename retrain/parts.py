@@ -1,16 +1,19 @@
 """What the trainings of a self-training share: its pictures, which of them nobody may learn from, and their files."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from ktransfer.dataset import Dataset
-from ktransfer.detection import saved
+from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, save_ids, subset
 from ktransfer.detection.saved import Described
+from ktransfer.pictures import Pictures
 from ktransfer.progress import say
 from ktransfer.run import Step
 from ktransfer.training import loop
@@ -28,6 +31,24 @@ class Data(NamedTuple):
     labelled: Detection
     unlabelled: Dataset
     test: Detection
+
+
+class Shown(NamedTuple):
+    """A trained network and the pictures that it is shown, on canvases of its own size."""
+
+    model: nn.Module
+    described: Described
+    data: Detection
+    source: Pictures
+    config: SelftrainConfig
+    device: torch.device
+
+
+def show(weights: Path, data: Detection, config: SelftrainConfig, device: torch.device) -> Shown:
+    """Show pictures, each once, to the network of a file."""
+    model, described = saved.load(weights)
+    source = canvas.canvases(data, described.size, config.workers, cache="off")
+    return Shown(model.to(device), described, data, source, config, device)
 
 
 def tested(data: Data, name: str) -> NDArray[np.int64]:

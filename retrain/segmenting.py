@@ -24,7 +24,6 @@ from ktransfer import files
 from ktransfer.detection import canvas, detectors, masks, segmentation
 from ktransfer.detection.data import Detection, open_detection
 from ktransfer.detection.masks import IGNORE
-from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
 from ktransfer.errors import BrokenPicture, StageError, UsageError
@@ -34,6 +33,7 @@ from ktransfer.training.batch import Batch, Loss
 
 from . import boxes
 from .config import SelftrainConfig
+from .parts import Shown
 from .student import Student, Weighing, weighed
 
 NECKS = segmentation.HEADS
@@ -207,30 +207,21 @@ def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: 
 
 
 @torch.no_grad()
-def label(
-    path: Path,
-    teacher: tuple[nn.Module, Described],
-    data: Detection,
-    source: Pictures,
-    rows: Tensor,
-    config: SelftrainConfig,
-    device: torch.device,
-    about: dict[str, Any],
-) -> dict[str, int]:
+def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
     """Write the masks that a teacher sees, of the pictures' own size; those that lie there already are kept.
 
     A mask is named by its row, so that no name of a picture can lead out of the folder.
     """
-    model, described = teacher
+    model, described, data, source, config, device = shown
     assert isinstance(model, segmentation.Segmenter)
     folder, size = path.with_suffix(""), described.size
     edges = canvas.extents(data, size).to(device)
     masked = {row: folder / f"{row:07d}.png" for row in rows.tolist()}
     missing = torch.tensor([row for row, place in masked.items() if not place.is_file()], dtype=torch.int64)
     model.eval()
-    with bar(len(rows), path.stem, done=len(rows) - len(missing)) as shown:
+    with bar(len(rows), path.stem, done=len(rows) - len(missing)) as progress:
         for chosen, pixels, valid, _ in source.batches(iter(missing.split(AT_ONCE))):
-            shown.update(len(chosen))
+            progress.update(len(chosen))
             kept = chosen[valid]
             if not len(kept):
                 continue
@@ -256,16 +247,9 @@ def label(
     return {"pictures": len(listed), "masks": len(listed)}
 
 
-def judge(
-    arm: tuple[nn.Module, Described],
-    test: Detection,
-    source: Pictures,
-    config: SelftrainConfig,
-    device: torch.device,
-    label: str,
-) -> dict[str, Any]:
+def judge(shown: Shown, label: str) -> dict[str, Any]:
     """Mean IoU and the share of right pixels, each picture at its own size, once and as it is."""
-    model, described = arm
+    model, described, test, source, config, device = shown
     assert isinstance(model, segmentation.Segmenter)
     found = segmentation.confusion(model, test, source, described.size, device, label=label)
     check_broken(source.broken | found.broken, len(test), config.max_broken, test)

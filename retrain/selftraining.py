@@ -36,7 +36,7 @@ from ktransfer.training import loop
 
 from . import boxes, heldout, joint, student
 from .config import SelftrainConfig
-from .parts import SHEET, Data, finish, held_out, tested
+from .parts import SHEET, Data, finish, held_out, show, tested
 from .tasks import TASKS, suited
 
 STAGE = "selftrain"
@@ -110,7 +110,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         rows = fraction(whole, config.fraction, config.seed, config.stratified)
     left = np.setdiff1d(np.arange(len(whole)), rows)
     labelled = subset(whole, rows)
-    if not any(len(one.boxes) for one in labelled.objects):
+    if not any((~one.crowd).any() for one in labelled.objects):
         raise UsageError(f"--fraction {config.fraction}: no box among {len(rows)} pictures; take more")
     heldout.rows(labelled, config)
     if not config.unlabelled and not len(left):
@@ -290,14 +290,11 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         path = step.folder / f"{name}.json"
         if step.done:
             return path
-        model, described = saved.load(teacher)
-        pictures = boxes.without_boxes(other, data.labelled)
-        source = canvas.canvases(pictures, described.size, config.workers, cache="off")
-        rows = torch.from_numpy(np.setdiff1d(np.arange(len(pictures)), tested(data, name)))
-        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": described.size}
-        teaching = model.to(device), described
-        facts = TASKS[config.task].label(path, teaching, pictures, source, rows, config, device, about)
-        broken = [f"{pictures.keys[row]}: {reason}" for row, reason in source.broken.items()]
+        shown = show(teacher, boxes.without_boxes(other, data.labelled), config, device)
+        rows = torch.from_numpy(np.setdiff1d(np.arange(len(other)), tested(data, name)))
+        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": shown.described.size}
+        facts = TASKS[config.task].label(path, shown, rows, about)
+        broken = [f"{other.keys[row]}: {reason}" for row, reason in shown.source.broken.items()]
         step.finish([path], broken=broken, result=facts)
         say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {path}")
         return path
@@ -313,10 +310,8 @@ def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         if not step.done:
             found: dict[str, Any] = {}
             for name, weights in arms.items():
-                model, described = saved.load(weights)
-                source = canvas.canvases(data.test, described.size, config.workers, cache="off")
-                arm = model.to(device), described
-                found[name] = TASKS[config.task].judge(arm, data.test, source, config, device, f"judge {name}")
+                shown = show(weights, data.test, config, device)
+                found[name] = TASKS[config.task].judge(shown, f"judge {name}")
             pictures = {"labelled": len(data.labelled), "test": len(data.test)}
             judged = {name: getattr(config, name) for name in TASKS[config.task].JUDGED}
             files.write_json(path, {"schema": 1, "data": pictures, **judged, "scores": found})

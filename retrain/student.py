@@ -189,12 +189,11 @@ def losses(
         ]
         count = batch.valid.sum()
         if weighing is None:
-            value = _sum(model, pixels, targets)
+            value = total(model, pixels, targets)
             return value, {"boxes": moved.kept.sum(), "count": count}
         assert isinstance(student, Student)
         mine = rows < split
-        parts = [_part(model, pixels, targets, which) for which in (mine, ~mine)]
-        value, sums = weighed(student, parts, weighing, count)
+        value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
         sums |= {"human_boxes": 2 * moved.kept[mine].sum(), "pseudo_boxes": 2 * moved.kept[~mine].sum()}
         return value, sums | {"count": count}
 
@@ -229,15 +228,27 @@ def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
     return boxes, kept, labels
 
 
-def _sum(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+def total(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    """The sum of a detector's losses."""
+    return _total(model, pixels, targets)[0]
+
+
+def halves(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], mine: Tensor) -> list[Tensor]:
+    """The losses of the human pictures, (b,) `mine`, and of the others; 0 where there are none of them.
+
+    RetinaNet's is a sum over anchors divided by the number of positive ones: here by those of the whole batch. Divided
+    by its own, a half that happens to have none would for one step weigh a hundred times as much as any other, which
+    ended trainings.
+    """
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for which in (mine, ~mine):
+        chosen = [target for target, there in zip(targets, which.tolist(), strict=True) if there]
+        found.append(_total(model, pixels[which], chosen) if chosen else (pixels.new_zeros(()), None))
+    positives = sum(own for _, own in found if own is not None)
+    return [part if own is None else part * (own + 1.0) / (positives + 1.0) for part, own in found]
+
+
+def _total(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
     found = model(pixels, targets)
-    found.pop("positives", None)
-    return torch.stack(list(found.values())).sum()
-
-
-def _part(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], which: Tensor) -> Tensor:
-    """The loss of some pictures, normalised by their own positives: both halves are worth the same before weighing."""
-    chosen = [target for target, mine in zip(targets, which.tolist(), strict=True) if mine]
-    if not chosen:
-        return pixels.new_zeros(())
-    return _sum(model, pixels[which], chosen)
+    positives = found.pop("positives", None)
+    return torch.stack(list(found.values())).sum(), positives

@@ -6,16 +6,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ktransfer.detection.data import Detection
-from ktransfer.detection.saved import Described
 from ktransfer.errors import UsageError
 from ktransfer.pictures import Pictures
 from ktransfer.training.batch import Loss
 
 from . import detecting, instances, joint, segmenting
 from .config import SelftrainConfig
+from .parts import Shown
 from .student import Weighing
 
 
@@ -60,28 +60,10 @@ class Task(Protocol):
     ) -> None:
         """The sheet of augmented pictures."""
 
-    def label(
-        self,
-        path: Path,
-        teacher: tuple[nn.Module, Described],
-        data: Detection,
-        source: Pictures,
-        rows: Tensor,
-        config: SelftrainConfig,
-        device: torch.device,
-        about: dict[str, Any],
-    ) -> dict[str, int]:
+    def label(self, path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
         """Write what a teacher sees in (n,) rows; returns how much of what there is."""
 
-    def judge(
-        self,
-        arm: tuple[nn.Module, Described],
-        test: Detection,
-        source: Pictures,
-        config: SelftrainConfig,
-        device: torch.device,
-        label: str,
-    ) -> dict[str, Any]:
+    def judge(self, shown: Shown, label: str) -> dict[str, Any]:
         """Measures of the test part, NAME_interval beside each that tables show."""
 
 

@@ -67,11 +67,18 @@ def rate(step: int, total: int, options: LoopOptions, base: float = 0.0) -> floa
 
 
 def sgd(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.SGD:
-    """SGD without weight decay on biases and batch norms."""
+    """SGD without weight decay on biases and batch norms, with `clip` if wanted."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=True)
+    made = torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=True)
+
+    def shorten(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(decayed + plain, options.clip)
+
+    if options.clip:
+        made.register_step_pre_hook(shorten)
+    return made
 
 
 def fit(

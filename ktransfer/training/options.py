@@ -74,3 +74,4 @@ class TrainOptions(LoopOptions):
     """Those of a training with one learning rate."""
 
     lr: float = option(0.01, "learning rate after the warm-up", low=0)
+    clip: float = option(0.0, "largest norm of a step's gradient, longer ones are scaled down to it; 0: any", low=0)

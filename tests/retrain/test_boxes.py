@@ -10,7 +10,7 @@ import torch
 from ktransfer import scenes
 from ktransfer.dataset import open_dataset
 from ktransfer.detection.answers import Answer
-from ktransfer.detection.data import open_detection
+from ktransfer.detection.data import Objects, open_detection
 from ktransfer.errors import UsageError
 from ktransfer.retrain import boxes
 
@@ -138,6 +138,11 @@ def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
         assert number == min(own[label], len(data)) or found[label] == 0.5
     assert (found >= 0.5).all()
     assert (found > 0.5).any()
+    one = data.objects[0]
+    twice = Objects(*(np.concatenate([part, part]) for part in one[:5]), one.outlines * 2)
+    crowds = twice._replace(crowd=np.arange(len(twice.labels)) >= len(one.labels))
+    around = replace(data, objects=(crowds, *data.objects[1:]))
+    assert boxes.adaptive_thresholds(around, tmp_path / "p.json", pictures, 0.5).tolist() == found.tolist()
 
 
 def test_sizes_of_pictures_without_any_statement(folder):

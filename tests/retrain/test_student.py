@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from ktransfer.detection import canvas
+from ktransfer.detection import canvas, detectors, trunks
 from ktransfer.detection.data import open_detection
 from ktransfer.detection.losses import Truth
+from ktransfer.networks import Network
 from ktransfer.retrain import SelftrainConfig, detecting, student
 from ktransfer.training import loop
 
@@ -57,8 +58,7 @@ class Counting(nn.Module):
 
     def forward(self, pixels, targets):
         labels = torch.cat([target["labels"] for target in targets]).float()
-        positives = torch.tensor(7)
-        return {"a": self.weight * labels.mean(), "b": self.weight**2 * pixels.mean().abs(), "positives": positives}
+        return {"a": self.weight * labels.mean(), "b": self.weight**2 * pixels.mean().abs()}
 
     def by_hand(self, pixels, labels):
         weight = self.weight.item()
@@ -97,6 +97,21 @@ def test_the_loss_is_the_formula(balance, compiled):
             assert float(sums["human_loss"]) == pytest.approx(4 * human, rel=1e-5)
             assert float(sums["pseudo_loss"]) == pytest.approx(4 * pseudo, rel=1e-5)
             assert (int(sums["human_boxes"]), int(sums["pseudo_boxes"]), int(sums["count"])) == (6, 4, 4)
+
+
+def test_a_half_without_boxes_weighs_no_more_than_others():
+    """A RetinaNet's halves add up to its loss on the whole batch, also where one of them has no positive anchor."""
+    trunk = trunks.build(Network("alexnet", 0.05, 2, 64, 0, "imagenet", "random"), None, "p3-p7", "gn", 0, 16)
+    model = detectors.build(trunk, 2, 64, detectors.Settings(), 0).train()
+    pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()}
+    mine = torch.tensor([True, False, True, False])
+    for targets in ([box, box, box, none], [box, none, none, none], [none, none, none, box], [none] * 4):
+        whole = student.total(model, pixels, targets)
+        assert sum(student.halves(model, pixels, targets, mine)).item() == pytest.approx(whole.item(), rel=1e-5)
+    alone = student.halves(model, pixels, [box] * 4, torch.ones(4).bool())
+    assert [part.item() for part in alone] == [pytest.approx(student.total(model, pixels, [box] * 4).item()), 0.0]
 
 
 def test_each_step_has_both_halves_and_each_pass_all_of_them():

@@ -251,23 +251,29 @@ def test_another_seed_trains_otherwise(tmp_path, undisturbed):
     assert not torch.equal(other["0.weight"], undisturbed["0.weight"])
 
 
-def test_steps_are_those_of_plain_sgd(tmp_path):
-    """Without dropout the loop is torch's SGD, its rates and order written out."""
+@pytest.mark.parametrize("clip", [0.0, 0.8])
+def test_steps_are_those_of_plain_sgd(tmp_path, clip):
+    """Without dropout the loop is torch's SGD, its rates, order and clipping written out."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(108, 2))
     twin = copy.deepcopy(model)
-    train(tmp_path, model=model, options=replace(OPTIONS, schedule="step", warmup=0.2, weight_decay=0.1))
+    train(tmp_path, model=model, options=replace(OPTIONS, schedule="step", warmup=0.2, weight_decay=0.1, clip=clip))
     weight, bias = twin[1].weight, twin[1].bias
     groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0}]
     sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     factors = [1 / 3, 2 / 3, 1, *[1] * 4, *[0.1] * 4, *[0.01] * 3, 0.001]
-    source = Rows()
+    source, clipped = Rows(), 0
     for step, factor in enumerate(factors):
         rows, pixels, valid, _ = next(source.batches([order(step // STEPS)[step % STEPS]]))
         for group in sgd.param_groups:
             group["lr"] = 0.1 * factor
         sgd.zero_grad()
         plain_loss(twin, loop.Batch(rows, pixels, valid, 0))[0].backward()
+        length = float((weight.grad**2).sum() + (bias.grad**2).sum()) ** 0.5
+        clipped += 0 < clip < length
+        for part in (weight, bias) if 0 < clip < length else ():
+            part.grad *= clip / length
         sgd.step()
+    assert 0 < clipped < TOTAL or not clip
     assert step == TOTAL - 1
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
