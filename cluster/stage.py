@@ -153,11 +153,13 @@ def assign(run: str | Path, **options: Any) -> Path:
             return step.folder / names[0]
         k = len(centroids.centroids)
         prepared = features, centroids.projection, centroids.normalise, k
+        more: dict[str, Any] = {}
         if config.balanced:
             extra = BALANCED_BYTES * int(features.valid.sum())
             rows, _ = planned_rows(*prepared, config.memory, "assign", extra)
             even = assign_balanced(rows, centroids.centroids)
             labels, distances, by = even.labels, even.distances, f"balanced, products by numpy {np.__version__}"
+            more = {"cost": even.cost, "least cost possible": even.bound}
             say(f"assign: equal sizes; cost {even.cost:.8g}, the least possible is at least {even.bound:.8g}")
         else:
             rows, engine = open_rows(*prepared, config.engine, config.memory, "assign")
@@ -170,7 +172,7 @@ def assign(run: str | Path, **options: Any) -> Path:
         fingerprint = str(features.attributes.get("fingerprint"))
         write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
         result = quality(everywhere, features.targets, k)
-        step.finish([step.folder / name for name in names], result=result | {"engine": by})
+        step.finish([step.folder / name for name in names], result=result | more | {"engine": by})
         say(f"assign: done; {summary(result)}; {step.folder / names[0]}")
         return step.folder / names[0]
 

@@ -8,7 +8,7 @@ class KTransferError(Exception):
 
 
 class UsageError(KTransferError):
-    """What was asked for cannot be done (exit code 2): nothing was written."""
+    """What was asked for cannot be done (exit code 2); found before the work wherever that is possible."""
 
     exit_code = 2
 

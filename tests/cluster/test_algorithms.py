@@ -155,6 +155,7 @@ def test_balanced_labels(tmp_path, features, capsys):
     result = json.loads((run / "clusters" / "stage.json").read_text())["assign"]["result"]
     assert (result["min"], result["max"]) == (rows // 7, rows // 7 + 1)
     assert result["engine"] == f"balanced, products by numpy {np.__version__}"
+    assert 0 < result["least cost possible"] <= result["cost"] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
