@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ktransfer import rng
 
-Z95 = 1.959964
+from .intervals import Z95
+
 TIMES = 100
 Places = NDArray[np.int64]
 

@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from ktransfer import networks
-from ktransfer.dataset import Dataset
-from ktransfer.errors import UsageError
+from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.images import square
 from ktransfer.labels import read_labels
 from ktransfer.networks import Network
 from ktransfer.progress import say
-from ktransfer.run import input_hash
+from ktransfer.run import input_hash, read_record
 
 from .arms import Arm
 from .bootstrap import Places, with_intervals
@@ -58,6 +59,9 @@ ITERATIONS = 20
 PSEUDO = "pseudo-labels"
 HELDOUT = f"held-out {PSEUDO}"
 LEARNED = ("labels.csv", "clusters.h5")
+COMPARED, SIDE, ALIKE = 64, 16, 6.0
+"""Labelled pictures are known again by so many of them, at SIDE x SIDE pixels, where these differ by less than ALIKE of
+255 in the mean: a pack's from its source by up to 3, any two of the same 364 slides of blood by 10 at least."""
 
 
 def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
@@ -93,7 +97,7 @@ def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
     return [int(word) for word in words]
 
 
-def inputs(arms: list[Arm]) -> dict[str, str]:
+def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
     """The pseudo-labels and the centroids of the runs, with their hashes."""
     return {
         f"{name.partition('.')[0]} {arm.name}": input_hash(path)
@@ -113,7 +117,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
             column = layer if len(wanted) == 1 else f"{layer}, k = {k}"
             cells[column] = {"numbers": cell["numbers"], "k": k, **cell["by_k"][str(k)]}
     path = clusters_path(arm, LEARNED[0])
-    if path and (labels := pseudo_labels(path, parts)):
+    if path and (labels := pseudo_labels(path, parts, arm.name)):
         cells[PSEUDO] = _against_classes(*labels, config.seed)
     if arm.weights and networks.describe(arm.weights).task == PSEUDO:
         cells |= _heldout(arm, parts[1], config, device)
@@ -168,7 +172,12 @@ def clustered(learn: NDArray[np.float32], tell: NDArray[np.float32], k: int, see
     import faiss
 
     # Its own default would take 256 rows a centroid, and warn below 39.
-    options = {"niter": ITERATIONS, "seed": seed, "min_points_per_centroid": 1, "max_points_per_centroid": len(learn)}
+    options = {
+        "niter": ITERATIONS,
+        "seed": seed & 0x7FFFFFFF,  # faiss takes no larger ones
+        "min_points_per_centroid": 1,
+        "max_points_per_centroid": len(learn),
+    }
     means = faiss.Kmeans(learn.shape[1], k, **options)
     means.train(np.ascontiguousarray(learn))
     _, nearest = means.index.search(np.ascontiguousarray(tell), 1)
@@ -237,13 +246,54 @@ def _pairs(counts: Places) -> float:
     return float((wide * (wide - 1) / 2).sum())
 
 
-def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset]) -> tuple[Places, Places] | None:
-    """Pseudo-labels and classes of the labelled pictures, where they are all from one of the parts; else None."""
+def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset], name: str) -> tuple[Places, Places] | None:
+    """Pseudo-labels and classes of the labelled pictures, where they are all from one of the parts; else None.
+
+    Args:
+        path: `clusters/labels.csv` of a run, whose record names the pictures: keys alone may be those of others.
+        name: of the run, for the line that says why there is nothing.
+    """
     found = read_labels(path)
+    keys, known = found.keys or [], found.labels >= 0
+    why = ""
     for part in parts:
         place = {key: row for row, key in enumerate(part.keys)}
-        rows = np.array([place.get(key, -1) for key in found.keys or []], np.int64)
-        if len(rows) and (rows >= 0).all():
-            known = found.labels >= 0
+        rows = np.array([place.get(key, -1) for key in keys], np.int64)
+        if not len(rows) or (rows < 0).any():
+            continue
+        if not (why := _others(path, [key for key, one in zip(keys, known, strict=True) if one], part)):
             return found.labels[known].astype(np.int64), part.targets[rows[known]].astype(np.int64)
+    if why:
+        say(f"eval clusters: the pseudo-labels of {name} are left out: {why}")
     return None
+
+
+def _others(path: Path, keys: list[str], part: Dataset) -> str:
+    """Why the pictures that were labelled are not those of a part with the same keys, "" where they are: looked up in
+    a sample, leniently, as one of the two may be a pack of the other."""
+    record = read_record(path.parent.parent, "clusters", "assign")
+    spec = record["config"].get("data") if record else None
+    if not spec:
+        return "it is not known which pictures they are of"
+    try:
+        data = open_dataset(spec)
+    except UsageError as error:
+        return str(error)
+    if data.fingerprint == part.fingerprint:
+        return ""
+    mine, theirs = ({key: row for row, key in enumerate(one.keys)} for one in (data, part))
+    for key in keys[:: -(-len(keys) // COMPARED) or 1]:
+        if key not in mine or not _alike(data, mine[key], part, theirs[key]):
+            return f"{key} of {spec} is another picture than that of {part.spec}"
+    return ""
+
+
+def _alike(data: Dataset, row: int, other: Dataset, place: int) -> bool:
+    try:
+        pixels, others = (
+            square(np.asarray(one.read(at, 4 * SIDE)), SIDE).astype(np.float32)
+            for one, at in ((data, row), (other, place))
+        )
+    except BrokenPicture:
+        return False
+    return bool(np.abs(pixels - others).mean() < ALIKE)

@@ -2,20 +2,24 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files
+from ktransfer.config import read_by
 from ktransfer.errors import UsageError
 
-from .config import PROTOCOLS
+from .config import PROTOCOLS, EvalConfig
+from .intervals import Z95
 from .published import published
 from .table import cell_text, columns_of, footer, table, title, turned
 
-Z95 = 1.959964
 SCHEMA = 2
 NO_TREATMENT = ("seeds", "random")
 """Settings that say how much was judged, not how."""
+PICTURES = ("train", "test", "subset")
+"""Inputs that are pictures, or lists of them."""
 LEGEND = (
     "±: half of the 95 % interval over the test pictures; (seeds S): the standard deviation between the seeds. "
     "Bold: the best of a column. ≈: not told from the best at the 95 % level: the two differ by less than 1.96 "
@@ -113,8 +117,11 @@ def _differences(name: str, results: dict[Path, dict[str, Any]]) -> list[str]:
 
 def _treatment(result: dict[str, Any]) -> dict[str, Any]:
     """Everything that must be the same."""
-    settings = {key: value for key, value in result["settings"].items() if key not in NO_TREATMENT}
-    data = {f"data {key}": value for key, value in result["inputs"].items() if " " not in key}
+    read = read_by(EvalConfig, [result["protocol"].partition("/")[0]])
+    others = {field.name for field in fields(EvalConfig)} - read  # older results hold these too
+    settings = {key: value for key, value in result["settings"].items() if key not in others.union(NO_TREATMENT)}
+    shared = {key: value for key, value in result["inputs"].items() if " " not in key}
+    data = {f"data {key}" if key in PICTURES else key: value for key, value in shared.items()}
     return {"protocol": result["protocol"], **settings, **data}
 
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ktransfer.config import option
+from ktransfer.config import narrowed, option
+from ktransfer.errors import UsageError
 from ktransfer.training.options import LoopOptions
 
 PROTOCOLS = (
@@ -28,6 +29,8 @@ TUNED = ("nonlinear", "finetune")
 """Those that train networks."""
 LOCATED = ("detect", "segment")
 """Those that train networks to find things in pictures."""
+TRAINED = ("linear", "robust", *TUNED, *LOCATED)
+"""Those that train anything in steps."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "linear": {"epochs": 30, "batch": 128, "weight_decay": 1e-4, "lrs": "0.0003,0.001,0.003,0.01"},
     "nonlinear": {"epochs": 30, "batch": 128, "weight_decay": 5e-4, "lrs": "0.003,0.01,0.03"},
@@ -59,7 +62,11 @@ class EvalConfig(LoopOptions):
         execution=True,
     )
     protocol: str = option("linear", f"how it is judged, separated by commas: {', '.join(PROTOCOLS)}", execution=True)
-    layers: str | None = option(None, "layers, separated by commas; conv1..conv5 of an AlexNet when not given")
+    layers: str | None = option(
+        None,
+        "layers, separated by commas; conv1..conv5 of an AlexNet when not given",
+        of=("linear", "nonlinear", "robust", *FROZEN),
+    )
     beside: str | None = option(
         None, "other runs, separated by commas, whose networks are judged in the same table", execution=True
     )
@@ -68,7 +75,13 @@ class EvalConfig(LoopOptions):
         False, "judge the same network trained on the true labels beside it; it is trained once", execution=True
     )
     supervised_epochs: int = option(90, "passes over the training part", low=1, of=("supervised",))
-    size: int = option(0, "side of the pictures in pixels; 0: as in the network's training", low=0, high=2048)
+    size: int = option(
+        0,
+        "side of the pictures in pixels; 0: as in the network's training",
+        low=0,
+        high=2048,
+        of=(*(name for name in PROTOCOLS if name not in LOCATED), "supervised"),
+    )
     stride: int = option(
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
@@ -97,9 +110,12 @@ class EvalConfig(LoopOptions):
         execution=True,
         of=("linear", "robust"),
     )
-    epochs: int = option(0, "passes over the training part; 0: the protocol's own", low=0)
-    batch: int = option(0, "pictures a step; 0: the protocol's own", low=0)
-    weight_decay: float = option(-1.0, "weight decay; -1: the protocol's own", low=-1)
+    epochs: int = option(0, "passes over the training part; 0: the protocol's own", low=0, of=TRAINED)
+    batch: int = option(0, "pictures a step; 0: the protocol's own", low=0, of=TRAINED)
+    momentum: float = narrowed(LoopOptions, "momentum", TRAINED)
+    weight_decay: float = option(-1.0, "weight decay; -1: the protocol's own", low=-1, of=TRAINED)
+    schedule: str = narrowed(LoopOptions, "schedule", TRAINED)
+    warmup: float = narrowed(LoopOptions, "warmup", TRAINED)
     grid: int = option(1, "maps are averaged to GRID x GRID numbers a channel", low=1, high=64, of=FROZEN)
     neighbours: str = option("10,20,100,200", "numbers of neighbours to choose from, by commas", of=("knn",))
     temperature: float = option(0.07, "a neighbour counts exp(similarity / this)", low=1e-3, high=1e3, of=("knn",))
@@ -162,8 +178,16 @@ class EvalConfig(LoopOptions):
     published: bool = option(False, "show what others have published beside ours", execution=True)
     overwrite: bool = option(False, "make the stage again", execution=True)
 
+    def __post_init__(self) -> None:
+        """Refuse what would be refused hours later."""
+        super().__post_init__()
+        if self.batch == 1:
+            raise UsageError("--batch 1: batch norm needs two pictures; give 0 (the protocol's own) or at least 2")
+        if -1 < self.weight_decay < 0:
+            raise UsageError(f"--weight-decay {self.weight_decay:g}: below 0; give -1 (the protocol's own), 0 or more")
+
 
 def own_settings(given: EvalConfig, name: str) -> dict[str, Any]:
     """What the protocol `name` takes for settings that were left at 0, -1 or ""."""
     own = DEFAULTS.get(name, {}) | (PRESETS[given.preset] if name == "linear" else {})
-    return {key: value for key, value in own.items() if getattr(given, key) in (0, -1, "")}
+    return {key: value for key, value in own.items() if getattr(given, key) == getattr(EvalConfig, key)}

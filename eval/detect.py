@@ -12,7 +12,6 @@ AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; i
 resamplings of the test pictures. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -86,7 +85,7 @@ def by_column(
     broken: Mapping[int, str],
     make: Callable[[str, Path], tuple[dict[str, Any], dict[int, str]]],
 ) -> Judged:
-    """The columns of `--trunk`, each from its file where it was made before an interruption; removes the folder.
+    """The columns of `--trunk`, each from its file where it was made before an interruption.
 
     Args:
         broken: row and reason of the training pictures that cannot be read.
@@ -102,7 +101,6 @@ def by_column(
         held = files.read_json(kept)
         scores[column] = held["scores"]
         lines |= dict.fromkeys(held["broken"])
-    shutil.rmtree(folder)
     network = arm.network
     return {"task": network.task, "arch": network.arch, "width": network.width, "scores": scores, "broken": list(lines)}
 

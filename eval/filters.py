@@ -1,6 +1,6 @@
 """The filters of a network's first convolution, drawn and measured.
 
-Protocol `filters/1`. Each filter is drawn on its own scale, grey where it is 0. `colour`: the share of a filter's
+Protocol `filters/2`. Each filter is drawn on its own scale, grey where it is 0. `colour`: the share of a filter's
 energy (squares) that is not common to its three colours; of random weights two thirds. `smooth`: the share at spatial
 frequencies of at most half the highest in both directions; of random weights of 11 x 11 pixels 21 %.
 Means over the filters that are not zero; intervals: normal, over these filters. No picture is looked at.
@@ -21,13 +21,14 @@ from ktransfer.networks import Network
 from ktransfer.sheets import PAPER, save_sheet
 
 from .arms import Arm, model_of
-from .bootstrap import Z95
 from .config import EvalConfig
+from .intervals import mean_of
 from .protocols import Judged
 
-PROTOCOL = "filters/1"
+PROTOCOL = "filters/2"
 TITLE = "filters"
 MEASURES = {"colour": "energy in colour %", "smooth": "energy at low frequencies %"}
+MULTI_LABEL = True  # labels are not looked at
 NEITHER_IS_BETTER = ("colour", "smooth")
 NOTE = "weights alone, means over the filters; random weights have two thirds of their energy in colour."
 LEAST = 44  # pixels of a filter's side
@@ -45,16 +46,15 @@ def check(judged: list[Network], parts: Any, config: EvalConfig, run: Path) -> N
 
 
 def first_filters(model: nn.Module, network: Network) -> tuple[str, Tensor]:
-    """The first convolution of colours: the layer's name, and (n, 3, h, w) float32 weights.
+    """The first convolution of colours: its name (of an AlexNet or VGG the layer's), and (n, 3, h, w) float32 weights.
 
     Raises:
         UsageError: there is none.
     """
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
-            return "conv1" if network.arch.startswith(
-                ("alexnet", "vgg")
-            ) else path, module.weight.detach().float().cpu()
+            named = next(iter(networks.layers(network, model))) if network.arch.startswith(("alexnet", "vgg")) else path
+            return named, module.weight.detach().float().cpu()
     raise UsageError(f"--protocol filters: {network.arch} has no convolution of colours; choose another protocol")
 
 
@@ -81,11 +81,7 @@ def shares(weights: Tensor) -> dict[str, Any]:
     power = torch.fft.fft2(kept).abs().square().sum(dim=1)
     low = [torch.fft.fftfreq(side).abs() <= 0.25 for side in weights.shape[2:]]
     smooth = power[:, low[0]][:, :, low[1]].sum(dim=(1, 2)) / power.sum(dim=(1, 2))
-    found: dict[str, Any] = {}
-    for name, each in (("colour", 1 - grey / energy), ("smooth", smooth)):
-        value, error = float(each.mean()), Z95 * float(each.std()) / len(each) ** 0.5
-        found |= {name: value, f"{name}_interval": [max(0.0, value - error), min(1.0, value + error)]}
-    return found
+    return mean_of("colour", (1 - grey / energy).numpy()) | mean_of("smooth", smooth.numpy())
 
 
 def draw(weights: Tensor) -> Image.Image:

@@ -1,6 +1,6 @@
 """The whole network learns the labels: one label a picture, or several.
 
-Protocol `finetune/1`, after VOC07 classification (reference jigsawpp.md §6.1) and the strategies that practitioners
+Protocol `finetune/2`, after VOC07 classification (reference jigsawpp.md §6.1) and the strategies that practitioners
 tell apart (selftraining.md §4.1). The trunk (AlexNet: conv1 to conv5; others: all but the classifier) comes from the
 run, the fully connected layers are random. `--strategy`, one column each:
 
@@ -38,10 +38,11 @@ from .probe import hold_out
 from .protocols import Judged
 from .tuning import Phase
 
-PROTOCOL = "finetune/1"
+PROTOCOL = "finetune/2"
 TITLE = "fine-tuned"
 MEASURES = tuning.MEASURES
 MULTI_LABEL = True
+inputs = tuning.inputs
 STRATEGIES = {
     "frozen": (Phase(1.0, 0.0),),
     "staged": (Phase(0.5, 0.0), Phase(0.5, 1.0)),

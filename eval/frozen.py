@@ -1,6 +1,5 @@
 """What the protocols on frozen features have in common: one vector a layer, layer by layer, each kept once judged."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,18 +48,17 @@ def judge_layers(
     """Judge an arm layer by layer on vectors: maps averaged to `--grid` x `--grid` numbers a channel.
 
     Args:
-        folder: for the vectors and what was judged before an interruption; removed at the end.
+        folder: for the vectors and what was judged before an interruption.
         last: the last layer alone, where `--layers` does not name others.
     """
     layers = _layers(model_of(arm, config.seed), arm.network, config, last)
-    train, test = frozen_maps(arm, parts, config, folder, device, layers=layers)
+    train, test = frozen_maps(arm, parts, config, folder, device, layers)
     found: dict[str, Any] = {}
     for layer in layers:
         kept = folder / f"{layer.name}.json"
         if not kept.is_file():
             files.write_json(kept, {"numbers": layer.stop - layer.start} | judge_layer(train, test, layer))
         found[layer.name] = files.read_json(kept)
-    shutil.rmtree(folder)
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,
@@ -76,7 +74,8 @@ def labels_of(part: Frozen) -> NDArray[np.int64]:
 
 
 def _layers(model: torch.nn.Module, network: Network, config: EvalConfig, last: bool) -> list[Layer]:
-    if last and not config.layers:
-        every = choose_layers(model, network, None, config.grid)
-        return choose_layers(model, network, every[-1].name, config.grid)
-    return choose_layers(model, network, config.layers, config.grid)
+    names = config.layers
+    if last and not names:  # which the layers that are chosen by default may not hold
+        with networks.fitting(network):
+            names = ",".join(list(networks.layers(network, model))[-1:])
+    return choose_layers(model, network, names, config.grid)

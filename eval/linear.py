@@ -6,7 +6,6 @@ learning rate chosen on a tenth of the training part, which the probes do not le
 `--preset deepcluster` and `fair` are those of other groups (presets.py).
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
 
     Args:
         parts: the training part and the test part.
-        folder: for what is written on the way; all of it is removed at the end.
+        folder: for what is written on the way; killed, it goes on.
 
     Returns:
         `Judged`; for each layer its best learning rate, and what each rate reached on the pictures held out for that.
@@ -131,7 +130,6 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
             "held_out": {str(rate): round(float(value), 4) for rate, value in zip(probes.rates, among, strict=True)},
             **scores(test_answers[place * len(probes.rates) + best], wanted),
         }
-    shutil.rmtree(folder)
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,

@@ -33,9 +33,10 @@ from .arms import Arm
 from .config import EvalConfig
 from .episodes import EPISODES, episodes
 from .frozen import check_frozen, judge_layers, labels_of
+from .intervals import Z95
 from .logistic import fitted, last_best, place_in_class, right_by_decay, stratified_folds
 from .maps import Frozen, Layer
-from .probe import Z95, scores
+from .probe import scores
 from .protocols import Judged
 
 PROTOCOL = "lowshot/1"

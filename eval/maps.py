@@ -125,26 +125,23 @@ def frozen_maps(
     config: EvalConfig,
     folder: Path,
     device: torch.device,
-    grid: int = 1,
-    layers: list[Layer] | None = None,
+    layers: list[Layer],
 ) -> list[Frozen]:
-    """The maps of an arm's layers for every picture of some parts, averaged to `grid` x `grid`; killed, it goes on.
+    """The maps of an arm's layers (as `choose_layers` gives them) for every picture of some parts; killed, it goes on.
 
     Args:
-        folder: for files named after the parts (`train.h5`, ...); the caller removes it when it is done.
-        layers: of these alone, as `choose_layers` gives them; those of `--layers` when not given.
+        folder: for files named after the parts (`train.h5`, ...).
 
     Raises:
         UsageError, StageError: one line each.
     """
     model = model_of(arm, config.seed).to(device).eval()
-    chosen = layers or choose_layers(model, arm.network, config.layers, grid)
-    pooled, side = reading(model, arm, chosen, config, device), stored_side(arm)
+    pooled, side = reading(model, arm, layers, config, device), stored_side(arm)
     found: list[Frozen] = []
     for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
-        features = cached_maps(folder / f"{name}.h5", arm, chosen, pooled, parts, part, config, False)
+        features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, parts, part, config, False)
         broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
-        found.append(Frozen(chosen, features, broken))
+        found.append(Frozen(layers, features, broken))
     return found
 
 

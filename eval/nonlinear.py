@@ -16,6 +16,7 @@ from torch import nn
 
 from ktransfer import networks
 from ktransfer.dataset import Dataset
+from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
 from ktransfer.progress import say
 
@@ -30,6 +31,7 @@ PROTOCOL = "nonlinear/1"
 TITLE = "frozen up to"
 MEASURES = tuning.MEASURES
 MULTI_LABEL = True
+inputs = tuning.inputs
 FULLY_CONNECTED = {"fc6": "bn6", "fc7": "bn7"}  # layer of an AlexNet -> its last module before the ReLU
 
 
@@ -42,6 +44,20 @@ def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalCon
     for network in judged:
         _layers(network, config)
     tuning.check(judged, len(parts[0].classes), config, run)
+
+
+def check_arms(arms: list[Arm], config: EvalConfig) -> None:
+    """Find `--layers` that would leave a table without a column.
+
+    Raises:
+        UsageError: all of them are fully connected, and no weights hold these.
+    """
+    asked = [name.strip() for name in config.layers.split(",")] if config.layers else []
+    if asked and set(asked) <= set(FULLY_CONNECTED) and not any(arm.whole for arm in arms):
+        raise UsageError(
+            f"--layers {config.layers}: no network here holds them for pictures of {config.size} pixels and stride "
+            f"{config.stride}; name convolutions too, or leave --size and --stride as in its training"
+        )
 
 
 def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Judged:

@@ -1,6 +1,5 @@
 """Linear probes on several layers with several learning rates at once, and what they reach."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 from ktransfer import rng
 from ktransfer.training.loop import Batch, Source
 
+from .intervals import Z95, wilson
 from .maps import Layer
-
-Z95 = 1.959964
 
 
 class Probes(nn.Module):
@@ -99,10 +97,7 @@ def predictions(
 def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float | list[float]]:
     """Top-1 with Wilson's 95 % interval, and mean accuracy per class with a normal one, of (m,) predictions."""
     hit = (predicted == wanted).double()
-    total = len(hit)
     top1 = float(hit.mean())
-    centre = (top1 + Z95**2 / (2 * total)) / (1 + Z95**2 / total)
-    half = Z95 / (1 + Z95**2 / total) * math.sqrt(top1 * (1 - top1) / total + Z95**2 / (4 * total**2))
     counts = torch.bincount(wanted).double()
     rates = torch.bincount(wanted, weights=hit)[counts > 0] / counts[counts > 0]
     mean = float(rates.mean())
@@ -111,7 +106,7 @@ def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float | list[float]]:
     error = Z95 * float((smooth * (1 - smooth) / counts[counts > 0]).sum().sqrt()) / len(rates)
     return {
         "top1": top1,
-        "top1_interval": [centre - half, centre + half],
+        "top1_interval": wilson(top1, len(hit)),
         "mean_class": mean,
         "mean_class_interval": [max(0.0, mean - error), min(1.0, mean + error)],
     }

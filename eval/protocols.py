@@ -4,10 +4,12 @@ PROTOCOL   its name and version, such as "knn/1"; the version changes whenever a
 TITLE      the first cell of its tables, such as "k nearest neighbours"
 MEASURES   {measure: words for the table}; the first is the one that comparisons are made by
 check      (networks, parts, config, run) -> None; UsageError for what can be known before the work
-judge      (arm, parts, config, folder, device) -> what is written for one network (see `Judged`)
+check_arms (arms, config) -> None; UsageError for what can be known of the weights before the work; optional
+judge      (arm, parts, config, folder, device) -> what is written for one network (see `Judged`); `folder` is for
+           what is written on the way, and is removed when the outcome is kept
 open_data  (spec) -> parts; where it is missing, `ktransfer.dataset.open_parts`
 arms       (run, config) -> what is judged, where these are no networks as `find_arms` gives them; optional
-inputs     (arms) -> {name: SHA-256} of what else it reads of the runs; optional
+inputs     (arms, parts, config) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional
 RELATIVE   measures relative to the first network of the table; none where it is missing

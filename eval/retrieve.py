@@ -25,12 +25,11 @@ from ktransfer.progress import bar
 from ktransfer.sheets import SIDE, Strip, draw_sheet, save_sheet
 
 from .arms import Arm
-from .bootstrap import Z95
 from .config import EvalConfig
 from .frozen import check_frozen, judge_layers, labels_of
+from .intervals import mean_of, share_of
 from .maps import Frozen, Layer
 from .neighbours import Neighbours, search
-from .probe import scores
 from .protocols import Judged
 
 PROTOCOL = "retrieve/1"
@@ -104,13 +103,9 @@ def _of_layer(
 
 def precisions(alike: NDArray[np.bool_]) -> dict[str, Any]:
     """Mean precision at 1, 5 and 10 of (q, 10) neighbours, nearest first, whether they have the query's class."""
-    first = torch.from_numpy(alike[:, 0].astype(np.int64))
-    one = scores(first, torch.ones_like(first))
-    cell: dict[str, Any] = {"at1": one["top1"], "at1_interval": one["top1_interval"]}
+    cell = share_of("at1", alike[:, 0])
     for count in (5, SHOWN):
-        each = alike[:, :count].mean(axis=1)
-        value, error = float(each.mean()), Z95 * float(each.std(ddof=1)) / len(each) ** 0.5
-        cell |= {f"at{count}": value, f"at{count}_interval": [max(0.0, value - error), min(1.0, value + error)]}
+        cell |= mean_of(f"at{count}", alike[:, :count].mean(axis=1))
     return cell
 
 

@@ -16,7 +16,6 @@ Intervals: Wilson's for accuracies of one answer a picture; normal over pictures
 over pictures for calibration and mCE.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ from ktransfer.run import need_disk
 
 from .arms import Arm
 from .attack import pgd
-from .bootstrap import Z95, Places, with_intervals
+from .bootstrap import Places, with_intervals
 from .classifier import KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
 from .config import EvalConfig
 from .corruptions import KINDS, SEVERITIES, severities
+from .intervals import mean_of, share_of
 from .linear import rates
 from .maps import FORWARD_BATCH, choose_layers, map_bytes
-from .probe import scores
 from .protocols import Judged
 
 PROTOCOL = "robust/1"
@@ -101,7 +100,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
 
     Args:
         parts: the training part and the test part.
-        folder: for what is written on the way; removed at the end.
+        folder: for what is written on the way.
 
     Returns:
         `Judged`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each picture were told.
@@ -121,8 +120,12 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     sweep = numbers("robust-eps", config.robust_eps, 255)
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
     with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
-        for part, pixels, valid, _ in pictures.batches(iter(rows.split(FORWARD_BATCH))):
-            kept = folder / f"told-{len(told):06d}.json"
+        batches = pictures.batches(iter(rows.split(FORWARD_BATCH)))
+        for number, (part, pixels, valid, _) in enumerate(batches):
+            kept = folder / f"told-{number:06d}.json"
+            if not valid.any():
+                shown.update(len(part) * work)
+                continue
             if not kept.is_file():
                 squares = centre_crop(pixels[valid], arm.network.size).to(device)
                 wanted = torch.from_numpy(test.targets)[part[valid]].long().to(device)
@@ -140,7 +143,6 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
         **{f"{train.name}/{train.keys[row]}": why for row, why in reasons(train, training.views[0].valid, side).items()}
     }
     broken |= {f"{test.name}/{test.keys[row]}": why for row, why in pictures.broken.items()}
-    shutil.rmtree(folder)
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,
@@ -222,7 +224,7 @@ def _cells(
     cells: dict[str, dict[str, Any]] = {
         "clean": {
             "pictures": len(hit),
-            **_share("top1", hit),
+            **share_of("top1", hit),
             **with_intervals(calibration, len(hit), seed),
         },
         "corrupted": _mean("top1", every),
@@ -230,23 +232,14 @@ def _cells(
     cells |= {f"severity {level + 1}": _mean("by_severity", every[:, :, level]) for level in range(SEVERITIES)}
     cells |= {kind.replace("_", " "): _mean("by_kind", hits[kind]) for kind in KINDS}
     attacked = [np.concatenate([one["attacked"][place] for one in told]) for place in range(len(sweep))]
-    cells |= {f"eps {eps:g}": _share("by_eps", each) for eps, each in zip(sweep, attacked, strict=True)}
+    cells |= {f"eps {eps:g}": share_of("by_eps", each) for eps, each in zip(sweep, attacked, strict=True)}
     noisy = [np.concatenate([one["noisy"][place] for one in told]) for place in range(len(columns))]
-    return cells | {column: _share("by_noise", each) for column, each in zip(columns, noisy, strict=True)}
-
-
-def _share(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
-    """A share of (m,) answers with Wilson's interval."""
-    right = torch.from_numpy(hit.astype(np.int64))
-    found = scores(right, torch.ones_like(right))
-    return {measure: found["top1"], f"{measure}_interval": found["top1_interval"]}
+    return cells | {column: share_of("by_noise", each) for column, each in zip(columns, noisy, strict=True)}
 
 
 def _mean(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
     """The mean over (m, ...) answers to m pictures, with a normal interval over the pictures."""
-    each = hit.reshape(len(hit), -1).mean(axis=1)
-    value, error = float(each.mean()), Z95 * float(each.std(ddof=1)) / len(each) ** 0.5
-    return {measure: value, f"{measure}_interval": [max(0.0, value - error), min(1.0, value + error)]}
+    return mean_of(measure, hit.reshape(len(hit), -1).mean(axis=1))
 
 
 def _shares(config: EvalConfig) -> list[float]:

@@ -1,12 +1,12 @@
 """The eval stage: networks and labelled pictures in, tables of what came across out."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files, networks
-from ktransfer.config import build, chosen, in_words, result_settings, settings_of
+from ktransfer.config import build, chosen, in_words, read_by, result_settings, settings_of
 from ktransfer.errors import Answer, UsageError
 from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
@@ -14,7 +14,7 @@ from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training import loop
 
 from . import finished, protocols, supervised
-from .arms import Arm, coming_network, final_network, find_arms
+from .arms import SUPERVISED, Arm, coming_network, final_network, find_arms
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
 from .published import published
@@ -34,6 +34,8 @@ class Judging(NamedTuple):
     parts: Any
     settings: Any
     """Those of `config` that this protocol reads."""
+    given: dict[str, Any]
+    """What `evaluate` is called with for this protocol alone."""
 
     def module(self) -> protocols.Module:
         """What judges: the protocol's module, or that of detectors which are finished."""
@@ -66,14 +68,14 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
 
 
 def _evaluate(run: Path, judging: Judging) -> Path:
-    name, config, parts, settings = judging
+    name, config, parts, settings, _ = judging
     protocol = judging.module()
     device = loop.choose_device(config)
     if config.supervised:
         supervised.train(run, config, device)
     arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
     inputs = judging.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
-    inputs |= protocol.inputs(arms) if hasattr(protocol, "inputs") else {}
+    inputs |= protocol.inputs(arms, parts, config) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
     with begin(
         run, "eval", name, settings, inputs, [*names, name, f"work-{name}"], config.overwrite, str(device)
@@ -127,8 +129,8 @@ def _evaluate(run: Path, judging: Judging) -> Path:
 def _command(run: Path, judging: Judging) -> str:
     """The line that judges the same again: every setting that counts and is not the default, and the paths."""
     names = [name for name in PATHS if hasattr(judging.settings, name)] + list(result_settings(judging.settings))
-    names += ["supervised", "supervised_epochs"] if judging.config.supervised else []
-    own = {name: getattr(judging.config, name) for name in names}
+    names += ["supervised", "supervised_epochs", "size"] if judging.config.supervised else []
+    own = {name: getattr(judging.config, name) for name in dict.fromkeys(names)}
     changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
     return in_words(run.resolve().name, "eval", {"protocol": judging.protocol} | changed)
 
@@ -159,6 +161,7 @@ def _judged(
     if not kept.is_file():
         config = replace(judging.config, seed=judging.config.seed + repetition)
         files.write_json(kept, protocol.judge(arm, judging.parts, config, place, device))
+    files.remove(place)  # not before: killed in between, the whole network would be judged again
     found: dict[str, Any] = files.read_json(kept)
     return found
 
@@ -178,9 +181,14 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
     learned = finished.labelled(run, pending or {})  # by selftrain
     coming = coming_network(run, pending or {})
+    ready = "detect" in names and finished.wanted(run, given, pending or {})
+    read = {name: _read(name, ready and name == "detect", given) for name in names}
+    _refuse_unread(given, read, ready)
     found: list[Judging] = []
     for name in names:
-        as_it_is = name == "detect" and finished.wanted(run, given, pending or {})
+        as_it_is = ready and name == "detect"
+        alone = {key: value for key, value in options.items() if key.replace("-", "_") in read[name]}
+        alone |= {"protocol": name}
         spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
         if not spec:
             raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
@@ -188,7 +196,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         if as_it_is:
             config = replace(given, protocol=name, labelled=spec, trunk=finished.TRUNK)
             finished.check(run, config, parts, learned, pending or {})
-            found.append(Judging(name, config, parts, finished.settings(config)))
+            found.append(Judging(name, config, parts, finished.settings(config), alone))
             continue
         network = coming or networks.describe(final_network(run))
         size, stride = network.size, network.stride
@@ -197,6 +205,34 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         found_out = {"size": given.size or size, "stride": given.stride or stride}
         config = replace(given, protocol=name, labelled=spec, **(found_out | own_settings(given, name)))
         arms = find_arms(run, config, coming)
-        protocols.load(name).check([arm.network for arm in arms], parts, config, run)
-        found.append(Judging(name, config, parts, settings_of(config, name)))
+        protocol = protocols.load(name)
+        protocol.check([arm.network for arm in arms], parts, config, run)
+        if hasattr(protocol, "check_arms"):
+            protocol.check_arms(arms, config)
+        found.append(Judging(name, config, parts, settings_of(config, name), alone))
+    if given.supervised:
+        supervised.check(run, coming or networks.describe(final_network(run)), [one.config for one in found])
     return found
+
+
+def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
+    """The settings that count for a protocol, and for the arm that is trained for it; `ready`: finished detectors."""
+    if ready:
+        borne = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
+        return {*finished.READ, *borne}
+    return read_by(given, (name, SUPERVISED) if given.supervised else (name,))
+
+
+def _refuse_unread(given: EvalConfig, read: dict[str, set[str]], ready: bool) -> None:
+    """Refuse what was given in vain.
+
+    Raises:
+        UsageError: one line.
+    """
+    known = set[str]().union(*read.values())
+    vain = [one for one in fields(given) if one.name not in known and getattr(given, one.name) != one.default]
+    if vain:
+        flags = ", ".join(f"--{one.name.replace('_', '-')}" for one in vain)
+        names = ", ".join("detect of finished detectors" if ready and name == "detect" else name for name in read)
+        whose = ", ".join(vain[0].metadata["of"]) or "others"
+        raise UsageError(f"{flags}: not read by {names} (--{vain[0].name.replace('_', '-')}: by {whose}); leave it out")

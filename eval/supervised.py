@@ -7,7 +7,7 @@ have several labels it learns them by sigmoids. It is a step of its own, `superv
 protocols.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from ktransfer import networks
 from ktransfer.augment import random_resized_crop
 from ktransfer.config import option
 from ktransfer.dataset import Dataset, open_parts
+from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
 from ktransfer.pictures import readable
 from ktransfer.progress import say
-from ktransfer.run import begin, changes
+from ktransfer.run import begin, changes, leaves_nothing, read_record, refusal
 from ktransfer.training import loop
+from ktransfer.training.crew import seen_by_batch_norm
 from ktransfer.training.loop import Batch
-from ktransfer.training.options import TrainOptions
+from ktransfer.training.options import LoopOptions, TrainOptions
 
 from .arms import LEARNED, SUPERVISED, final_network, resized
 from .config import EvalConfig
@@ -44,10 +46,42 @@ class Recipe(TrainOptions):
     crop: float = option(0.08, "smallest share of a picture's area that a random crop shows")
 
 
+SHARED = ("seed", "precision", *(field.name for field in fields(LoopOptions) if field.metadata["execution"]))
+"""The settings of eval that are the arm's too: how and where it is trained."""
+
+
 def supervised_network(network: Network, classes: int) -> Network:
     """What the arm's weights hold, for a network as it is judged; a VGG's trunk stays one (see `heads.WithHead`)."""
     kept = 0 if network.arch in TRUNKS[2:] and not network.classes else classes
     return replace(network, classes=kept, normalise="imagenet", task="classes")
+
+
+def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
+    """Find what would keep the arm from being trained once for all protocols.
+
+    Args:
+        network: the run's own, as it was trained.
+        configs: those of the protocols, with pictures, size and stride resolved.
+
+    Raises:
+        UsageError: two protocols take networks of different looks, the pictures have no class each, or the arm is there
+            and was made otherwise, and `--overwrite` was not given.
+    """
+    looks = {(config.size, config.stride): config.protocol for config in configs}
+    if len(looks) > 1:
+        told = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
+        raise UsageError(
+            f"--supervised: one network is trained for all protocols, and these take several ({told}); name --size and "
+            "--stride, or judge them in runs of their own"
+        )
+    try:
+        _, recipe, inputs, _ = _planned(network, configs[0])
+    except UsageError as error:
+        raise UsageError(f"--supervised: {error}") from error
+    found = changes(run, "eval", SUPERVISED, recipe, inputs)
+    old = read_record(run, "eval", SUPERVISED)
+    if old and found and not configs[0].overwrite and not leaves_nothing(run / "eval", old):
+        raise refusal(run, "eval", SUPERVISED, found)
 
 
 def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
@@ -62,22 +96,29 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    assert config.labelled is not None
-    network = resized(networks.describe(final_network(run)), config.size, config.stride)
-    data, _ = open_parts(config.labelled)
-    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "workers", "max_broken")}
-    look = {name: getattr(network, name) for name in ("arch", "width", "stride", "size")}
-    recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
-    inputs = {"train": data.fingerprint}
+    data, recipe, inputs, network = _planned(networks.describe(final_network(run)), config)
     overwrite = config.overwrite and bool(changes(run, "eval", SUPERVISED, recipe, inputs))
     with begin(run, "eval", SUPERVISED, recipe, inputs, [SUPERVISED], overwrite, str(device)) as step:
         weights = step.folder / LEARNED
         if not step.done:
-            broken = _fit(weights, supervised_network(network, len(data.classes)), data, recipe, device)
+            broken = _fit(weights, network, data, recipe, device)
             step.finish([weights], broken=broken)
             loop.remove_checkpoint(weights.parent)
             say(f"eval {SUPERVISED}: done; {network.arch} learned {len(data.classes)} classes; {weights}")
         return weights
+
+
+def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dict[str, str], Network]:
+    """The pictures, the recipe, the inputs of the step, and what is trained, for the run's own network."""
+    assert config.labelled is not None
+    data, _ = open_parts(config.labelled)
+    judged = resized(network, config.size, config.stride)
+    shared = {name: getattr(config, name) for name in SHARED}
+    look = {name: getattr(judged, name) for name in ("arch", "width", "stride", "size")}
+    recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
+    made = supervised_network(judged, len(data.classes))
+    seen = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
+    return data, recipe, {"train": data.fingerprint} | seen, made
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:

@@ -33,7 +33,7 @@ from .frozen import check_frozen, judge_layers, labels_of
 from .hinge import Matrix, Rows, minimise, prepared
 from .logistic import place_in_class, stratified_folds
 from .maps import Frozen, Layer
-from .metrics import voc_ap, voc_map
+from .metrics import mean_ap, voc_ap, voc_map
 from .neighbours import unit
 from .probe import scores
 from .protocols import Judged
@@ -97,7 +97,7 @@ def _one_layer(
             for draw in range(DRAWS):
                 rows = _drawn(of_train, shots, config.seed, draw)
                 answers, _ = learn(vectors[rows], of_train[rows], asked, config.seed, shown.update)
-                reached.append(_mean_ap(answers, of_test) if several else float((answers == of_test).mean()))
+                reached.append(mean_ap(answers, of_test) if several else float((answers == of_test).mean()))
             half = STUDENT * statistics.stdev(reached) / math.sqrt(DRAWS)
             cell[f"shot{shots}"] = mean = statistics.fmean(reached)
             cell[f"shot{shots}_interval"] = [max(0.0, mean - half), min(1.0, mean + half)]
@@ -175,11 +175,3 @@ def _drawn(labels: NDArray[Any], shots: int, seed: int, draw: int) -> NDArray[np
         place = place_in_class(labels[:, column].astype(np.int64), seed, f"{purpose} {column}")
         kept[has[place[has] < shots]] = True
     return np.flatnonzero(kept)
-
-
-def _mean_ap(answers: NDArray[np.float64], tags: NDArray[np.int8]) -> float:
-    return float(
-        np.mean(
-            [voc_ap(answers[:, column], tags[:, column]) for column in range(tags.shape[1]) if 1 in tags[:, column]]
-        )
-    )

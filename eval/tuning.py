@@ -4,7 +4,6 @@ A tenth of the training part chooses the learning rate and is not learned from; 
 network of the chosen rate, on the mean of its answers to `--test-crops` random squares of each picture.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ from ktransfer.pictures import Pictures, readable
 from ktransfer.progress import say
 from ktransfer.run import need_disk
 from ktransfer.training import loop
+from ktransfer.training.crew import seen_by_batch_norm
 from ktransfer.training.log import Diverged
 from ktransfer.training.loop import Batch
 from ktransfer.training.options import LoopOptions
@@ -135,6 +135,15 @@ def check(judged: list[Network], classes: int, config: EvalConfig, run: Path) ->
         need_disk(run, (len(tried) + 3) * weights, "eval")
 
 
+def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
+    """How many pictures a batch norm learns from at once, where a network has one and they are not the whole batch."""
+    classes = len(parts[0].classes)
+    for arm in arms:
+        if seen_by_batch_norm(config, partial(with_classes, arm.network, classes, 0, "check")):
+            return {"micro-batch": str(config.micro_batch)}
+    return {}
+
+
 def judge_columns(
     arm: Arm,
     columns: list[Column],
@@ -146,7 +155,7 @@ def judge_columns(
     """Train each column at each rate, choose the rate on the pictures held out, and judge the chosen network.
 
     Args:
-        folder: for what is written on the way; all of it is removed at the end.
+        folder: for what is written on the way; killed, it goes on.
     """
     train, test = (Labelled(data, arm.network, config, device) for data in parts)
     learning, held = hold_out(len(parts[0]), HELD_OUT, config.seed)
@@ -179,7 +188,6 @@ def judge_columns(
             files.write_json(kept, cell)
             files.remove(folder / column.name)
         found[column.name] = files.read_json(kept)
-    shutil.rmtree(folder, ignore_errors=True)
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,
@@ -244,13 +252,13 @@ def tune(
         folder: `0`, `1`, ... in it hold a phase's checkpoint and what it ended with.
         label: on the bar and in the seeds.
     """
-    for number, phase in enumerate(phases):
+    for number, (phase, epochs) in enumerate(zip(phases, epochs_of(phases, config.epochs), strict=True)):
         place = folder / str(number)
         ended = place / "model.safetensors"
         if ended.is_file():
             model.load_state_dict(load_file(ended))
             continue
-        options = replace(config, epochs=max(1, round(phase.share * config.epochs)))
+        options = replace(config, epochs=epochs)
         tuned = Tuned(model, before.modules if phase.factor == 0 else ())
         loop.fit(
             tuned,
@@ -266,6 +274,12 @@ def tune(
         )
         networks.save(ended, model.state_dict(), network)
         loop.remove_checkpoint(place)
+
+
+def epochs_of(phases: tuple[Phase, ...], epochs: int) -> list[int]:
+    """The epochs of each phase, at least 1; the last takes what the others leave."""
+    early = [max(1, round(phase.share * epochs)) for phase in phases[:-1]]
+    return [*early, max(1, epochs - sum(early))]
 
 
 def optimiser(model: nn.Module, before: Before, phase: Phase, rate: float, config: EvalConfig) -> torch.optim.SGD:

@@ -20,7 +20,18 @@ import click
 from ktransfer import __version__
 from ktransfer.config import build, kind, read_toml
 from ktransfer.errors import Answer, KTransferError, Stopped, UsageError
-from ktransfer.stages import STAGES, Call, complete, function, inherit_data, plan, refuse_changes, servant, settings
+from ktransfer.stages import (
+    STAGES,
+    Call,
+    complete,
+    function,
+    inherit_data,
+    plan,
+    refuse_changes,
+    servant,
+    settings,
+    with_table,
+)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
@@ -75,7 +86,7 @@ def carry_out(
 def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: str | None) -> None:
     wanted = calls
     tables = _tables(file, recipe)
-    wanted = [(stage, tables.get(stage, {}) | given) for stage, given in wanted]
+    wanted = [(stage, with_table(stage, tables.get(stage, {}), given)) for stage, given in wanted]
     inherit_data(wanted)
     wanted = complete(wanted, run_folder, tables)
     for stage, given in wanted:

@@ -43,9 +43,23 @@ def option(
     )
 
 
+def narrowed(parent: Any, name: str, of: tuple[str, ...]) -> Any:
+    """A field of a parent class of settings, where those parts of the stage alone read it."""
+    field = next(field for field in dataclasses.fields(parent) if field.name == name)
+    return option(field.default, field.metadata["help"], **_limits(field), of=of)
+
+
+def read_by(config: Any, parts: "typing.Iterable[str]") -> set[str]:
+    """The names of the settings that any of these parts of a stage reads; `config` is a dataclass or one's value."""
+    wanted = set(parts)
+    fields = dataclasses.fields(config)
+    return {field.name for field in fields if not field.metadata["of"] or wanted & set(field.metadata["of"])}
+
+
 def settings_of(config: Any, part: str) -> Any:
     """The settings that one part of a stage reads, as a frozen dataclass of their own."""
-    read = [field for field in dataclasses.fields(config) if part in field.metadata["of"] or not field.metadata["of"]]
+    names = read_by(config, (part,))
+    read = [field for field in dataclasses.fields(config) if field.name in names]
     chosen = [(field.name, field.type, option(None, "", **_limits(field))) for field in read]
     made = dataclasses.make_dataclass(type(config).__name__, chosen, frozen=True)
     return made(**{field.name: getattr(config, field.name) for field in read})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ktransfer.config import read_by
 from ktransfer.errors import UsageError
 
 # Stage -> (module of its settings, their class, module of its function, function, its check).
@@ -113,7 +114,7 @@ def plan(wanted: list[Call], run: Path) -> list[Planned]:
         if stage == "eval":
             for one in checked:
                 part = Part(one.protocol, one.settings, one.fingerprints())
-                line.append(Planned(stage, given | {"protocol": one.protocol}, one.settings, [part]))
+                line.append(Planned(stage, one.given, one.settings, [part]))
             continue
         if stage == "selftrain":
             line.append(Planned(stage, given, checked.config, checked.parts))
@@ -159,6 +160,20 @@ def refuse_changes(line: list[Planned], run: Path) -> None:
                 raise refusal(run, folder, step, found)
             if found or remade:
                 anew.add(stage)
+
+
+def with_table(stage: str, table: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a call: its own, and those of a file for the stage.
+
+    What the file has for other protocols of eval than the call's is left out; for its own the call asks in vain.
+    """
+    merged = table | given
+    if stage != "eval":
+        return merged
+    config = settings(stage)
+    names = str(merged.get("protocol", config.protocol)).split(",")
+    read = read_by(config, [*(name.strip() for name in names), *(["supervised"] if merged.get("supervised") else [])])
+    return {name: value for name, value in merged.items() if name in given or name in read}
 
 
 def inherit_data(wanted: list[Call]) -> None:

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktransfer import cli
-from ktransfer.config import build, chosen, in_words, kind, nearest, option, read_toml, result_settings
+from ktransfer.config import (
+    build,
+    chosen,
+    in_words,
+    kind,
+    narrowed,
+    nearest,
+    option,
+    read_by,
+    read_toml,
+    result_settings,
+    settings_of,
+)
 from ktransfer.errors import UsageError
 
 
@@ -156,3 +168,19 @@ def test_names_separated_by_commas_are_each_taken_once():
     for names, shown in (("ful", "ful"), ("full,", "full,"), ("", "")):
         with pytest.raises(UsageError, match=rf"^--trunk {shown}: no such column; "):
             chosen("--trunk", names, ("frozen", "full"), "column")
+
+
+def test_settings_of_some_parts_alone():
+    @dataclass(frozen=True)
+    class Parts(Some):
+        steps: int = narrowed(Some, "steps", ("one", "two"))
+        extra: int = option(1, "more", of=("two",))
+
+    everywhere = {"rate", "name", "mode", "batch_norm", "workers"}
+    assert read_by(Parts, ("three",)) == read_by(Parts(), ()) == everywhere
+    assert read_by(Parts, ("three", "one")) == everywhere | {"steps"}
+    assert vars(settings_of(Parts(steps=5), "one")).keys() == everywhere | {"steps"}
+    assert build(Parts, {"steps": 9}, "x").steps == 9
+    with pytest.raises(UsageError, match="steps = 10: must be at most 9"):
+        build(Parts, {"steps": 10}, "x")
+    assert dataclasses.fields(Parts)[0].name == "steps" and Parts().steps == 3

@@ -10,7 +10,8 @@ import torch
 from sklearn import metrics
 from sklearn.cluster import KMeans
 
-from ktransfer.errors import UsageError
+from ktransfer import files, networks
+from ktransfer.errors import BrokenPicture, UsageError
 from ktransfer.eval import clusters
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
@@ -59,6 +60,7 @@ def test_k_means_finds_groups_as_scikit_learn_does():
     theirs = KMeans(4, n_init=10, random_state=0).fit(rows[:150]).predict(rows[150:])
     assert max(metrics.adjusted_rand_score(theirs, one) for one in found) == 1
     again = clusters.clustered(rows[:150], rows[150:], 4, 2)
+    assert len(clusters.clustered(rows[:150], rows[150:], 4, 2**32 - 1)) == len(again)  # faiss takes 31 bits
     assert (again == found[2]).all()
 
 
@@ -72,14 +74,16 @@ def test_visible_classes_are_found(parts, tmp_path):
             low, high = cell[f"{measure}_interval"]
             assert low <= cell[measure] <= high
     assert json.loads(json.dumps(found)) == found
-    assert not list(tmp_path.iterdir())
 
 
 def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
     draws = np.random.default_rng(0)
     shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
     arm = Arm("random", NETWORK, None)
-    mine, other = (clusters.judge(arm, given, CONFIG, tmp_path / "w", CPU)["scores"] for given in (parts, shuffled))
+    mine, other = (
+        clusters.judge(arm, given, CONFIG, tmp_path / name, CPU)["scores"]
+        for name, given in (("mine", parts), ("other", shuffled))
+    )
     for layer in mine:
         for name in ("sizes", "seeds", "twice", "seeds_interval"):
             assert mine[layer][name] == other[layer][name]
@@ -95,18 +99,27 @@ def test_several_numbers_of_clusters(parts, tmp_path):
     assert all(cell["sizes"]["met"] <= cell["k"] for cell in found.values())
 
 
-def test_the_pseudo_labels_of_the_run(parts, tmp_path):
-    from ktransfer import networks
+TOLD = [(row, (row + row % 2) % 3) for row in range(60)] + [(70, -1)]
 
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A network whose run labelled 61 pictures called as those of the training part, one of them broken."""
     run = tmp_path / "run"
     weights = run / "retrain" / "model.safetensors"
     networks.save(weights, networks.build(NETWORK, 0, "test").state_dict(), NETWORK)
     labels = run / "clusters" / "labels.csv"
-    labels.parent.mkdir()
-    told = [(row, (row + row % 2) % 3) for row in range(60)] + [(70, -1)]
-    labels.write_text("key,label,distance\n" + "".join(f"{key},{label},0.5\n" for key, label in told))
-    arm = Arm("run", NETWORK, weights)
-    assert list(clusters.inputs([arm, Arm("random", NETWORK, None)])) == ["labels run"]
+    files.write_text(labels, "key,label,distance\n" + "".join(f"{key},{label},0.5\n" for key, label in TOLD))
+    made = {"state": "done", "config": {"data": "painted"}, "inputs": {}, "outputs": {}, "seconds": 0}
+    files.write_json(labels.with_name("stage.json"), {"assign": made})
+    return Arm("run", NETWORK, weights)
+
+
+def test_the_pseudo_labels_of_the_run(parts, labelled, tmp_path, monkeypatch):
+    arm, told = labelled, TOLD
+    labels = tmp_path / "run" / "clusters" / "labels.csv"
+    monkeypatch.setattr(clusters, "open_dataset", lambda spec: parts[0])
+    assert list(clusters.inputs([arm, Arm("random", NETWORK, None)], parts, CONFIG)) == ["labels run"]
     config = replace(CONFIG, layers="conv1")
     cell = clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
     classes = parts[0].targets[:60]
@@ -116,6 +129,36 @@ def test_the_pseudo_labels_of_the_run(parts, tmp_path):
     assert "seeds" not in cell
     labels.write_text(labels.read_text() + "elsewhere,1,0.5\n")  # of other pictures: there is nothing to compare
     assert list(clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
+
+
+def test_pseudo_labels_of_other_pictures_with_the_same_keys(parts, labelled, painted, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run" / "clusters" / "labels.csv"
+
+    def left_out(data):
+        with monkeypatch.context() as patch:
+            if data is not None:
+                patch.setattr(clusters, "open_dataset", lambda spec: data)
+            found = clusters.pseudo_labels(path, parts, "mine")
+        said = capsys.readouterr().err
+        assert (found is None) == ("the pseudo-labels of mine are left out: " in said)
+        return said.partition(": the pseudo-labels of mine are left out: ")[2].strip()
+
+    assert left_out(parts[0]) == ""
+    draws = np.random.default_rng(0)
+    anew = {row: parts[0].read(row, 40) + draws.integers(-2, 3, (40, 40, 3)).clip(0) for row in range(90)}
+    packed = replace(parts[0], fingerprint="of a pack", read=lambda row, side: anew[row].clip(0, 255).astype(np.uint8))
+    assert left_out(packed) == ""
+    assert left_out(painted(90, 9)) == "0 of painted is another picture than that of painted"
+
+    def one_torn(row, side):
+        if row == 59:
+            raise BrokenPicture("torn")
+        return parts[0].read(row, side)
+
+    assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another picture")
+    assert left_out(None).startswith("painted does not exist")
+    (tmp_path / "run" / "clusters" / "stage.json").unlink()
+    assert left_out(parts[0]) == "it is not known which pictures they are of"
 
 
 @pytest.mark.parametrize("wanted", ["1", "46", "three", "3,", "-4"])

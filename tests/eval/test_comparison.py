@@ -131,6 +131,17 @@ def test_what_was_made_otherwise_is_refused_in_one_line(tmp_path, changed, words
     assert "\n" not in str(caught.value)
 
 
+def test_settings_that_a_protocol_does_not_read_may_differ(tmp_path):
+    """Results of before hold them, though they say nothing about how they were made."""
+    one = run(tmp_path, "one", {"one": RANDOM}, "knn")
+    settings = {key: value for key, value in RESULT["settings"].items() if key != "epochs"}
+    two = run(tmp_path, "two", {"two": RANDOM}, "knn", settings=settings)
+    assert "random weights" in compare([one, two])
+    three = run(tmp_path, "three", {"three": RANDOM}, "knn", settings=settings | {"of_later": 1})
+    with pytest.raises(UsageError, match=r"of-later is None in .*one and 1 in"):
+        compare([one, three])
+
+
 def test_numbers_of_seeds_and_other_networks_may_differ(tmp_path):
     one = run(tmp_path, "one", {"one": RANDOM})
     settings = RESULT["settings"] | {"seeds": 3, "random": False}

@@ -10,8 +10,9 @@ import pytest
 from ktransfer import networks
 from ktransfer.cli import main
 from ktransfer.errors import UsageError
-from ktransfer.eval import EvalConfig, evaluate, linear
+from ktransfer.eval import EvalConfig, evaluate, linear, stage
 from ktransfer.eval.arms import find_arms
+from ktransfer.eval.config import DEFAULTS, own_settings
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
 from ktransfer.retrain import retrain
@@ -89,6 +90,17 @@ def test_a_network_and_its_random_twin(runs, capsys):
     found = result(run)
     assert list(found["arms"]) == ["target"]
     assert list(found["arms"]["target"]["scores"]) == ["conv5", "conv2"]
+
+
+def test_no_weight_decay_can_be_asked_for(runs):
+    """0 is no "the protocol's own", which is -1."""
+    evaluate(runs / "target", random=False, layers="conv1", weight_decay=0, **FAST)
+    assert result(runs / "target")["settings"]["weight_decay"] == 0
+    for name, own in DEFAULTS.items():
+        assert own_settings(EvalConfig(), name) == own
+        assert own_settings(EvalConfig(weight_decay=0.0, epochs=3), name) == {
+            key: value for key, value in own.items() if key not in ("weight_decay", "epochs")
+        }
 
 
 def test_a_teacher_alone_is_judged_on_its_trunk(runs):
@@ -174,6 +186,39 @@ def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
     assert not (runs / "target" / "eval" / "work-linear").exists()
 
 
+def test_what_is_written_on_the_way_stays_until_the_outcome_is_kept(runs, monkeypatch):
+    judged(monkeypatch)
+    fake, work = linear.judge, runs / "target" / "eval" / "work-linear"
+    kept = ["random.json", "target.json"]
+
+    def writing(arm, parts, config, folder, device):
+        assert [name for name in kept if (work / name).exists()] == kept[: kept.index(f"{arm.name}.json")]
+        assert not (work / "random").exists()
+        folder.mkdir(parents=True)
+        (folder / "half").touch()
+        return fake(arm, parts, config, folder, device)
+
+    def full(path, value):
+        if path == work / "target.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    write = stage.files.write_json
+    monkeypatch.setattr(linear, "judge", writing)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage.files, "write_json", full)
+        evaluate(runs / "target", **FAST)
+    assert sorted(path.relative_to(work).as_posix() for path in work.rglob("*")) == [
+        "random.json",
+        "target",
+        "target/half",
+    ]
+    (work / "random").mkdir()  # left by a kill between the two
+    shutil.rmtree(work / "target")
+    evaluate(runs / "target", **FAST)
+    assert not work.exists()
+
+
 def test_runs_of_the_same_name(runs, tmp_path):
     shutil.copytree(runs / "puzzle", tmp_path / "elsewhere" / "target")
     with pytest.raises(UsageError, match=r"a second run named 'target'"):
@@ -230,6 +275,12 @@ def test_random_weights_have_the_layers_of_the_network(runs):
         ({"layers": "conv1,conv9"}, r"--layers conv9: alexnet_bn has no such layer; did you mean 'conv\d'"),
         ({"size": 8}, "--size 8: alexnet_bn does not take pictures so small"),
         ({"lrs": "fast"}, "--lrs fast"),
+        ({"protocol": "knn"}, r"^--epochs, --batch, --lrs: not read by knn \(--epochs: by linear, .*\); leave it out$"),
+        ({"protocol": "finetune", "layers": "conv3"}, "--layers: not read by finetune"),
+        ({"protocol": "linear,finetune", "canvas": 64}, "--canvas: not read by linear, finetune"),
+        ({"protocol": "segment", "lrs": "", "size": 64}, "--size: not read by segment"),
+        ({"batch": 1}, "--batch 1: batch norm needs two pictures"),
+        ({"weight_decay": -0.5}, "--weight-decay -0.5: below 0; give -1"),
         ({"labelled": "nowhere"}, "nowhere does not exist"),
         ({"protocol": "guess"}, "--protocol guess: no such protocol.*linear"),
         ({"protocol": "linear,"}, "--protocol linear,: no such protocol"),
@@ -279,13 +330,30 @@ def test_each_protocol_of_a_line_is_carried_out_once(runs, capsys):
     line = ["--run", str(runs / "target"), "eval", "--protocol", "filters,knn", "--layers", "conv2", "--no-random"]
     assert main(line) == 0
     shown = capsys.readouterr()
-    assert [shown.out.count(f"{name}/1: ") for name in ("filters", "knn")] == [1, 1]
+    assert [shown.out.count(f"{name}: ") for name in ("filters/2", "knn/1")] == [1, 1]
     assert "done before" not in shown.err
     assert main([*line, "--published"]) == 0
     shown = capsys.readouterr()
     assert shown.err.count("done before, skipped") == 2
     assert "DeepCluster" in shown.out
     assert "DeepCluster" not in (runs / "target" / "eval" / "knn.md").read_text()
+
+
+def test_settings_of_one_protocol_leave_the_others_as_they_are(runs, tmp_path, capsys):
+    run = runs / "target"
+    evaluate(run, protocol="knn", layers="conv1")
+    assert "epochs" not in json.loads((run / "eval" / "knn.json").read_text())["settings"]
+    line = ["--run", str(run), "eval", "--layers", "conv1"]
+    both = [*line, "--protocol", "linear,knn", "--epochs", "1", "--batch", "8", "--lrs", "0.01", "--momentum", "0.8"]
+    assert main(both) == 0
+    assert result(run)["settings"]["momentum"] == 0.8
+    assert "knn: done before, skipped" in capsys.readouterr().err
+    # A file may hold what only some protocols read; a flag that nothing reads is a mistake.
+    (tmp_path / "mine.toml").write_text('[eval]\nepochs = 3\ncache = 5.0\nlayers = "conv2"\n')
+    assert main(["--config", str(tmp_path / "mine.toml"), *line, "--protocol", "knn"]) == 0
+    assert "knn: done before, skipped" in capsys.readouterr().err
+    assert main([*line, "--protocol", "knn", "--cache", "5"]) == 2
+    assert "--cache: not read by knn" in capsys.readouterr().err
 
 
 def test_what_is_said_of_networks_together_and_of_a_protocol(runs, monkeypatch):

@@ -50,6 +50,18 @@ def test_the_picture(tmp_path):
     assert np.abs(shown / 127.5 - 1 - first.permute(1, 2, 0).numpy()).max() < 0.01
 
 
+def test_the_layer_is_called_as_elsewhere():
+    for network, name in (
+        (NETWORK, "conv1"),
+        (Network("alexnet", size=64, classes=5), "conv1"),
+        (Network("vgg16_bn", 0.05, 4, 32), "conv1_1"),
+        (Network("vgg11", size=32, classes=5), "conv1_1"),
+        (Network("resnet18", size=32, classes=5), "conv1"),
+        (Network("mobilenet_v2", size=32, classes=5), "features.0.0"),
+    ):
+        assert filters.first_filters(networks.build(network, 0, "test"), network)[0] == name
+
+
 def test_a_network_without_such_filters():
     with pytest.raises(UsageError, match="--protocol filters: net has no convolution of colours"):
         filters.first_filters(torch.nn.Linear(2, 2), Network("net"))

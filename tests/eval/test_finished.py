@@ -108,6 +108,8 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     fails("no labelled pictures given", protocol="linear")
     fails("--supervised: finished detectors", supervised=True)
     fails("--test-scales 9: must be", test_scales="9")
+    fails(r"^--precision, --canvas: not read by detect of finished detectors \(", canvas=64, precision="float32")
+    fails("--canvas: not read by detect of finished detectors", trunk="finished", canvas=64)
     for told in ("frozen", "finished,frozen"):
         fails("holds no finished network", trunk=told, labelled=SCENES)
     fails("scores is missing", beside=str(tmp_path / "none"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ktransfer import networks
 from ktransfer.dataset import open_parts
 from ktransfer.errors import StageError
 from ktransfer.eval import frozen
@@ -67,7 +68,6 @@ def run(name, monkeypatch, tmp_path, train, test, tags=(None, None), **options):
     place = tmp_path / "eval" / f"work-{name}" / "arm"
     place.mkdir(parents=True)
     found = module(name).judge(ARM, parts, config(name, **options), place, CPU)
-    assert not place.exists()
     assert json.loads(json.dumps(found)) == found
     return found["scores"]["conv5"]
 
@@ -148,8 +148,7 @@ def test_pictures_are_read_once_and_each_layer_is_judged(name, tmp_path, monkeyp
         assert sorted(rows) == list(range(len(data)))
     assert list(found["scores"]) == (["conv5"] if name == "logreg" else ["conv2", "conv5"])
     assert found["scores"]["conv5"]["numbers"] == 16 * 4
-    assert not work.exists()
-    again = module(name).judge(ARM, parts, config(name, grid=2, layers="conv2"), work, CPU)
+    again = module(name).judge(ARM, parts, config(name, grid=2, layers="conv2"), work.with_name("again"), CPU)
     assert list(again["scores"]) == ["conv2"]
     if name != "logreg":
         assert again["scores"]["conv2"] == found["scores"]["conv2"]
@@ -172,6 +171,23 @@ def test_layers_judged_before_an_interruption_are_kept(monkeypatch, tmp_path):
         knn.judge(ARM, parts, config("knn"), tmp_path / "work", CPU)
     assert knn.judge(ARM, parts, config("knn"), tmp_path / "work", CPU) == expected
     assert calls == ["conv1", "conv2", "conv3", "conv3", "conv4", "conv5"]
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [
+        (Network("vgg16_bn", 0.05, 4, 32), "conv4_3"),
+        (Network("vgg13", size=32, classes=5), "conv5_2"),
+        (Network("resnet18", size=64, classes=5), "layer4"),
+        (NETWORK, "conv5"),
+    ],
+)
+def test_the_last_layer_is_the_last_one_there_is(network, layer):
+    """The five that are shown by default end earlier in some networks."""
+    model = networks.build(network, 0, "test")
+    assert [one.name for one in frozen._layers(model, network, config("logreg"), True)] == [layer]
+    named = config("logreg", layers=next(iter(networks.layers(network, model))))
+    assert [one.name for one in frozen._layers(model, network, named, True)] == [named.layers]
 
 
 def test_the_disk_and_the_layers_are_checked_before(monkeypatch, tmp_path):

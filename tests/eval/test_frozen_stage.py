@@ -34,7 +34,7 @@ def test_several_at_once_and_their_files(run, capsys):
     record = json.loads((run / "eval" / "stage.json").read_text())
     for name in names:
         found = json.loads(paths[name].read_text())
-        assert found["protocol"] == ("svm/2" if name == "svm" else f"{name}/1")
+        assert found["protocol"] == f"{name}/{2 if name in ('svm', 'logreg') else 1}"
         assert list(found["arms"]) == ["random", "target"]
         assert set(found["settings"]) >= {"grid", "dtype", "layers", "seed"}
         assert ("neighbours" in found["settings"]) == (name == "knn")

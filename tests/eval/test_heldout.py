@@ -12,7 +12,7 @@ from ktransfer import networks, scenes
 from ktransfer.cli import main
 from ktransfer.dataset import open_dataset, open_parts
 from ktransfer.errors import UsageError
-from ktransfer.eval import evaluate, heldout
+from ktransfer.eval import clusters, evaluate, heldout
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.images import square
@@ -96,6 +96,32 @@ def test_the_table(run, capsys):
     assert low <= cells["network"]["heldout"] <= high
     shown = capsys.readouterr().out
     assert "clusters, % of the held-out pseudo-labels told right" in shown
+
+
+def test_killed_at_the_held_out_labels_no_layer_is_clustered_again(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    options = {"protocol": "clusters", "layers": "conv1", "precision": "float32", "clusters_k": "4", "random": False}
+    whole = evaluate(run, overwrite=True, **options)["clusters"].read_text()
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clusters, "heldout_labels", killed)
+        evaluate(copy, overwrite=True, **options)
+    monkeypatch.setattr(clusters, "clustered", lambda *given: pytest.fail("a layer is clustered again"))
+    again = evaluate(copy, **options)["clusters"]
+    assert again.read_text() == whole
+    assert not (copy / "eval" / "work-clusters").exists()
+
+
+def test_labels_of_other_pictures_have_no_column(run, tmp_path, capsys):
+    """Those of another seed have the same keys."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    options = {"protocol": "clusters", "layers": "conv1", "clusters_k": "4", "random": False}
+    path = evaluate(copy, labelled="scenes:images=60,size=48,seed=1", overwrite=True, **options)["clusters"]
+    assert "pseudo-labels" not in json.loads(path.read_text())["arms"]["run"]["scores"]
+    assert f"the pseudo-labels of run are left out: arrow/000000 of {SCENES} is another" in capsys.readouterr().err
 
 
 def test_shares_by_hand():

@@ -83,7 +83,6 @@ def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
         assert layer["held_out"][str(layer["lr"])] == max(layer["held_out"].values())
         assert 0 <= layer["top1_interval"][0] <= layer["top1"] <= layer["top1_interval"][1] <= 1
         assert layer["numbers"] == layer["grid"] ** 2 * (layer["numbers"] // layer["grid"] ** 2)
-    assert not (tmp_path / "work").exists()
     assert json.loads(json.dumps(found)) == found
     # One pass over the test part; two views of the training part.
     assert sorted(tested) == list(range(len(test)))
@@ -260,7 +259,6 @@ def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
     monkeypatch.setattr(maps, "create_or_resume", watch)
     assert judge(arm(), parts, CONFIG, work, CPU) == expected
     assert resumed[0] == (name, 7)
-    assert not work.exists()
 
 
 class Killer:
@@ -314,7 +312,6 @@ def test_maps_that_shall_not_be_kept_are_computed_to_the_same_numbers(folder, tm
     capsys.readouterr()
     computed = judge(arm(network=network), parts, replace(config, cache=0.0), tmp_path / "computed", CPU)
     assert "over --cache: each epoch computes them anew" in capsys.readouterr().err
-    assert not (tmp_path / "computed").exists()
     assert kept == computed and len(kept["broken"]) == 1
     for key, value in caught["probes"].state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.eval import EvalConfig, evaluate, supervised
+from ktransfer.eval import EvalConfig, compare, evaluate, stage, supervised
 from ktransfer.eval.arms import Arm, find_arms, model_of
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
@@ -18,7 +19,9 @@ from ktransfer.retrain import retrain
 from ktransfer.training import loop
 
 SCENES = "scenes:images=40,size=48"
-FAST = {"epochs": 1, "batch": 16, "lrs": "0.01", "precision": "float32", "layers": "conv2", "test_crops": 1}
+TRAIN = {"epochs": 1, "batch": 16, "lrs": "0.01", "precision": "float32"}
+FAST = TRAIN | {"layers": "conv2"}
+TUNED = {"test_crops": 1}
 LEARN = {"supervised": True, "supervised_epochs": 2}
 
 
@@ -58,7 +61,7 @@ def result(run, protocol="linear"):
 
 def test_it_is_trained_once_and_judged_by_all(runs, trainings):
     run = runs / "target"
-    evaluate(run, protocol="linear,nonlinear,finetune", **LEARN, **FAST)
+    evaluate(run, protocol="linear,nonlinear,finetune", **LEARN, **FAST, **TUNED)
     assert trainings.count("supervised") == 1
     for protocol in ("linear", "nonlinear", "finetune"):
         found = result(run, protocol)
@@ -98,7 +101,9 @@ def test_it_is_trained_once_and_judged_by_all(runs, trainings):
     # Nor does it touch what was judged without it.
     evaluate(run, protocol="filters", random=False)
     before = result(run, "filters")
-    evaluate(run, protocol="filters", random=False, supervised_epochs=5)
+    with pytest.raises(UsageError, match="--supervised-epochs: not read by filters"):
+        evaluate(run, protocol="filters", random=False, supervised_epochs=5)
+    evaluate(run, protocol="filters", random=False, overwrite=True)
     assert result(run, "filters") == before
 
 
@@ -144,6 +149,74 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(runs, monkeypatch):
     assert mine == theirs
 
 
+def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_judged(runs, trainings, tmp_path):
+    def fails(words, **options):
+        with pytest.raises(UsageError, match=words) as caught:
+            evaluate(run, **options, **LEARN)
+        assert "\n" not in str(caught.value)
+        assert not trainings
+
+    run = runs / "vgg"
+    networks.save(run / "pretext" / "model.safetensors", {}, Network("alexnet_bn", 0.05, 2, 40, 0, task="jigsawpp"))
+    both = {"protocol": "linear,knn", "preset": "fair", "size": 96, "layers": "conv1"}
+    fails(r"\(linear --size 96 --stride 2, knn --size 96 --stride 4\); name --size and --stride, or", **both)
+    assert [one.config.stride for one in stage.check(run, both | LEARN | {"stride": 2})] == [2, 2]
+
+    # Boxes that a detector learns from need not be class folders.
+    boxes = tmp_path / "boxes.json"
+    pictures = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(10)]
+    notes = [{"id": n, "image_id": n, "category_id": 1 + n % 2, "bbox": [8, 8, 40, 40]} for n in range(10)]
+    names = [{"id": 1, "name": "cat"}, {"id": 2, "name": "cow"}]
+    boxes.write_text(json.dumps({"images": pictures, "annotations": notes, "categories": names}))
+    for one in pictures:
+        Image.new("RGB", (64, 64)).save(tmp_path / one["file_name"])
+    run = runs / "target"
+    detect = {"protocol": "detect", "trunk": "frozen", "labelled": str(boxes), "canvas": 64}
+    assert len(stage.check(run, detect)) == 1
+    fails("--supervised: .*boxes", **detect)
+    assert not (run / "eval").exists()
+
+    supervised.train(run, EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1), torch.device("cpu"))
+    trainings.clear()
+    fails("supervised in .* was made otherwise: epochs was 1, is 2", protocol="knn", layers="conv1")
+    (planned,) = stage.check(run, {"protocol": "knn", "overwrite": True} | LEARN)
+    assert planned.given == {"protocol": "knn", "overwrite": True} | LEARN
+
+
+def test_it_is_trained_as_the_line_says(runs, trainings, monkeypatch):
+    """Where and in what pieces; with batch norm other pieces are another training."""
+    run, seen = runs / "target", []
+    fit = loop.fit
+
+    def watch(model, loss, pictures, batches, options, *rest):
+        seen.append(options)
+        fit(model, loss, pictures, batches, options, *rest)
+
+    monkeypatch.setattr(loop, "fit", watch)
+    config = EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1, precision="float32")
+    told = {"micro_batch": 9, "compile": "off", "cache_pictures": "off", "workers": 1, "max_broken": 0.5}
+    weights = supervised.train(run, replace(config, **told), torch.device("cpu")).read_bytes()
+    assert {name: getattr(seen[-1], name) for name in told} == told
+    with pytest.raises(UsageError, match="--micro-batch, which batch norm sees, changed"):
+        supervised.train(run, replace(config, **told | {"micro_batch": 8}), torch.device("cpu"))
+    supervised.train(run, replace(config, micro_batch=9), torch.device("cpu"))
+    assert len(seen) == 1
+    other = supervised.train(run, replace(config, overwrite=True), torch.device("cpu"))
+    assert len(seen) == 2 and other.read_bytes() != weights
+
+
+def test_trainings_in_pieces_are_not_mixed(runs):
+    """Of networks with batch norm: neither gone on with in other pieces nor compared."""
+    options = {"protocol": "finetune", "random": False, **TRAIN, **TUNED}
+    shutil.copytree(runs / "target", runs / "other")
+    evaluate(runs / "target", micro_batch=8, **options)
+    with pytest.raises(UsageError, match=r"finetune in .* was made otherwise: micro-batch changed"):
+        evaluate(runs / "target", micro_batch=6, **options)
+    evaluate(runs / "other", micro_batch=16, **options)  # the whole batch
+    with pytest.raises(UsageError, match=r"finetune: micro-batch is '8' in .*target and None in .*other"):
+        compare([runs / "target", runs / "other"])
+
+
 def test_beside_a_teacher_it_is_the_trunk_that_learned(runs):
     evaluate(runs / "vgg", random=False, **LEARN, **(FAST | {"layers": "conv1_1,conv4_3"}))
     found = result(runs / "vgg")["arms"]
@@ -151,7 +224,7 @@ def test_beside_a_teacher_it_is_the_trunk_that_learned(runs):
     assert found["vgg"]["scores"]["conv4_3"]["numbers"] == found["supervised"]["scores"]["conv4_3"]["numbers"]
     weights = runs / "vgg" / "eval" / "supervised" / "model.safetensors"
     assert networks.describe(weights) == Network("vgg16_bn", 0.05, 4, 40, 0, "imagenet", "classes")
-    evaluate(runs / "vgg", protocol="finetune", **LEARN, **FAST)
+    evaluate(runs / "vgg", protocol="finetune", **LEARN, **TRAIN, **TUNED)
     assert list(result(runs / "vgg", "finetune")["arms"]) == ["random", "vgg", "supervised"]
 
 
@@ -172,7 +245,7 @@ def test_arms_with_their_classifiers(runs):
 
 
 def test_nonlinear_has_columns_for_the_fully_connected_layers(runs, capsys):
-    fast = FAST | {"layers": "conv5,fc7"}
+    fast = FAST | TUNED | {"layers": "conv5,fc7"}
     evaluate(runs / "target", protocol="nonlinear", beside=str(runs / "vgg"), **(fast | {"layers": None}))
     columns = {name: list(arm["scores"]) for name, arm in result(runs / "target", "nonlinear")["arms"].items()}
     assert columns["target"] == columns["random"] == ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7"]
@@ -181,6 +254,11 @@ def test_nonlinear_has_columns_for_the_fully_connected_layers(runs, capsys):
     evaluate(runs / "target", protocol="nonlinear", size=48, overwrite=True, **fast)
     assert "no fc7 of this size and stride in its weights; left out" in capsys.readouterr().err
     assert list(result(runs / "target", "nonlinear")["arms"]["target"]["scores"]) == ["conv5"]
+    before = (runs / "target" / "eval" / "nonlinear.json").read_bytes()
+    with pytest.raises(UsageError, match="--layers fc6,fc7: no network here holds them for pictures of 48 pixels") as e:
+        evaluate(runs / "target", protocol="nonlinear", size=48, overwrite=True, **(fast | {"layers": "fc6,fc7"}))
+    assert "\n" not in str(e.value)
+    assert (runs / "target" / "eval" / "nonlinear.json").read_bytes() == before
 
 
 def test_a_run_of_that_name(runs):
@@ -209,7 +287,7 @@ def several(tmp_path):
 
 def test_pictures_with_several_labels(runs, several):
     run = runs / "target"
-    evaluate(run, protocol="finetune", labelled=str(several), **LEARN, **(FAST | {"epochs": 6}))
+    evaluate(run, protocol="finetune", labelled=str(several), **LEARN, **(TRAIN | TUNED | {"epochs": 6}))
     found = result(run, "finetune")
     assert list(found["arms"]) == ["random", "target", "supervised"]
     for arm in found["arms"].values():
@@ -219,12 +297,14 @@ def test_pictures_with_several_labels(runs, several):
     assert 0.3 < found["chance"] < 0.7
     text = (run / "eval" / "finetune.md").read_text()
     assert "fine-tuned, VOC07 11-point mAP %" in text and "top-1" not in text
-    assert "finetune/1,random" in (run / "eval" / "finetune.csv").read_text()
+    assert "finetune/2,random" in (run / "eval" / "finetune.csv").read_text()
     with pytest.raises(
         UsageError, match=r"--protocol linear: .* has pictures with several labels; these take them: "
     ) as e:
         evaluate(run, protocol="linear", labelled=str(several), **FAST)
     assert "finetune" in str(e.value) and "\n" not in str(e.value)
+    evaluate(run, protocol="filters", labelled=str(several))  # looks at no label
+    assert list(result(run, "filters")["arms"]) == ["random", "target"]
 
 
 def test_the_loss_of_several_labels(several):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,21 @@ def test_rates_and_decay_of_a_step():
     assert all(weight.requires_grad for weight in model.parameters())
 
 
+def test_the_phases_share_all_epochs_and_no_more():
+    staged, layerwise = finetune.STRATEGIES["staged"], finetune.STRATEGIES["layerwise"]
+    for epochs, wanted in ((2, [1, 1]), (5, [2, 3]), (7, [4, 3]), (60, [30, 30]), (1, [1, 1])):
+        assert tuning.epochs_of(staged, epochs) == wanted
+        assert tuning.epochs_of(layerwise, epochs) == [epochs]
+
+
+def test_a_staged_training_takes_as_many_steps_as_it_was_given_epochs(painted, tmp_path, monkeypatch):
+    steps, loss = [], tuning._loss
+    monkeypatch.setattr(tuning, "_loss", lambda *given, **more: steps.append(0) or loss(*given, **more))
+    start = partial(finetune._start, ARM, 3, 0, None)
+    learned(start, finetune.STRATEGIES["staged"], painted, tmp_path, replace(CONFIG, epochs=5))
+    assert len(steps) == 5 * 24 // CONFIG.batch
+
+
 def test_frozen_batch_norms_and_dropouts_work_as_in_a_test():
     model, before = finetune._start(ARM, 3, 0, None)
     tuned = tuning.Tuned(model, before.modules).train()
@@ -228,7 +244,22 @@ def test_the_test_part_is_read_once_and_chooses_nothing(protocol, painted, tmp_p
         assert set(cell["held_out"]) == {"0.01", "0.02"}
         assert cell["held_out"][str(cell["lr"])] == max(cell["held_out"].values())
     assert json.loads(json.dumps(first)) == first
-    assert not (tmp_path / "work").exists()
+
+
+def test_pieces_that_batch_norm_sees_are_an_input(painted):
+    parts = painted(6, 0), painted(6, 1)
+    plain = Arm("plain", replace(ARM.network, arch="alexnet"), None)
+    normed = Arm("normed", replace(ARM.network, arch="alexnet_bn"), None)
+
+    def seen(*arms, **options):
+        found = [
+            protocol.inputs([*arms], parts, replace(CONFIG, batch=16, **options)) for protocol in (finetune, nonlinear)
+        ]
+        assert found[0] == found[1]
+        return found[0]
+
+    assert seen(plain, normed, micro_batch=4) == {"micro-batch": "4"}
+    assert seen(plain, micro_batch=4) == seen(plain, normed) == seen(normed, micro_batch=16) == {}
 
 
 def test_rows_held_out_are_not_learned_from(painted, tmp_path, monkeypatch):
@@ -269,7 +300,6 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
     monkeypatch.setattr(tuning, "_loss", lambda *given, **more: again.append(0) or loss(*given, **more))
     assert finetune.judge(ARM, parts, config, tmp_path / "work", CPU) == expected
     assert len(again) == 3 * 2 * 2 * 2 - (stop - 1)  # batches, epochs, rates and strategies; none twice
-    assert not (tmp_path / "work").exists()
 
 
 def test_a_rate_that_diverges_is_left_out(painted, tmp_path, capsys):
@@ -307,7 +337,7 @@ def test_rescaled_from_pictures_that_are_learned_from(painted, tmp_path):
     arm = Arm("random", replace(NETWORK, arch="alexnet"), None)
     parts = counted(painted(60, 0))[0], painted(12, 1)
     plain, scaled = (
-        finetune.judge(arm, parts, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / "work", CPU)["scores"]
+        finetune.judge(arm, parts, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / str(rescale), CPU)["scores"]
         for rescale in (False, True)
     )
     assert plain != scaled
