@@ -105,7 +105,8 @@ class EvalConfig(LoopOptions):
     )
     cache: float = option(
         20.0,
-        "GB of disk that the maps may take while it runs; where they need more, each epoch computes them anew",
+        "GB of disk that the maps may take while it runs; where they need more, linear computes them anew in each epoch, "
+        "and robust refuses",
         low=0,
         execution=True,
         of=("linear", "robust"),
@@ -142,7 +143,7 @@ class EvalConfig(LoopOptions):
     detector: str = option("fasterrcnn", "what finds boxes", choices=("fasterrcnn", "retinanet"), of=("detect",))
     neck: str = option(
         "auto",
-        "maps of the trunk: one, or a pyramid; auto: one of an AlexNet or VGG for fasterrcnn, else a pyramid",
+        "maps of the trunk: one, or a pyramid; auto: one of our AlexNet and VGG-16 for fasterrcnn, else a pyramid",
         choices=("auto", "single", "p2-p6", "p3-p7"),
         of=("detect",),
     )
