@@ -1,6 +1,8 @@
 """Pseudo-boxes: what a teacher sees in pictures without boxes, as a COCO file that other frameworks read too."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +24,7 @@ from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 ANY = 2**30  # pixels, the sides of a picture whose size is not asked for: no box reaches over its edge
+YEAR = re.compile(r"^20\d\d_")
 UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
 
 
@@ -59,6 +62,15 @@ def stated_sizes(path: Path, data: Dataset) -> NDArray[np.int32]:
     """
     held = {one["file_name"]: (one["width"], one["height"]) for one in files.read_json(path)["images"]}
     return np.array([held.get(key, UNREADABLE) for key in data.keys], np.int32)
+
+
+def kept_sizes(path: Path, data: Dataset) -> NDArray[np.int32]:
+    """(n, 2) width and height, as `without_boxes` finds them, by a file: decoded once however often it is killed."""
+    if isinstance(data, Detection):
+        return data.sizes
+    if not path.is_file():
+        files.write_bytes(path, _decoded_sizes(data).tobytes())
+    return np.frombuffer(path.read_bytes(), np.int32).reshape(-1, 2).copy()
 
 
 @lru_cache(maxsize=1)
@@ -116,6 +128,25 @@ def write(
             )
     categories = [{"id": number, "name": name} for number, name in zip(data.category_ids, data.classes, strict=True)]
     files.write_json(path, {"info": about, "images": pictures, "annotations": notes, "categories": categories})
+
+
+def join(path: Path, parts: Sequence[Path], about: dict[str, Any]) -> dict[str, int]:
+    """Write what files of `write` hold as one of them: the same bytes as if all had been written at once.
+
+    Returns:
+        The sums of the numbers that stand in the `info` of the parts.
+    """
+    pictures: list[dict[str, Any]] = []
+    notes: list[dict[str, Any]] = []
+    facts = Counter[str]()
+    held: dict[str, Any] = {}
+    for part in parts:
+        held = files.read_json(part)
+        pictures += held["images"]
+        notes += [note | {"id": number} for number, note in enumerate(held["annotations"], len(notes) + 1)]
+        facts.update(held["info"])
+    files.write_json(path, held | {"info": about, "images": pictures, "annotations": notes})
+    return dict(facts)
 
 
 def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
@@ -205,9 +236,12 @@ def shared(data: Dataset, test: Dataset) -> NDArray[np.int64]:
 
 
 def _name(key: str) -> str:
-    """The file name without its ending, which VOC's keys do not have; numbers as in 2007.17 are no ending."""
+    """The file name without its ending, which VOC's keys do not have; numbers as in 2007.17 are no ending.
+
+    And without the year with which VOC2012 names the pictures that it takes over: 2007_000175 is 000175 of VOC2007.
+    """
     path = PurePosixPath(key)
-    return path.stem if path.suffix.lower() in ENDINGS else path.name
+    return YEAR.sub("", path.stem if path.suffix.lower() in ENDINGS else path.name)
 
 
 def count(objects: tuple[Objects, ...], classes: int) -> list[int]:

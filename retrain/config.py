@@ -74,7 +74,9 @@ class SelftrainConfig(TrainOptions):
     huber_delta: float = option(0.1, "RetinaNet: delta of the Huber loss on boxes", low=0.001, high=10)
     huber_weight: float = option(50.0, "RetinaNet: weight of the Huber loss on boxes", low=0)
     soft_nms: float = option(0.0, "sigma of soft-NMS; 0: NMS at IoU 0.5", low=0, high=10, of=("pseudo", "scores"))
-    channels: int = option(256, "channels of the pyramid and of the heads", low=8, high=1024)
+    channels: int = option(
+        256, "channels of the pyramid and of the heads on it; of --task segment: of --head fpn", low=8, high=1024
+    )
     size: int = option(640, "side of the square that the detector sees, in pixels", low=64, high=2048)
     init: str = option(
         "random",

@@ -1,5 +1,6 @@
 """Self-training of detectors (`--task detect`), see `tasks.Task`: labels are boxes, pseudo-labels a COCO file."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,25 @@ from torch import Tensor
 
 from ktransfer.detection import losses as truths
 from ktransfer.detection import metrics
-from ktransfer.detection.answers import detect
-from ktransfer.detection.data import Detection, open_detection
+from ktransfer.detection.answers import Answer, detect
+from ktransfer.detection.data import Detection, Outline, open_detection
 from ktransfer.detection.losses import Truth
 from ktransfer.detection.sheet import draw_augmented
+from ktransfer.files import read_json
 from ktransfer.pictures import Pictures, check_broken
 
 from . import boxes, steady
 from .config import SelftrainConfig
-from .parts import Shown
+from .parts import PARTS, Shown
 from .student import losses as losses
 
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
 THINGS = "box", "boxes"
 JUDGED: tuple[str, ...] = ("test_threshold",)
+AT_ONCE = 16  # pictures that the teacher looks at together
+PART = 256 * AT_ONCE  # pictures whose answers are kept together
+Seen = tuple[Mapping[int, Answer], Mapping[int, Sequence[Outline]] | None, dict[str, int]]
+"""Row -> answer, row -> outlines where there are some, and how much of what there is."""
 
 
 def kind(config: SelftrainConfig) -> str:
@@ -71,15 +77,40 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     """Write the boxes that a teacher sees, with scores from the threshold on."""
     model, described, data, source, config, device = shown
     settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
-    found = detect(model, data, source, rows, described.size, settings, device, label=path.stem)
-    check_broken(source.broken, len(rows), config.max_broken, data)
-    facts = {"pictures": len(found)}
+
+    def see(chosen: Tensor, words: str) -> Seen:
+        found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, label=words)
+        facts = {"pictures": len(found)}
+        if config.jitter_filter:
+            seen = steady.spreads(model, data, source, found, described.size, settings, device, config.seed)
+            found, facts["boxes that move, left out"] = steady.steady(found, seen, config.jitter_filter)
+        return found, None, facts | {"boxes": sum(len(answer.scores) for answer in found.values())}
+
     if config.jitter_filter:
-        seen = steady.spreads(model, data, source, found, described.size, settings, device, config.seed)
-        found, facts["boxes that move, left out"] = steady.steady(found, seen, config.jitter_filter)
         about = about | {"jitter_filter": config.jitter_filter}
-    boxes.write(path, data, found, about)
-    return facts | {"boxes": sum(len(answer.scores) for answer in found.values())}
+    return in_parts(path, shown, rows, about, see)
+
+
+def in_parts(
+    path: Path, shown: Shown, rows: Tensor, about: dict[str, Any], see: Callable[[Tensor, str], Seen]
+) -> dict[str, int]:
+    """Write what `see` finds in (n,) rows by `boxes.write`: part by part, which are joined at the end.
+
+    Parts that lie there already are kept, so that a labelling that was killed goes on.
+    """
+    data, source, chunks = shown.data, shown.source, rows.split(PART)
+    parts = [path.with_suffix(PARTS) / f"{number:06d}.json" for number in range(len(chunks))]
+    for number, (part, chosen) in enumerate(zip(parts, chunks, strict=True), 1):
+        if part.is_file():
+            listed = {one["id"] for one in read_json(part)["images"]}
+            lost = [row for row in chosen.tolist() if data.ids[row] not in listed]
+            for _ in source.batches(iter(torch.tensor(lost, dtype=torch.int64).split(AT_ONCE))):
+                pass  # the source now knows why these could not be read
+            continue
+        found, outlines, facts = see(chosen, f"{path.stem} {number} of {len(parts)}" if len(parts) > 1 else path.stem)
+        boxes.write(part, data, found, facts, outlines)
+    check_broken(source.broken, len(rows), shown.config.max_broken, data)
+    return boxes.join(path, parts, about)
 
 
 def judge(shown: Shown, label: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ktransfer.training.batch import Batch, Loss
 
 from . import boxes, detecting
 from .config import SelftrainConfig
+from .detecting import AT_ONCE, Seen, in_parts
 from .detecting import count as count
 from .parts import Shown
 from .student import Student, Weighing, halves, total, weighed
@@ -169,11 +170,14 @@ def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: 
 def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
     """Write the objects that a teacher sees, with scores from the threshold on."""
     model, described, data, source, config, device = shown
-    settings, outlines = replace(described.settings, threshold=config.threshold), dict[int, Sequence[Outline]]()
-    found = detect(model, data, source, rows, described.size, settings, device, label=path.stem, outlines=outlines)
-    check_broken(source.broken, len(rows), config.max_broken, data)
-    boxes.write(path, data, found, about, outlines)
-    return {"pictures": len(found), "objects": sum(len(answer.scores) for answer in found.values())}
+    settings = replace(described.settings, threshold=config.threshold)
+
+    def see(chosen: Tensor, words: str) -> Seen:
+        outlines = dict[int, Sequence[Outline]]()
+        found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, words, outlines)
+        return found, outlines, {"pictures": len(found), "objects": sum(len(one.scores) for one in found.values())}
+
+    return in_parts(path, shown, rows, about, see)
 
 
 def judge(shown: Shown, label: str) -> dict[str, Any]:

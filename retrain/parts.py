@@ -23,6 +23,7 @@ from . import boxes, heldout
 from .config import SelftrainConfig
 
 SHEET = "augmented.png"
+PARTS = ".parts"  # ending of the folder of what a labelling has so far
 
 
 class Data(NamedTuple):

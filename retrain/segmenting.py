@@ -208,8 +208,9 @@ def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: 
 
 @torch.no_grad()
 def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
-    """Write the masks that a teacher sees, of the pictures' own size; those that lie there already are kept.
+    """Write the masks that a teacher sees, of the pictures' own size; groups that lie there already are kept.
 
+    A group of which a mask is missing is looked at as a whole: by another one its last digits would not be the same.
     A mask is named by its row, so that no name of a picture can lead out of the folder.
     """
     model, described, data, source, config, device = shown
@@ -217,10 +218,10 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     folder, size = path.with_suffix(""), described.size
     edges = canvas.extents(data, size).to(device)
     masked = {row: folder / f"{row:07d}.png" for row in rows.tolist()}
-    missing = torch.tensor([row for row, place in masked.items() if not place.is_file()], dtype=torch.int64)
+    missing = [group for group in rows.split(AT_ONCE) if not all(masked[row].is_file() for row in group.tolist())]
     model.eval()
-    with bar(len(rows), path.stem, done=len(rows) - len(missing)) as progress:
-        for chosen, pixels, valid, _ in source.batches(iter(missing.split(AT_ONCE))):
+    with bar(len(rows), path.stem, done=len(rows) - sum(map(len, missing))) as progress:
+        for chosen, pixels, valid, _ in source.batches(iter(missing)):
             progress.update(len(chosen))
             kept = chosen[valid]
             if not len(kept):

@@ -29,17 +29,17 @@ from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network, check_arch, describe
 from ktransfer.pictures import cache_place, check_broken, readable
 from ktransfer.progress import say, track
-from ktransfer.run import RECORD, begin, changes, done_record, input_hash, locked, read_record
+from ktransfer.run import begin, changes, done_record, input_hash
 from ktransfer.stages import Part
 from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
 from . import boxes, heldout, joint, student
 from .config import SelftrainConfig
-from .parts import SHEET, Data, finish, held_out, show, tested
+from .parts import PARTS, SHEET, Data, finish, held_out, show, tested
+from .steps import STAGE, end_of, planned, remove, rounds
 from .tasks import TASKS, suited
 
-STAGE = "selftrain"
 SHOWN = 8  # pictures on it
 
 
@@ -71,8 +71,8 @@ def selftrain(run: str | Path, **options: Any) -> Path:
         remove(run, parts)
     weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
     arms = {"teacher": weights[0]}
-    for number in _rounds(config):
-        end = _end(number)
+    for number in rounds(config):
+        end = end_of(number)
         pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
         weights.append(_train(run, config, data, device, f"student{end}", pseudo))
         arms["student"] = weights[-1]
@@ -111,7 +111,8 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     left = np.setdiff1d(np.arange(len(whole)), rows)
     labelled = subset(whole, rows)
     if not any((~one.crowd).any() for one in labelled.objects):
-        raise UsageError(f"--fraction {config.fraction}: no box among {len(rows)} pictures; take more")
+        given = "ids" if config.ids else "fraction" if config.fraction < 1 else "labelled"
+        raise UsageError(f"--{given} {getattr(config, given)}: no box among {len(rows)} pictures; take more")
     heldout.rows(labelled, config)
     if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
@@ -134,68 +135,15 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         # The file is what is checked, and pictures are not read.
         any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
         task.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), labelled, config)
-    data = Data(labelled, unlabelled, test)
     joint.check(config, unlabelled)
+    judging = boxes.shared(labelled, test)
+    if len(judging):
+        raise UsageError(
+            f"--labelled {config.labelled}: {len(judging)} of its pictures would be learned and judge too, such as "
+            f"{labelled.keys[judging[0]]}; give a training and a test part that share none, or leave them out by --ids"
+        )
+    data = Data(labelled, unlabelled, test)
     return Checked(config, data, planned(config, data, None if coming else file))
-
-
-def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part]:
-    """The steps in order, with their settings and with those of their inputs that are known before they begin."""
-    begun = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
-    others = {"unlabelled": data.unlabelled.fingerprint}
-    teacher = {"teacher": input_hash(Path(config.teacher))} if config.teacher else {}
-    pseudo = {"pseudo-boxes": input_hash(Path(config.pseudo))} if config.pseudo else {}
-    found = [] if config.teacher else [Part("teacher", settings_of(config, "teacher"), begun)]
-    for number in _rounds(config):
-        if not config.pseudo:
-            known = others | (teacher if number == 1 else {})
-            found.append(Part(f"pseudo{_end(number)}", settings_of(config, "pseudo"), known))
-        found.append(Part(f"student{_end(number)}", settings_of(config, "student"), begun | others | pseudo))
-    if joint.NAME in joint.methods(config):
-        found.append(Part(joint.NAME, settings_of(config, joint.NAME), begun | others | joint.classes(data)))
-    tested = {"test": data.test.fingerprint}
-    return [*found, Part("scores", settings_of(config, "scores"), tested, cheap=True)]
-
-
-def remove(run: Path, parts: list[Part]) -> None:
-    """Make room for `--overwrite`: the first step that was made otherwise goes and all after it; else all of them go.
-
-    A joint training goes only if it was made otherwise itself: it reads nothing of the steps before it. The records go
-    last, so that a removal that was killed is not taken for a whole stage.
-    """
-    with locked(run):
-        records = [read_record(run, STAGE, part.step) for part in parts]
-        otherwise = [
-            place
-            for place, (part, old) in enumerate(zip(parts, records, strict=True))
-            if (old is None and any(records[place:]))
-            or (old is not None and old["inputs"].get("init") != part.inputs.get("init"))
-            or changes(run, STAGE, part.step, part.config, part.inputs, partly=True)
-        ]
-        path = run / STAGE / RECORD
-        held: dict[str, Any] = files.read_json(path) if path.is_file() else {}
-        first = min(otherwise, default=0)
-        kept = {
-            part.step: held[part.step]
-            for place, part in enumerate(parts)
-            if otherwise
-            and (place < first or (part.step == joint.NAME and place not in otherwise))
-            and part.step in held
-        }
-        for name in held.keys() - kept.keys():
-            for output in held[name].get("writes", []):
-                files.remove(run / STAGE / output)
-        if held:
-            files.write_json(path, kept)
-
-
-def _rounds(config: SelftrainConfig) -> range:
-    return range(1, config.rounds + 1 if joint.SELF in joint.methods(config) else 1)
-
-
-def _end(number: int) -> str:
-    """What the names of a round's files end with."""
-    return "" if number == 1 else f"-{number}"
 
 
 def _train(
@@ -282,19 +230,21 @@ def _with_pseudo(
 
 
 def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
-    """What a teacher sees in the unlabelled pictures, with scores from a little below the threshold on."""
+    """What a teacher sees in the unlabelled pictures, with scores from the threshold on."""
     name, other = f"pseudo{end}", data.unlabelled
     inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
-    settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name]
+    settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name, f"{name}{PARTS}"]
     with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
-        path = step.folder / f"{name}.json"
+        path, parts = step.folder / f"{name}.json", step.folder / f"{name}{PARTS}"
         if step.done:
             return path
-        shown = show(teacher, boxes.without_boxes(other, data.labelled), config, device)
+        sizes = boxes.kept_sizes(parts / "sizes", other)
+        shown = show(teacher, boxes.without_boxes(other, data.labelled, sizes), config, device)
         rows = torch.from_numpy(np.setdiff1d(np.arange(len(other)), tested(data, name)))
         about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": shown.described.size}
         facts = TASKS[config.task].label(path, shown, rows, about)
         broken = [f"{other.keys[row]}: {reason}" for row, reason in shown.source.broken.items()]
+        files.remove(parts)
         step.finish([path], broken=broken, result=facts)
         say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {path}")
         return path

@@ -73,9 +73,11 @@ def spreads(
             for view in range(VIEWS if len(kept) else 0):
                 jitter = canvas.draw_jitter(kept, edges[kept], size, seed, view, SCALES)
                 moved = canvas.move_pixels(pixels, jitter)
-                prepared = canvas.normalise(moved, jitter.moved_extents(), model.backbone.how)  # type: ignore[union-attr,arg-type]
+                limits = jitter.moved_extents()
+                prepared = canvas.normalise(moved, limits, model.backbone.how)  # type: ignore[union-attr,arg-type]
                 for place, one in enumerate(model(prepared)):
-                    seen = _back(one["boxes"].float(), jitter, place)
+                    # The answers end at the picture's edge, the model's boxes at the canvas': that is no movement.
+                    seen = _back(one["boxes"].float().minimum(limits[place].repeat(2)), jitter, place)
                     again[place].append(_found(boxes[place], labels[place], seen, one["labels"] - shift))
             for row, own, views in zip(kept.tolist(), boxes, again, strict=True):
                 sides = torch.stack(views).std(0, correction=0).mean(1)  # NaN where a view is infinite

@@ -14,9 +14,9 @@ from ktransfer import files
 from ktransfer.config import build
 from ktransfer.errors import KTransferError, StageError, UsageError
 from ktransfer.progress import say
-from ktransfer.run import changes, leaves_nothing, read_record
+from ktransfer.run import leaves_nothing, read_record
 
-from . import selftraining, tables
+from . import selftraining, steps, tables
 from .config import SelftrainConfig
 from .tables import Cell, Recipe
 
@@ -83,9 +83,8 @@ def _check(run: Path, options: dict[str, Any], where: str) -> None:
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     for part in parts:
-        old = read_record(run, selftraining.STAGE, part.step)
-        found = changes(run, selftraining.STAGE, part.step, part.config, part.inputs, partly=True)
-        if old and found and not part.cheap and not leaves_nothing(run / selftraining.STAGE, old):
+        old, found = read_record(run, steps.STAGE, part.step), steps.otherwise(run, part)
+        if old and found and not part.cheap and not leaves_nothing(run / steps.STAGE, old):
             raise UsageError(
                 f"{where}: its {part.step} was made otherwise: {'; '.join(found)}. Remove {run} to make the cell anew, "
                 "or choose another --run"
@@ -133,7 +132,13 @@ def read(path: Path) -> Recipe:
             raise UsageError(
                 f"--recipe {path}: two cells would be made in cells/{slug(cell)}; rename a file that differs"
             )
-    return Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
+    recipe = Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
+    for axis, values in grid.items():
+        called = [tables.words(recipe, axis, value) for value in values]
+        again = [name for place, name in enumerate(called) if name in called[:place]]
+        if again:
+            raise UsageError(f"--recipe {path}: two values of {axis} are called '{again[0]}'; give [names] that differ")
+    return recipe
 
 
 def cells(recipe: Recipe) -> list[Cell]:

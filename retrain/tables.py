@@ -186,7 +186,7 @@ def _table(recipe: Recipe, lines: list[Line], across: str) -> list[str]:
 
     def place(line: Line) -> tuple[str, str]:
         """The row and the column of a line, in words."""
-        parts = {axis: _words(recipe, axis, value) for axis, value in line.cell.items()}
+        parts = {axis: words(recipe, axis, value) for axis, value in line.cell.items()}
         parts[METHOD] = WORDS[line.method]
         column = parts.pop(across, "mean")
         return ", ".join(parts.values()) or "all", column
@@ -234,13 +234,13 @@ def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:
     own = [line for line in lines if line.measure == measure]
     series: dict[tuple[str, str], list[Line]] = {}
     for line in own:
-        title = ", ".join(_words(recipe, name, value) for name, value in line.cell.items() if name != axis)
+        title = ", ".join(words(recipe, name, value) for name, value in line.cell.items() if name != axis)
         series.setdefault((title, line.method), []).append(line)
     colours = {title: f"C{number}" for number, title in enumerate(dict.fromkeys(title for title, _ in series))}
     for (title, method), found in series.items():
         points = [mean(list(line.values.values())) for line in found]
         axes.errorbar(
-            [_words(recipe, axis, line.cell[axis]) for line in found],
+            [words(recipe, axis, line.cell[axis]) for line in found],
             [value for value, _ in points],
             [half or 0.0 for _, half in points],
             linestyle=STYLES[method],
@@ -279,7 +279,8 @@ def matplotlib() -> Callable[..., Any]:
     return subplots
 
 
-def _words(recipe: Recipe, axis: str, value: Any) -> str:
+def words(recipe: Recipe, axis: str, value: Any) -> str:
+    """What a value of an axis is called in tables and plots."""
     if str(value) in recipe.names:
         return recipe.names[str(value)]
     if axis == "fraction":

@@ -68,14 +68,14 @@ class Task(Protocol):
 
 
 RETINANET = ("focal_alpha", "focal_gamma", "huber_delta", "huber_weight")
-BOXES = ("detector", "patience", "jitter_filter", "soft_nms", *RETINANET)
+BOXES = ("detector", "patience", "held_out", "jitter_filter", "soft_nms", *RETINANET)
 STRANGE = {
     "detect": ("head", "scales"),
     "segment": (*BOXES, "anchor", "test_threshold"),
     "instance": (*BOXES, "head", "scales"),
 }
 """Task -> settings that it does not read."""
-OF_PSEUDO = ("pseudo", "rounds", "adaptive", "jitter_filter", "empty")
+OF_PSEUDO = ("pseudo", "threshold", "rounds", "adaptive", "jitter_filter", "empty")
 
 
 def suited(config: SelftrainConfig) -> None:
@@ -86,6 +86,14 @@ def suited(config: SelftrainConfig) -> None:
         strange += [(name, f"--detector {config.detector}") for name in RETINANET]
     if joint.SELF not in methods:
         strange += [(name, "--methods joint alone") for name in OF_PSEUDO]
+    if config.task == "segment" and config.head != "fpn":
+        strange.append(("channels", f"--head {config.head}"))
+    if config.balance == "plain":
+        strange.append(("decay", "--balance plain"))
+    if not config.patience:
+        strange.append(("held_out", "trainings without --patience"))
+        if config.ids:  # which are chosen already; a share of 1 keeps the mix
+            strange.append(("stratified", "--ids without --patience"))
     for name, where in strange:
         if getattr(config, name) != getattr(usual, name):
             raise UsageError(f"--{name.replace('_', '-')}: is not for {where}; leave it away")

@@ -9,7 +9,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
 from ktransfer.detection import canvas, detectors
-from ktransfer.detection.data import Detection, Outline
+from ktransfer.detection.data import Detection, Outline, subset
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.masks import encoded
 from ktransfer.progress import bar
@@ -82,17 +82,19 @@ def detect(
     model.eval()
     overlap, most = (1.0, SOFT_CANDIDATES) if settings.soft else (settings.overlap, settings.most)
     detectors.answering(model, settings.threshold, overlap, most)
-    edges, scaled = canvas.extents(data, size).to(device), canvas.factors(data, size).to(device)
+    own, place = subset(data, rows.numpy()), {row: place for place, row in enumerate(rows.tolist())}
+    edges, scaled = canvas.extents(own, size).to(device), canvas.factors(own, size).to(device)
     shift, found = detectors.shift(model), dict[int, Answer]()
     with bar(len(rows), label) as shown:
         for chosen, pixels, valid, _ in source.batches(iter(rows.split(batch))):
-            kept = chosen[valid].to(device)
+            kept = chosen[valid].tolist()
             shown.update(len(chosen))
-            if not len(kept):
+            if not kept:
                 continue
-            prepared = canvas.normalise(pixels[valid].to(device), edges[kept], model.backbone.how)  # type: ignore[union-attr,arg-type]
-            for row, one in zip(kept.tolist(), model(prepared), strict=True):
-                width, height = edges[row]
+            sides = edges[[place[row] for row in kept]]
+            prepared = canvas.normalise(pixels[valid].to(device), sides, model.backbone.how)  # type: ignore[union-attr,arg-type]
+            for row, one in zip(kept, model(prepared), strict=True):
+                width, height = edges[place[row]]
                 boxes = torch.stack(
                     [
                         side.clamp(min=0, max=float(edge))
@@ -102,7 +104,7 @@ def detect(
                     ],
                     dim=1,
                 )
-                answer = Answer(boxes / scaled[row], one["scores"].float(), one["labels"] - shift)
+                answer = Answer(boxes / scaled[place[row]], one["scores"].float(), one["labels"] - shift)
                 if settings.soft:
                     answer = _softened(answer, settings)
                 wide = (answer.boxes[:, 2:] > answer.boxes[:, :2]).all(1)

@@ -24,8 +24,8 @@ def read(path: Path, spec: str) -> Detection:
     """A COCO file of instances; pictures without objects are kept.
 
     The names of the pictures are relative to the folder of the file, to `images/` beside it, or to the folder that
-    COCO's own layout has (`train2017/` beside `annotations/instances_train2017.json`): to the first of these that holds
-    the first picture. Pictures that are not there are broken ones when they are read; here they are counted.
+    COCO's own layout has (`train2017/` beside `annotations/instances_train2017.json`): to the one of these that holds
+    most of the first 20. Pictures that are not there are broken ones when they are read; here they are counted.
 
     Raises:
         UsageError: the file is no COCO file, an id is there twice or names nothing, a name leaves the folder, or no

@@ -21,6 +21,7 @@ from ktransfer.progress import track
 
 IGNORE = 255
 _SAMPLES = 8  # each way in a pixel: Pillow fills what a polygon touches, a pixel shall be what it mostly covers
+_BAND = 2**25  # samples drawn at once: those of a photo's largest object would take a gigabyte
 
 
 def filled(outline: Outline, size: tuple[int, int], scale: float = 1.0) -> NDArray[np.bool_]:
@@ -43,11 +44,15 @@ def filled(outline: Outline, size: tuple[int, int], scale: float = 1.0) -> NDArr
     left, top = np.floor(points.min(0)).clip(0, size).astype(int).tolist()
     right, bottom = np.ceil(points.max(0)).clip(0, size).astype(int).tolist()
     if right > left and bottom > top:
-        fine = Image.new("L", ((right - left) * _SAMPLES, (bottom - top) * _SAMPLES))
-        draw = ImageDraw.Draw(fine)
-        for polygon in polygons:
-            draw.polygon(np.floor((polygon - (left, top)) * _SAMPLES).ravel().tolist(), fill=255)
-        found[top:bottom, left:right] = np.asarray(fine.reduce(_SAMPLES)) >= 128
+        corners = [np.floor((polygon - (left, top)) * _SAMPLES) for polygon in polygons]
+        high = max(1, _BAND // (_SAMPLES**2 * (right - left)))
+        for upper in range(top, bottom, high):
+            lower = min(upper + high, bottom)
+            fine = Image.new("L", ((right - left) * _SAMPLES, (lower - upper) * _SAMPLES))
+            draw = ImageDraw.Draw(fine)
+            for one in corners:
+                draw.polygon((one - (0, (upper - top) * _SAMPLES)).ravel().tolist(), fill=255)
+            found[upper:lower, left:right] = np.asarray(fine.reduce(_SAMPLES)) >= 128
     return found
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ktransfer import rng
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import Detection, Objects, Outline
-from ktransfer.detection.masks import filled
+from ktransfer.detection.masks import encoded, filled
 from ktransfer.errors import StageError, UsageError
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
@@ -279,10 +279,18 @@ def _mask_overlaps(
     given: Sequence[Outline], wanted: Sequence[Outline], size: tuple[int, int], crowd: _Bits
 ) -> NDArray[np.float64]:
     """(d, g) IoU of masks of a picture of `size` (width, height); of a crowd the share of the answer in it."""
+    from faster_coco_eval.core import mask
+
     if not given or not wanted:
         return np.zeros((len(given), len(wanted)))
-    own, theirs = (np.stack([filled(one, size).ravel() for one in some]).astype(np.float32) for some in (given, wanted))
-    return _shares((own @ theirs.T).astype(np.float64), own.sum(1), theirs.sum(1), crowd)
+    own, theirs = ([_runs(one, size) for one in some] for some in (given, wanted))
+    return np.asarray(mask.iou(own, theirs, crowd.astype(int).tolist()), np.float64)
+
+
+def _runs(outline: Outline, size: tuple[int, int]) -> dict[str, Any]:
+    """Packed run lengths of an outline: the masks of all objects of a photo together would be gigabytes."""
+    whole = isinstance(outline, dict) and outline["size"] == [size[1], size[0]] and isinstance(outline["counts"], str)
+    return outline if whole else encoded(filled(outline, size))  # type: ignore[return-value]
 
 
 def _overlaps(boxes: NDArray[np.float32], true: NDArray[np.float32], crowd: _Bits) -> NDArray[np.float64]:

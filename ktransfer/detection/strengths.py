@@ -187,8 +187,10 @@ def _coloured(batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed
         else:
             count = batch.boxes.shape[1]
             tossed = rng.uniform(seed, f"detection/boxes{layer}", epoch, rows[at], 2 * count)
-            signs = torch.where(tossed[:, count:] < 0.5, -1, 1)
-            hit = batch.kept[at] & (tossed[:, :count] < probability * ONLY_BOXES)
+            # Two draws side by side for each box: those of a box are the same however many places there are.
+            hits, turns = tossed.unflatten(1, (count, 2)).unbind(2)
+            signs = torch.where(turns < 0.5, -1, 1)
+            hit = batch.kept[at] & (hits < probability * ONLY_BOXES)
             some = operations.translate_only_boxes(some, batch.boxes[at], hit, level, signs)
         pixels = some if isinstance(at, slice) else pixels.index_copy(0, at, some)
     return batch._replace(pixels=pixels)

@@ -178,7 +178,7 @@ def wide_groups(channels: int) -> nn.GroupNorm:
 
     The coarsest maps have one cell: a group of one number there would be normalised to 0, and learn nothing.
     """
-    return nn.GroupNorm(math.gcd(GROUPS, max(1, channels // 8)), channels)
+    return nn.GroupNorm(math.gcd(GROUPS, max(1, channels // 8), channels), channels)
 
 
 def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:

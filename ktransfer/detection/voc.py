@@ -1,23 +1,26 @@
 """PASCAL VOC: a VOCdevkit with one year or several, boxes from its XML files, masks from SegmentationClass."""
 
 import hashlib
+import re
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ktransfer import images
+from ktransfer import files, images
 from ktransfer.dataset import UNKNOWN
 from ktransfer.detection.data import Detection, Objects, objects_of, summary
 from ktransfer.detection.masks import read_map
 from ktransfer.errors import UsageError
 from ktransfer.folders import file_size
+from ktransfer.progress import say_once
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+_DATED = re.compile(r"\d{4}_\d{6}")  # the names of pictures from 2008 on
 _LARGEST_XML = 10_000_000  # bytes; no entity of a document is expanded beyond what it weighs
 
 
@@ -35,6 +38,9 @@ def years(root: Path) -> list[Path]:
 def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Detection, Detection]:
     """Training and test part: `trainval` of all years against every `test` that has boxes, else `train` against `val`.
 
+    A picture is there once, whatever years list it, and in the test part if it is in both. How many were left out for
+    that is said in a line.
+
     Args:
         lists: "Main" for all pictures, "Segmentation" for those with masks.
 
@@ -47,19 +53,25 @@ def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Det
     learned, judged = (
         ("trainval", tested) if tested else ("train", [(year, _listed(year, lists, "val")) for year in folders])
     )
-    train = [(year, _listed(year, lists, learned)) for year in folders]
+    held = set[str]()
+    judged = _once(spec, judged, held)
+    train = _once(spec, [(year, _listed(year, lists, learned)) for year in folders], held)
     if not any(names for _, names in train) or not any(names for _, names in judged):
         raise UsageError(
             f"{spec}: {folders[0]}/ImageSets/{lists} lists no pictures for training or none for testing; it needs "
             "trainval.txt and test.txt, or train.txt and val.txt"
         )
-    return read(spec, learned, train), read(spec, "test" if tested else "val", judged)
+    masks = lists == "Segmentation"
+    return read(spec, learned, train, masks), read(spec, "test" if tested else "val", judged, masks)
 
 
-def read(spec: str, part: str, listed: list[tuple[Path, list[str]]]) -> Detection:
+def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: bool = False) -> Detection:
     """The pictures of some lists, with the twenty classes, or those that are found where there are others.
 
     Coordinates of VOC count pixels from 1, both ends included: x0 and y0 are lowered by one.
+
+    Args:
+        masked: the fingerprint covers the masks too.
 
     Raises:
         UsageError: an XML file is missing or broken.
@@ -84,6 +96,8 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]]) -> Detectio
         for array in one[:5]:
             digest.update(np.ascontiguousarray(array).tobytes())
     masks = [year / "SegmentationClass" / f"{name}.png" for year, name in rows]
+    for mask in masks if masked else []:
+        digest.update(files.sha256(mask).encode() if mask.is_file() else b"missing")
     return Detection(
         spec=spec,
         name=f"voc-{part}",
@@ -101,6 +115,23 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]]) -> Detectio
         label_map=lambda row: read_map(masks[row]),
         counts=counts,
     )
+
+
+def _once(spec: str, listed: list[tuple[Path, list[str]]], held: set[str]) -> list[tuple[Path, list[str]]]:
+    """The lists without the pictures that are `held`, to which the others are added.
+
+    VOC2012 lists pictures of other years under names of their own: 2007_000032 is 000032 of VOC2007.
+    """
+    found: list[tuple[Path, list[str]]] = []
+    dropped = 0
+    for year, names in listed:
+        own = {name: name if _DATED.fullmatch(name) else f"{year.name.removeprefix('VOC')}_{name}" for name in names}
+        found.append((year, [name for name in names if own[name] not in held]))
+        dropped += len(names) - len(found[-1][1])
+        held.update(own.values())
+    if dropped:
+        say_once(f"{spec}: {dropped:,} pictures left out that the test part or another year lists too")
+    return found
 
 
 def _listed(year: Path, lists: str, part: str) -> list[str]:

@@ -34,6 +34,20 @@ def test_polygons_are_filled_as_by_pycocotools():
         assert (found & wanted).sum() / (found | wanted).sum() > 0.85
 
 
+def test_large_polygons_are_filled_in_bands_as_at_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    outlines = [[(generator.random(2 * corners) * 120 - 10).tolist() for corners in (3, 4, 9)] for _ in range(40)]
+    outlines += [[[1.5, 2, 90.25, 2, 90.25, 77.5, 1.5, 77.5]], [[0, 0, 100, 0, 100, 80, 0, 80]]]
+    wanted, drawn, new = [masks.filled(one, (100, 80)) for one in outlines], [], Image.new
+    monkeypatch.setattr(masks.Image, "new", lambda mode, size: drawn.append(size[0] * size[1]) or new(mode, size))
+    for least in (1, 20_000, 70_000):
+        monkeypatch.setattr(masks, "_BAND", least)
+        assert all((masks.filled(one, (100, 80)) == known).all() for one, known in zip(outlines, wanted, strict=True))
+        assert max(drawn) <= max(least, 64 * 100)  # one row at least
+    assert len(drawn) > 42 * (80 // 2)
+    assert 0.2 < np.mean([known.mean() for known in wanted]) < 0.8
+
+
 def test_run_lengths_are_those_of_pycocotools():
     tools = pytest.importorskip("pycocotools.mask")
     generator = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,31 @@ def test_numbers_of_masks_are_those_of_pycocotools(packed):
     assert np.nanmean(table) == pytest.approx(wanted[0], abs=1e-6 if packed else 0.05)
     low, high = scores["mask_AP_interval"]
     assert low <= scores["mask_AP"] <= high and 0.01 < high - low < 0.4
+
+
+def test_overlaps_of_masks_by_hand_and_in_little_memory():
+    """Run lengths packed and plain, polygons, masks of another size, one that is empty; two crowds."""
+    generator = np.random.default_rng(0)
+    blobs = [np.kron(generator.random((8, 10)) < 0.4, np.ones((50, 50), bool)) for _ in range(40)]
+    blobs[3] = np.zeros((400, 500), bool)
+    own = [masks.encoded(one) for one in blobs]
+    plain = {"size": [400, 500], "counts": masks._unpacked(own[30]["counts"])}
+    small = masks.encoded(blobs[31][::50, ::50])
+    square = [[100, 100, 300, 100, 300, 200, 100, 200]]
+    theirs, crowd = [own[5], plain, small, square, own[32], own[3]], np.array([False, False, False, True, True, False])
+    true = [blobs[5], blobs[30], blobs[31], np.zeros((400, 500), bool), blobs[32], blobs[3]]
+    true[3][100:200, 100:300] = True
+    tracemalloc.start()
+    found = metrics._mask_overlaps(own, theirs, (500, 400), crowd)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 400 * 500 < len(own) * 400 * 500  # bytes: of a few masks, not of all
+    for line, mask in zip(found, blobs, strict=True):
+        for value, other, many in zip(line, true, crowd, strict=True):
+            whole = mask.sum() if many else (mask | other).sum()
+            assert value == (mask & other).sum() / max(whole, 1)
+    assert metrics._mask_overlaps([], theirs, (500, 400), crowd).shape == (0, 6)
+    assert metrics._mask_overlaps(own, [], (500, 400), crowd[:0]).shape == (40, 0)
 
 
 def test_a_picture_that_counts_twice_is_a_picture_twice():

@@ -108,6 +108,22 @@ def test_a_picture_is_augmented_alike_in_any_batch(strength):
         assert not torch.equal(augment(given, strength, rows, 4, 7)[0].pixels, whole.pixels)
 
 
+@pytest.mark.parametrize("strength", ["S2", "S3"])
+def test_a_picture_is_augmented_alike_beside_pictures_of_many_boxes(strength):
+    """The places for boxes are as many as the fullest picture of a set has."""
+    given, rows = batch(200), torch.arange(200)
+    given = given._replace(pixels=torch.randint(0, 256, given.pixels.shape, generator=torch.manual_seed(0)).byte())
+    whole, maps = augment(given, strength, rows, 3, 7)
+    boxes, kept = torch.zeros(200, 7, 4), torch.zeros(200, 7, dtype=torch.bool)
+    boxes[:, :2], kept[:, :2] = given.boxes, given.kept
+    found, moves = augment(given._replace(boxes=boxes, kept=kept), strength, rows, 3, 7)
+    assert torch.equal(found.pixels, whole.pixels)
+    assert torch.equal(found.boxes[:, :2], whole.boxes)
+    assert torch.equal(moves, maps)
+    none = augment(given._replace(kept=torch.zeros_like(given.kept)), strength, rows, 3, 7)[0]
+    assert 10 < (none.pixels != whole.pixels).flatten(1).any(1).sum() < 100  # single boxes were changed
+
+
 @pytest.mark.parametrize("strength", list(STRENGTHS))
 def test_pixels_are_finished_as_they_would_be_later(strength):
     given, rows = batch(), torch.arange(24)

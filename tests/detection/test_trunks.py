@@ -90,6 +90,10 @@ def test_norms_stand_everywhere(norm, kind):
 def test_groups_divide_the_channels():
     assert [trunks.group_norm(channels).num_groups for channels in (64, 24, 40, 112)] == [32, 8, 8, 16]
     assert [trunks.wide_groups(channels).num_groups for channels in (256, 64, 32, 8)] == [32, 8, 4, 1]
+    assert [trunks.wide_groups(channels).num_groups for channels in (68, 132, 17, 1000)] == [4, 4, 1, 1]
+    for channels in range(8, 1025):  # all that `--channels` allows
+        found = trunks.wide_groups(channels).num_groups
+        assert channels // found >= 8
 
 
 def test_frozen_norms_keep_statistics_and_need_weights(tmp_path):

@@ -105,6 +105,56 @@ def test_segmentation_has_lists_of_its_own(devkit):
     assert train.keys == ("VOC2007/000002",) and test.keys == ("VOC2007/000003",)
 
 
+def test_a_picture_that_another_year_lists_too_is_there_once(devkit, capsys):
+    """000003 of VOC2007 is judged, 2007_000003 of VOC2012 the same picture; so are 000002 and 2007_000002."""
+    first = devkit / "VOCdevkit" / "VOC2007"
+    second = first.with_name("VOC2012")
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (second / folder).mkdir(parents=True)
+    for number in (2, 3, 4):
+        old, new = f"00000{number}", f"2007_00000{number}"
+        (second / "JPEGImages" / f"{new}.jpg").write_bytes((first / "JPEGImages" / f"{old}.jpg").read_bytes())
+        (second / "Annotations" / f"{new}.xml").write_text((first / "Annotations" / f"{old}.xml").read_text())
+    for one in ("2010_000003", "000003"):  # another picture of that number
+        (second / "JPEGImages" / f"{one}.jpg").write_bytes((first / "JPEGImages" / "000001.jpg").read_bytes())
+        (second / "Annotations" / f"{one}.xml").write_text((first / "Annotations" / "000001.xml").read_text())
+    for year, lists in (
+        (first, {"trainval": ["000001", "000002"], "test": ["000003"], "train": ["000001"], "val": ["000002"]}),
+        (second, {"trainval": ["2007_000002", "2007_000003", "2007_000004", "2010_000003", "000003"]}),
+    ):
+        (year / "ImageSets" / "Segmentation").mkdir(parents=True)
+        for part, names in lists.items():
+            (year / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names))
+    train, test = open_detection(str(devkit), masks=True)
+    assert test.keys == ("VOC2007/000003",)
+    names = [key.split("/")[1] for key in train.keys]
+    assert names == ["000001", "000002", "2007_000004", "2010_000003", "000003"]
+    assert "2 pictures left out that the test part or another year lists too" in capsys.readouterr().err
+    # Without a test list val is judged, by the same rule.
+    (first / "ImageSets" / "Segmentation" / "test.txt").unlink()
+    (second / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000002\n2007_000003\n")
+    (second / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000004\n2007_000001\n")
+    (second / "Annotations" / "2007_000001.xml").write_text((first / "Annotations" / "000001.xml").read_text())
+    train, test = open_detection(str(devkit), masks=True)
+    assert test.keys == ("VOC2007/000002", "VOC2012/2007_000004", "VOC2012/2007_000001")
+    assert train.keys == ("VOC2012/2007_000003",)
+
+
+def test_the_fingerprint_covers_the_masks_where_they_are_learned(devkit):
+    year = devkit / "VOCdevkit" / "VOC2007"
+    (year / "ImageSets" / "Segmentation").mkdir()
+    for part, name in (("trainval", "000002"), ("test", "000003")):
+        (year / "ImageSets" / "Segmentation" / f"{part}.txt").write_text(name)
+    plain, found = open_detection(str(devkit))[0].fingerprint, []
+    for held in (None, b"one", b"two", b"one"):
+        if held:
+            (year / "SegmentationClass" / "000002.png").write_bytes(held)
+        found.append([part.fingerprint for part in open_detection(str(devkit), masks=True)])
+    assert len({train for train, _ in found}) == 3 and found[1] == found[3]
+    assert len({test for _, test in found}) == 1
+    assert open_detection(str(devkit))[0].fingerprint == plain
+
+
 def test_lists_stay_in_their_folder(devkit):
     path = devkit / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
     for text, words in (("../x\n", "leads out"), ("000001\n000001\n", "twice")):

@@ -9,6 +9,7 @@ import torch
 
 from ktransfer import scenes
 from ktransfer.dataset import open_dataset
+from ktransfer.detection import masks
 from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import Objects, open_detection
 from ktransfer.errors import UsageError
@@ -44,6 +45,20 @@ def test_there_and_back(data, path):
     assert found.objects[2].labels.tolist() == [4]
     assert len(found.objects[5].boxes) == len(found.objects[1].boxes) == 0
     assert boxes.count(found.objects, 12)[3:5] == [1, 2]
+
+
+@pytest.mark.parametrize("outlined", [False, True])
+def test_parts_become_what_would_have_been_written_at_once(data, tmp_path, outlined):
+    found = answers(data)
+    held = {row: [masks.encoded(np.eye(64, k=row) > 0)] * len(one.scores) for row, one in found.items()}
+    outlines = held if outlined else None
+    boxes.write(tmp_path / "whole.json", data, found, {"threshold": 0.5}, outlines)
+    parts = [tmp_path / f"{row}.json" for row in (0, 2, 5, 7)]
+    for row, part in zip((0, 2, 5, 7), parts, strict=True):
+        mine = {row: found[row]} if row in found else {}
+        boxes.write(part, data, mine, {"pictures": len(mine), "late": row == 7}, outlines)
+    assert boxes.join(tmp_path / "joined.json", parts, {"threshold": 0.5}) == {"pictures": 3, "late": 1}
+    assert (tmp_path / "joined.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_other_frameworks_read_it(path, capsys):
@@ -164,5 +179,7 @@ def test_pictures_of_a_vocdevkit_are_known_by_their_names_without_ending(tmp_pat
     _, test = open_detection(str(tmp_path / "s"))
     keys = tuple(f"VOC2007/{key.rsplit('/', 1)[-1].rsplit('.', 1)[0]}" for key in test.keys)
     assert boxes.shared(test, replace(test, keys=keys)).tolist() == list(range(len(test)))
+    dated = tuple(f"VOC2012/2007_{name.rsplit('/', 1)[-1]}" for name in keys)  # as a later year lists them
+    assert boxes.shared(test, replace(test, keys=dated)).tolist() == list(range(len(test)))
     dotted = tuple(f"{name}.17" for name in keys)
     assert not len(boxes.shared(test, replace(test, keys=dotted)))

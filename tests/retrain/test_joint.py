@@ -17,7 +17,7 @@ from ktransfer.detection.detectors import Settings
 from ktransfer.detection.losses import truth
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.retrain import boxes, joint, selftrain, selftraining, student, study
+from ktransfer.retrain import boxes, joint, selftrain, selftraining, steps, student, study
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
 
@@ -36,6 +36,7 @@ SMALL = {
     "precision": "float32",
     "methods": "self,joint",
 }
+ALONE = {"methods": "joint", "threshold": 0.5}
 CPU = torch.device("cpu")
 
 
@@ -87,7 +88,7 @@ def test_it_can_be_added_and_be_alone(made, tmp_path, capsys):
     scores = [one / "selftrain" / "scores.json" for one in (run, made)]
     assert scores[0].read_bytes() == scores[1].read_bytes()
     teacher = str(made / "selftrain" / "teacher" / "model.safetensors")
-    path = selftrain(tmp_path / "alone", **SMALL | {"methods": "joint"}, teacher=teacher)
+    path = selftrain(tmp_path / "alone", **SMALL | ALONE, teacher=teacher)
     assert list(json.loads(path.read_text())["scores"]) == ["teacher", "joint"]
     assert list(json.loads((path.parent / "stage.json").read_text())) == ["joint", "scores"]
     assert weights(tmp_path / "alone", "joint") == weights(made, "joint")
@@ -101,7 +102,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, copy, monkeypa
         records = json.loads(path.read_text())
         path.write_text(json.dumps({name: records[name] for name in records if name != "joint"}))
 
-    options = SMALL | {"methods": "joint", "ema": ema}
+    options = SMALL | ALONE | {"ema": ema}
     begin_anew()
     selftrain(copy, **options)
     wanted = weights(copy, "joint")
@@ -213,7 +214,7 @@ def test_pictures_of_the_test_part_and_broken_ones_teach_nothing(tmp_path, monke
         name = folder.with_name(f"class{place % 2}") / f"other{place}.png"
         name.write_bytes((tmp_path / "s" / key).read_bytes() if place else b"")
     options = SMALL | {"labelled": str(tmp_path / "s"), "fraction": 1.0, "unlabelled": str(tmp_path / "mine")}
-    options |= {"methods": "joint", "max_broken": 0.3}
+    options |= ALONE | {"max_broken": 0.3}
     others, seen, original = open_dataset(str(tmp_path / "mine")), set(), loop.fit
 
     def fit(model, loss, source, batches, *rest, **more):
@@ -239,7 +240,7 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
     keys = open_dataset(str(tmp_path / "s")).keys
     rows = [f"{tmp_path}/s/train/{key},{'ab'[place % 2]}" for place, key in enumerate(keys)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
-    options = SMALL | {"methods": "joint", "unlabelled": str(tmp_path / "list.csv")}
+    options = SMALL | ALONE | {"unlabelled": str(tmp_path / "list.csv")}
     selftrain(tmp_path / "run", **options)
     rows[0] = rows[0][:-1] + "b"
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
@@ -251,8 +252,9 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
     ("options", "words"),
     [
         ({"methods": "jointly"}, "--methods jointly: no such method; did you mean 'joint'"),
-        ({"methods": "joint", "rounds": 2}, "--rounds: is not for --methods joint alone; leave it away"),
-        ({"methods": "joint", "empty": "drop"}, "--empty: is not for --methods joint alone"),
+        (ALONE | {"rounds": 2}, "--rounds: is not for --methods joint alone; leave it away"),
+        (ALONE | {"empty": "drop"}, "--empty: is not for --methods joint alone"),
+        ({"methods": "joint"}, "--threshold: is not for --methods joint alone"),
         ({"unlabelled": None}, "the pictures without boxes have no classes for --methods joint"),
     ],
 )
@@ -278,9 +280,53 @@ def test_in_a_study_it_is_a_method(made, tmp_path):
     assert "| ImageNet Init | 33.3 | 36.0 | 34.0 | 36.6 |" in text
 
 
+def test_overwrite_leaves_what_the_line_is_not_about(made, copy):
+    before = {name: weights(made, name) for name in ("teacher", "student", "joint")}
+    selftrain(copy, **SMALL | ALONE, test_threshold=0.001, overwrite=True)
+    assert {name: weights(copy, name) for name in before} == before
+    held = json.loads((copy / "selftrain" / "stage.json").read_text())
+    assert held.keys() == {"teacher", "pseudo", "student", "joint", "scores"}
+    assert (copy / "selftrain" / "pseudo.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        (ALONE | {"alpha": 0.5}, {"teacher", "pseudo", "student"}),
+        (ALONE | {"lr": 0.2}, set()),  # the student rests on a teacher that goes
+        (ALONE, set()),
+        ({"methods": "self"}, {"joint"}),
+        ({"methods": "self", "alpha": 0.5}, {"teacher", "pseudo", "joint"}),
+        ({"methods": "self", "test_threshold": 0.1}, {"teacher", "pseudo", "student", "joint"}),
+        ({"methods": "self", "rounds": 2}, {"teacher", "pseudo", "student", "joint"}),
+        ({"methods": "self", "teacher": "selftrain/teacher/model.safetensors"}, {"teacher", "joint"}),
+        ({"methods": "self", "pseudo": "selftrain/pseudo.json", "alpha": 0.5}, {"teacher", "pseudo", "joint"}),
+    ],
+)
+def test_what_overwrite_removes(made, copy, given, left):
+    """Files given instead of steps are those of another run."""
+    given = {name: str(made / one) if name in ("teacher", "pseudo") else one for name, one in given.items()}
+    steps.remove(copy, selftraining.check(copy, SMALL | given).parts)
+    held = json.loads((copy / "selftrain" / "stage.json").read_text())
+    assert held.keys() == left
+    for name in ("teacher", "pseudo", "student", "joint"):
+        there = copy / "selftrain" / ("pseudo.json" if name == "pseudo" else f"{name}/model.safetensors")
+        assert there.is_file() == (name in left)
+
+
+@pytest.mark.parametrize(
+    ("other", "rests"),
+    [("teacher", True), ("pseudo", True), ("student-2", True), ("pseudo-10", True), ("student-11", False)],
+)
+def test_a_round_rests_on_those_before(other, rests):
+    assert steps._rests("student-10", other) == rests
+    assert steps._rests(other, "student-10") != rests
+    assert not steps._rests(other, "joint") and steps._rests("scores", other)
+
+
 def test_what_is_of_pseudo_boxes_alone_leaves_it_as_it_is(made, copy, capsys):
     options = SMALL | {"threshold": 0.01}
-    selftrain(copy, **options | {"methods": "joint"})
+    selftrain(copy, **options | ALONE)
     assert "joint: done before" in capsys.readouterr().err
     selftrain(copy, **options, overwrite=True)
     said = capsys.readouterr().err

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
 from ktransfer.detection.data import open_detection
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import RetrainConfig, detecting, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
@@ -210,64 +209,6 @@ def test_a_student_becomes_the_next_teacher(made, tmp_path):
     assert 0 < steps["student"]["result"]["pseudo-boxes"] <= labelled < steps["pseudo"]["result"]["boxes"]
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    """Scenes as files, 16 to learn and some to test; the first eight to learn are broken."""
-    scenes.write_scenes(tmp_path / "s", 16, 64)
-    for key in open_detection(str(tmp_path / "s"))[0].keys[:8]:
-        (tmp_path / "s" / key).write_bytes(b"")
-    return tmp_path / "s"
-
-
-def test_broken_pictures_are_in_no_batch(pictures, tmp_path, monkeypatch):
-    options = SMALL | {"labelled": str(pictures), "fraction": 1.0, "unlabelled": "scenes:images=8,size=64,seed=1"}
-    seen, original = {}, loop.fit
-
-    def fit(model, loss, source, batches, *rest):
-        seen[rest[3]] = {row for epoch in range(5) for row in batches(epoch).flatten().tolist()}
-        original(model, loss, source, batches, *rest)
-
-    monkeypatch.setattr(loop, "fit", fit)
-    folder = selftrain(tmp_path / "run", **options, max_broken=0.5).parent
-    assert seen == {"teacher": set(range(8, 16)), "student": set(range(8, 24))}
-    assert (folder / "student" / "augmented.png").is_file()
-    with pytest.raises(StageError, match="8 of 16 pictures"):
-        selftrain(tmp_path / "strict", **options)
-
-
-def test_too_many_broken_pictures_stop_labelling_and_judging(made, pictures, tmp_path):
-    teacher = made / "selftrain" / "teacher" / "model.safetensors"
-    options = SMALL | {"unlabelled": str(pictures / "train")}
-    config, data, _ = selftraining.check(tmp_path / "run", options)
-    device = torch.device("cpu")
-    with pytest.raises(StageError, match="8 of 16 pictures"):
-        selftraining._label(tmp_path / "run", config, data, device, teacher, "")
-    data = data._replace(test=open_detection(str(pictures))[0])
-    with pytest.raises(StageError, match="8 of 16 pictures"):
-        selftraining._judge(tmp_path / "run", config, data, device, {"teacher": teacher})
-
-
-def test_pictures_of_the_test_part_are_not_labelled(made, pictures, tmp_path, capsys):
-    teacher = made / "selftrain" / "teacher" / "model.safetensors"
-    options = SMALL | {"labelled": str(pictures / "train.json"), "unlabelled": str(pictures / "train")}
-    config, data, _ = selftraining.check(tmp_path / "run", options | {"max_broken": 0.9})
-    path = selftraining._label(tmp_path / "run", config, data, torch.device("cpu"), teacher, "")
-    listed = {one["file_name"].rsplit("/", 1)[-1] for one in json.loads(path.read_text())["images"]}
-    good = {key.rsplit("/", 1)[-1] for row, key in enumerate(data.test.keys) if not broken(data.test, row)}
-    assert good
-    assert not good & listed
-    assert listed
-    assert f"pseudo: {len(good)} of the unlabelled pictures are in the test part" in capsys.readouterr().err
-
-
-def broken(data, row):
-    try:
-        data.read(row, None)
-    except BrokenPicture:
-        return True
-    return False
-
-
 def test_a_network_that_this_line_makes_anew_is_not_looked_at(tmp_path):
     (tmp_path / "retrain").mkdir()
     (tmp_path / "retrain" / "model.safetensors").write_bytes(b"of another network")
@@ -326,6 +267,9 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"head": "fpn"}, "--head: is not for --task detect; leave it away"),
         ({"scales": "0.5,1"}, "--scales: is not for --task detect"),
         ({"detector": "fasterrcnn", "focal_gamma": 2.0}, "--focal-gamma: is not for --detector fasterrcnn"),
+        ({"held_out": 0.2}, "--held-out: is not for trainings without --patience"),
+        ({"balance": "plain", "decay": 0.9}, "--decay: is not for --balance plain"),
+        ({"fraction": 1.0, "ids": "ids.json", "stratified": True}, "--stratified: is not for --ids without --patience"),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
@@ -333,6 +277,29 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
         selftrain(tmp_path / "run", **(SMALL | options))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "selftrain").exists()
+
+
+def test_a_labelled_picture_that_judges_too_is_refused(tmp_path):
+    root, ids = tmp_path / "s", tmp_path / "ids.json"
+    scenes.write_scenes(root, 12, 64)
+    given = SMALL | {"labelled": str(root), "fraction": 1.0, "unlabelled": "scenes:images=12,size=64,seed=1"}
+    selftraining.check(tmp_path / "run", given)  # the names alone are the same in both parts
+    shutil.copy(root / "train" / "chair" / "000001.jpg", root / "val" / "chair" / "000001.jpg")
+    with pytest.raises(UsageError, match=r"1 of its pictures would be learned and judge too, such as train/chair/0"):
+        selftraining.check(tmp_path / "run", given)
+    ids.write_text("[1, 3, 4]")
+    assert len(selftraining.check(tmp_path / "run", given | {"ids": str(ids)}).data.labelled) == 3
+
+
+def test_labelled_pictures_without_a_box_are_told_by_what_chose_them(tmp_path):
+    root, ids = tmp_path / "s", tmp_path / "ids.json"
+    scenes.write_scenes(root, 12, 64)
+    held = json.loads((root / "train.json").read_text())
+    held["annotations"] = [note for note in held["annotations"] if note["image_id"] != 2]
+    (root / "train.json").write_text(json.dumps(held))
+    ids.write_text("[2]")
+    with pytest.raises(UsageError, match=r"--ids .*ids\.json: no box among 1 pictures"):
+        selftraining.check(tmp_path / "run", SMALL | {"labelled": str(root), "fraction": 1.0, "ids": str(ids)})
 
 
 def test_the_extra_is_asked_for_when_the_command_starts(tmp_path, monkeypatch):
@@ -357,41 +324,3 @@ def test_the_detector_s_constants_are_options(tmp_path):
     selftrain(tmp_path, **SMALL, anchor=2.0, focal_gamma=2.0, huber_weight=10.0, soft_nms=0.3)
     settings = saved.describe(tmp_path / "selftrain" / "student" / "model.safetensors").settings
     assert (settings.anchor, settings.focal_gamma, settings.huber_weight) == (2.0, 2.0, 10.0)
-
-
-def test_sizes_are_read_once_in_a_run(pictures, tmp_path, monkeypatch):
-    """A picture is decoded whole for its size alone: broken ones too, in one step of all, and never for a student."""
-    whole, original = [], selftraining.open_dataset
-
-    def counting(spec):
-        data = original(spec)
-
-        def read(row, short_side):
-            if short_side is None:
-                whole.append(row)
-            return data.read(row, short_side)
-
-        return replace(data, read=read)
-
-    monkeypatch.setattr(selftraining, "open_dataset", counting)
-    options = SMALL | {"fraction": 1.0, "unlabelled": str(pictures / "train"), "max_broken": 0.5}
-    folder = selftrain(tmp_path / "run", **options, rounds=2).parent
-    assert sorted(whole) == list(range(16))
-    weights = (folder / "student" / "model.safetensors").read_bytes()
-    assert json.loads((folder / "stage.json").read_text())["student"]["result"]["pseudo-labelled"] == 8
-    whole.clear()
-    for name in ("student", "student-2", "scores"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    records = json.loads((folder / "stage.json").read_text())
-    (folder / "stage.json").write_text(json.dumps({name: records[name] for name in ("teacher", "pseudo")}))
-    selftrain(tmp_path / "run", **options)
-    assert whole == []
-    assert (folder / "student" / "model.safetensors").read_bytes() == weights
-    held = tmp_path / "others.json"
-    shutil.copy(folder / "pseudo.json", held)
-    selftrain(tmp_path / "other", **options, pseudo=str(held), teacher=str(folder / "teacher" / "model.safetensors"))
-    assert sorted(whole) == list(range(16))
-    found = load_file(tmp_path / "other" / "selftrain" / "student" / "model.safetensors")
-    assert all(
-        torch.equal(value, found[name]) for name, value in load_file(folder / "student/model.safetensors").items()
-    )

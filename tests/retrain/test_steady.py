@@ -1,6 +1,7 @@
 """The jitter filter: planted boxes that stay, move, and vanish, against numbers by hand."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,8 +60,6 @@ class Seer(nn.Module):
 @pytest.fixture
 def data(monkeypatch):
     """Two pictures with the three squares on black."""
-    from dataclasses import replace
-
     whole = open_detection(f"scenes:images=12,size={SIZE}")[0]
     picture = np.zeros((SIZE, SIZE, 3), np.uint8)
     for channel, (x1, y1, x2, y2) in enumerate(PLACES.astype(int)):
@@ -104,6 +103,25 @@ def test_boxes_that_stay_that_move_and_that_vanish(data):
     assert [kept[row].labels.tolist() for row in (3, 8, 5)] == [[0], [0], []]
     assert torch.equal(kept[3].boxes, answers[3].boxes[:1])
     assert steady.steady(answers, found, 1.0)[1] == 2
+
+
+def test_a_box_that_ends_at_the_edge_of_its_picture_does_not_move(data):
+    """The green square stands on the lower edge of a picture that is lower than the canvas, and is told higher.
+
+    What reaches over the edge is cut in the answer; so it is in the views, where the canvas goes on beyond it.
+    """
+    low = np.zeros((40, SIZE, 3), np.uint8)
+    for channel, (x1, y1, x2, y2) in enumerate([(4, 8, 20, 24), (40, 16, 64, 40), (20, 2, 44, 26)]):
+        low[y1:y2, x1:x2, channel] = 255
+    data = replace(data, read=lambda row, short_side: low, sizes=np.array([[SIZE, 40]] * len(data), np.int32))
+    wrong = torch.zeros(1 + steady.VIEWS, 2, 4)
+    wrong[:, :, 3] = 0.6
+    rows, settings, source = torch.tensor([3, 8]), Settings(threshold=0.5), canvas.canvases(data, SIZE, 1, cache="off")
+    model = Seer(wrong)
+    answers = detect(model, data, source, rows, SIZE, settings, CPU)
+    assert np.allclose(answers[3].boxes[1], [40, 16, 64, 40])
+    found = steady.spreads(model, data, source, answers, SIZE, settings, CPU, seed=7)
+    assert max(float(found[row][1]) for row in (3, 8)) < 0.03  # whole pixels of a smaller picture
 
 
 def test_only_the_same_class_stands_for_a_box():

@@ -216,6 +216,13 @@ def test_more_seeds_run_alone(tmp_path, capsys):
     recipe.write_text(TINY.replace("lr = 0.1", "lr = 0.2"))
     with pytest.raises(UsageError, match=r"cell seed-0: its teacher was made otherwise: lr was 0\.1, is 0\.2\. Remove"):
         study.study(recipe, out)
+    recipe.write_text(TINY)
+    path = out / "cells" / "seed-1" / "selftrain" / "stage.json"
+    records = json.loads(path.read_text())
+    records["teacher"]["inputs"]["init"] = "of weights"  # and now none are given
+    path.write_text(json.dumps(records))
+    with pytest.raises(UsageError, match="cell seed-1: its teacher was made otherwise: init changed"):
+        study.study(recipe, out)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_whole(tmp_path):
@@ -288,6 +295,12 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
         ("epochs = 1", "epochs = 1\noverwrite = true", "overwrite is no setting of a study"),
         ("fraction = [0.5, 0.25]", "fraction = [0.5, 0.25, 0.5]", "fraction lists 0.5 twice"),
         ('"random", "other.safetensors"', '"a/b.pth", "a-b.pth"', "two cells would be made in cells/init-a-b.pth"),
+        (
+            '"other.safetensors" = "CC"',
+            '"other.safetensors" = "init random"',
+            "values of init are called 'init random'",
+        ),
+        ("[names]", '[names]\n"random" = "CC"', "two values of init are called 'CC'"),
     ],
 )
 def test_a_wrong_recipe_begins_nothing(recipe, ran, tmp_path, old, new, words):
