@@ -105,8 +105,8 @@ class EvalConfig(LoopOptions):
     )
     cache: float = option(
         20.0,
-        "GB of disk that the maps may take while it runs; where they need more, linear computes them anew in each epoch, "
-        "and robust refuses",
+        "GB of disk that the maps may take while it runs; where they need more, linear computes them anew in each "
+        "epoch, and robust refuses",
         low=0,
         execution=True,
         of=("linear", "robust"),

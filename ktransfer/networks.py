@@ -160,8 +160,8 @@ def fitting(network: Network) -> Iterator[None]:
         ) from error
 
 
-def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
-    """Whether `build` will know the name.
+def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "--arch") -> None:
+    """Whether `build` will know the name, which came by `flag`.
 
     Raises:
         UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
@@ -169,7 +169,7 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False) -> None:
     theirs = zoo.list_models(module=zoo)
     names = TRUNKS if trunk else (*TRUNKS, *theirs)
     if arch not in names and (trunk or arch.removeprefix(TORCHVISION) not in theirs):
-        raise UsageError(f"--arch {arch}: no such network; {nearest(arch, names)}")
+        raise UsageError(f"{flag} {arch}: no such network; {nearest(arch, names)}")
     if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
         raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")
 

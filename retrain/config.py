@@ -29,12 +29,22 @@ class RetrainConfig(TrainOptions):
     overwrite: bool = option(False, "make the stage again", execution=True)
 
 
+RATES = {"detect": 0.32, "instance": 0.32, "segment": 0.08}
+"""Rates for batches of 256: those of Zoph et al.; of instance He et al.'s 0.02 for 16 (selftraining.md §1, §2)."""
+
+
 @dataclass(frozen=True)
 class SelftrainConfig(TrainOptions):
     """Train a detector on labelled pictures, let it label others, and train a student on both.
 
-    After Zoph et al.; their settings are for COCO and large batches, and are the defaults where they are known.
+    After Zoph et al.: batch, rate, size and the detector's constants are theirs, for COCO and 350 epochs; backbone,
+    normalisation and length are not (docs/choices.md).
     """
+
+    lr: float = option(
+        0.0, "learning rate after the warm-up; 0: 0.32 (segment: 0.08) for a batch of 256, others in proportion", low=0
+    )
+    weight_decay: float = option(1e-4, "weight decay; none on biases and norms", low=0)
 
     labelled: str | None = option(
         None, "pictures with boxes: a root with COCO files or a VOCdevkit, one COCO file, or scenes:", execution=True
@@ -139,12 +149,12 @@ class SelftrainConfig(TrainOptions):
     )
     samples: int = option(
         0,
-        "labelled pictures that each training sees in all, so that small shares train as long as large ones; 0: "
-        "--epochs passes",
+        "labelled pictures that each training sees in all, so that small shares train as long as large ones, but for a "
+        "student with --student-epochs; 0: --epochs passes",
         low=0,
     )
     student_epochs: int = option(
-        0, "passes of the student over the labelled pictures; 0: as --epochs", low=0, of=("student", "joint")
+        0, "passes of the student over the labelled pictures; 0: as the teacher", low=0, of=("student", "joint")
     )
     patience: int = option(
         0,

@@ -26,7 +26,7 @@ from ktransfer.detection.detectors import Settings
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
-from ktransfer.networks import Network, check_arch, describe
+from ktransfer.networks import TRUNKS, Network, check_arch, describe
 from ktransfer.pictures import cache_place, check_broken, readable
 from ktransfer.progress import say, track
 from ktransfer.run import begin, changes, done_record, input_hash
@@ -35,7 +35,7 @@ from ktransfer.teachers import Teacher
 from ktransfer.training import loop
 
 from . import boxes, heldout, joint, student
-from .config import SelftrainConfig
+from .config import RATES, SelftrainConfig
 from .parts import PARTS, SHEET, Data, finish, held_out, show, tested
 from .steps import STAGE, end_of, planned, remove, rounds
 from .tasks import TASKS, suited
@@ -88,6 +88,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         UsageError: one line for what is wrong.
     """
     config = build(SelftrainConfig, options, STAGE)
+    config = replace(config, lr=config.lr or RATES[config.task] * config.batch / 256)
     loop.choose_device(config)
     if not config.labelled:
         raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
@@ -295,7 +296,7 @@ def _backbone(
     run: Path, config: SelftrainConfig, pending: Mapping[str, Any] | None
 ) -> tuple[Network, Path | None, bool]:
     if config.init == "random":
-        check_arch(config.backbone, config.width)
+        check_arch(config.backbone, config.width, config.backbone in TRUNKS, "--backbone")
         network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
         return network, None, False
     if config.init == "run":

@@ -251,7 +251,8 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"labelled": None}, "no pictures with boxes given"),
         ({"labelled": "nowhere"}, "nowhere"),
         ({"fraction": 1.0}, "no pictures for pseudo-boxes"),
-        ({"backbone": "alexnot"}, "alexnot"),
+        ({"backbone": "alexnot"}, r"--backbone alexnot: no such network"),
+        ({"backbone": "resnet18", "width": 0.5}, r"--width 0.5: only .* not resnet18"),
         ({"init": "nothing.safetensors"}, r"nothing\.safetensors"),
         ({"init": "run"}, "retrain is missing"),
         ({"teacher": "nothing.safetensors"}, r"nothing\.safetensors"),
@@ -324,3 +325,10 @@ def test_the_detector_s_constants_are_options(tmp_path):
     selftrain(tmp_path, **SMALL, anchor=2.0, focal_gamma=2.0, huber_weight=10.0, soft_nms=0.3)
     settings = saved.describe(tmp_path / "selftrain" / "student" / "model.safetensors").settings
     assert (settings.anchor, settings.focal_gamma, settings.huber_weight) == (2.0, 2.0, 10.0)
+
+
+def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
+    wide = SMALL | {"backbone": "vgg16_bn", "batch": 64, "lr": 0.0}
+    assert selftraining.check(tmp_path, wide).config.lr == pytest.approx(0.08)
+    assert selftraining.check(tmp_path, wide | {"task": "segment", "head": "fpn"}).config.lr == pytest.approx(0.02)
+    assert selftraining.check(tmp_path, wide | {"lr": 0.3}).config.lr == 0.3

@@ -139,5 +139,5 @@ def test_joined_pictures_are_those_of_both():
 def test_settings_of_the_paper_are_the_defaults():
     config = SelftrainConfig()
     assert (config.size, config.threshold, config.detector, config.rounds) == (640, 0.5, "retinanet", 1)
-    assert config.batch == 256
+    assert (config.batch, config.weight_decay) == (256, 1e-4)
     assert detecting.NECKS["retinanet"] == "p3-p7"
