@@ -13,7 +13,7 @@ from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
 from ktransfer.detection.data import open_detection
 from ktransfer.errors import StageError, UsageError
-from ktransfer.retrain import RetrainConfig, detecting, selftrain, selftraining
+from ktransfer.retrain import RetrainConfig, SelftrainConfig, detecting, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
@@ -330,5 +330,6 @@ def test_the_detector_s_constants_are_options(tmp_path):
 def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
     wide = SMALL | {"backbone": "vgg16_bn", "batch": 64, "lr": 0.0}
     assert selftraining.check(tmp_path, wide).config.lr == pytest.approx(0.08)
-    assert selftraining.check(tmp_path, wide | {"task": "segment", "head": "fpn"}).config.lr == pytest.approx(0.02)
+    masks = wide | {"task": "segment", "head": "fpn", "test_threshold": SelftrainConfig.test_threshold}
+    assert selftraining.check(tmp_path, masks).config.lr == pytest.approx(0.02)
     assert selftraining.check(tmp_path, wide | {"lr": 0.3}).config.lr == 0.3
