@@ -124,7 +124,7 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     line = [("selftrain", SMALL), ("eval", {"protocol": "detect", "labelled": str(strange)})]
     with pytest.raises(UsageError, match="has other classes than the detectors tell"):
         stages.plan(line, tmp_path / "new")
-    line = [("selftrain", SMALL | {"task": "segment"}), ("eval", {"protocol": "detect"})]
+    line = [("selftrain", SMALL | {"task": "segment", "head": "fpn"}), ("eval", {"protocol": "detect"})]
     with pytest.raises(UsageError, match="makes no detector"):
         stages.plan(line, tmp_path / "new")
     other = copy.parent / "again" / copy.name

@@ -263,7 +263,7 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
     networks.save(cc, networks.build(described, 5, "test").state_dict(), described)
     grid = f'labelled = ["{tmp_path}/coco", "{tmp_path}/voc"]\ninit = ["random", "{cc}"]'
     text = TINY.replace('labelled = "scenes:images=8,size=64"\n', "").replace("seed = [0, 1]", grid)
-    text = text.replace("lr = 0.1", "lr = 0.0")  # what it begins with is what it ends with
+    text = text.replace("lr = 0.1", "lr = 1e-30")  # what it begins with is what it ends with
     names = f'[names]\n"{cc}" = "CC"\n"{tmp_path}/coco" = "COCO"\n"{tmp_path}/voc" = "VOC"\n'
     (tmp_path / "recipe.toml").write_text(text + names)
     text = study.study(tmp_path / "recipe.toml", tmp_path / "out").read_text()
