@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from tiny import SELFTRAIN
 
 from ktransfer import cli, files, stages
 from ktransfer.detection import saved
@@ -12,19 +13,7 @@ from ktransfer.errors import UsageError
 from ktransfer.eval import compare, evaluate
 
 SCENES = "scenes:images=16,size=64"
-SMALL = {
-    "labelled": SCENES,
-    "fraction": 0.5,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 1,
-    "batch": 4,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
-}
+SMALL = SELFTRAIN
 WORDS = ["selftrain", *(word for key, value in SMALL.items() for word in (f"--{key}", str(value)))]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SELFTRAIN
 
 from ktransfer import scenes
 from ktransfer.detection import canvas, metrics, saved
@@ -18,22 +19,7 @@ from ktransfer.retrain import SelftrainConfig, heldout, selftrain
 from ktransfer.training import loop
 
 SCENES = "scenes:images=16,size=64"
-SMALL = {
-    "labelled": SCENES,
-    "fraction": 0.75,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 6,
-    "batch": 4,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
-    "test_threshold": 0.0,
-    "patience": 5,
-    "held_out": 0.25,
-}
+SMALL = SELFTRAIN | {"fraction": 0.75, "epochs": 6, "test_threshold": 0.0, "patience": 5, "held_out": 0.25}
 WEIGHTS = "model.safetensors"
 FILES = [f"{name}/{file}" for name in ("teacher", "student") for file in (WEIGHTS, heldout.IDS)]
 

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from tiny import SELFTRAIN
 from torch import nn
 
 from ktransfer import scenes
@@ -17,20 +18,14 @@ from ktransfer.errors import UsageError
 from ktransfer.retrain import SelftrainConfig, boxes, instances, selftrain, selftraining, student
 from ktransfer.training import loop
 
-SMALL = {
+SMALL = SELFTRAIN | {
     "task": "instance",
     "labelled": "scenes:images=12,size=64",
     "fraction": 0.34,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
     "channels": 8,
-    "size": 64,
-    "epochs": 1,
     "batch": 2,
     "lr": 0.02,
     "norm": "bn",
-    "threshold": 0.0,
-    "precision": "float32",
     "test_threshold": 0.0,
 }
 

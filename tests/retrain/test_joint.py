@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SELFTRAIN
 
 from ktransfer import scenes
 from ktransfer.dataset import open_dataset
@@ -21,21 +22,7 @@ from ktransfer.retrain import boxes, joint, selftrain, selftraining, steps, stud
 from ktransfer.training import loop
 from ktransfer.training.loop import Batch
 
-SMALL = {
-    "labelled": "scenes:images=16,size=64",
-    "unlabelled": "scenes:images=8,size=64,seed=1",
-    "fraction": 0.5,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 1,
-    "batch": 4,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
-    "methods": "self,joint",
-}
+SMALL = SELFTRAIN | {"unlabelled": "scenes:images=8,size=64,seed=1", "methods": "self,joint"}
 ALONE = {"methods": "joint", "threshold": 0.5}
 CPU = torch.device("cpu")
 

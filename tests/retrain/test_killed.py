@@ -12,21 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import SELFTRAIN
 
-SMALL = {
+SMALL = SELFTRAIN | {
     "labelled": "scenes:images=8,size=64",
     "unlabelled": "scenes:images=8,size=64,seed=1",
     "methods": "self,joint",
-    "fraction": 0.5,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
     "epochs": 2,
     "batch": 2,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
 }
 RECIPE = "\n".join(
     ["[selftrain]", *(f"{name} = {json.dumps(value)}" for name, value in SMALL.items() if name != "fraction")]

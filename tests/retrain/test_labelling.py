@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SELFTRAIN
 
 from ktransfer import scenes
 from ktransfer.detection import saved
@@ -17,20 +18,7 @@ from ktransfer.networks import Network
 from ktransfer.retrain import detecting, selftrain, selftraining
 from ktransfer.training import loop
 
-SMALL = {
-    "labelled": "scenes:images=16,size=64",
-    "fraction": 0.5,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 1,
-    "batch": 4,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
-    "test_threshold": 0.0,
-}
+SMALL = SELFTRAIN | {"test_threshold": 0.0}
 
 
 @pytest.fixture(scope="module")

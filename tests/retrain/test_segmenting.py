@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import SELFTRAIN
 from torch import nn
 
 from ktransfer.detection import canvas, masks, saved
@@ -15,22 +16,7 @@ from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import SelftrainConfig, boxes, segmenting, selftrain, student
 from ktransfer.training import loop
 
-SMALL = {
-    "task": "segment",
-    "labelled": "scenes:images=16,size=64",
-    "fraction": 0.5,
-    "head": "fpn",
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 1,
-    "batch": 4,
-    "lr": 0.1,
-    "augment": "S4",
-    "threshold": 0.05,
-    "precision": "float32",
-}
+SMALL = SELFTRAIN | {"task": "segment", "head": "fpn", "augment": "S4", "threshold": 0.05}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import SELFTRAIN
 
 from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
@@ -18,20 +19,7 @@ from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
 SCENES = "scenes:images=16,size=64"
-SMALL = {
-    "labelled": SCENES,
-    "fraction": 0.5,
-    "backbone": "alexnet_bn",
-    "width": 0.05,
-    "channels": 16,
-    "size": 64,
-    "epochs": 1,
-    "batch": 4,
-    "lr": 0.1,
-    "threshold": 0.0,
-    "precision": "float32",
-    "test_threshold": 0.0,
-}
+SMALL = SELFTRAIN | {"test_threshold": 0.0}
 FILES = ("teacher/model.safetensors", "pseudo.json", "student/model.safetensors", "scores.json")
 
 

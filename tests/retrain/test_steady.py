@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import SELFTRAIN
 from torch import nn
 
 from ktransfer.detection import canvas, saved
@@ -152,16 +153,7 @@ def test_a_detector_that_is_shown_the_same_again_says_the_same(kind, monkeypatch
 
 
 def test_in_the_pseudo_step_it_leaves_out_boxes(tmp_path):
-    options = {"labelled": "scenes:images=8,size=64", "fraction": 0.5, "backbone": "alexnet_bn", "width": 0.05}
-    options |= {
-        "channels": 16,
-        "size": 64,
-        "epochs": 1,
-        "batch": 4,
-        "lr": 0.1,
-        "threshold": 0.0,
-        "precision": "float32",
-    }
+    options = SELFTRAIN | {"labelled": "scenes:images=8,size=64"}
     folder = selftrain(tmp_path / "all", **options).parent
     teacher, held = folder / "teacher" / "model.safetensors", []
     for run in ("some", "again"):
