@@ -41,6 +41,7 @@ from .steps import STAGE, end_of, planned, remove, rounds
 from .tasks import TASKS, suited
 
 SHOWN = 8  # pictures on it
+FEW = 0.2  # of the things in a labelled picture: with fewer, students found less than their teachers (results.md)
 
 
 class Checked(NamedTuple):
@@ -225,6 +226,12 @@ def _with_pseudo(
     pairs = {kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)}
     words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
     say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
+    made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
+    if made < FEW * usual:
+        say(
+            f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are learned as background, "
+            "so train the teacher longer, lower --threshold, or give --empty drop"
+        )
     facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
     by_class = {f"{several} by class, labelled and pseudo": pairs}
     return student.joined(data.labelled, subset(other, listed)), facts, by_class

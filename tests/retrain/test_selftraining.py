@@ -12,9 +12,10 @@ from tiny import SELFTRAIN
 
 from ktransfer import cli, scenes, stages
 from ktransfer.detection import saved
+from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import open_detection
 from ktransfer.errors import StageError, UsageError
-from ktransfer.retrain import RetrainConfig, SelftrainConfig, detecting, selftrain, selftraining
+from ktransfer.retrain import RetrainConfig, SelftrainConfig, boxes, detecting, selftrain, selftraining
 from ktransfer.retrain.student import Student
 from ktransfer.training import loop
 
@@ -321,3 +322,15 @@ def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
     masks = wide | {"task": "segment", "head": "fpn", "test_threshold": SelftrainConfig.test_threshold}
     assert selftraining.check(tmp_path, masks).config.lr == pytest.approx(0.02)
     assert selftraining.check(tmp_path, wide | {"lr": 0.3}).config.lr == 0.3
+
+
+@pytest.mark.parametrize("each", [1, 8])
+def test_few_pseudo_boxes_are_told(tmp_path, capsys, each):
+    """One box in every eighth picture, or in every picture."""
+    config, data, _ = selftraining.check(tmp_path / "run", SMALL)
+    other = boxes.without_boxes(data.unlabelled, data.labelled)
+    one = Answer(torch.tensor([[1.0, 1.0, 30.0, 30.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    none = Answer(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    boxes.write(tmp_path / "p.json", other, {row: one if row < each else none for row in range(8)}, {})
+    selftraining._with_pseudo(config, data, "student", tmp_path / "p.json")
+    assert ("learned as background" in capsys.readouterr().err) == (each == 1)
