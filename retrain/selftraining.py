@@ -229,7 +229,7 @@ def _with_pseudo(
     made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
     if made < FEW * usual:
         say(
-            f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are learned as background, "
+            f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are background then, "
             "so train the teacher longer, lower --threshold, or give --empty drop"
         )
     facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
