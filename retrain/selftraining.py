@@ -227,7 +227,7 @@ def _with_pseudo(
     words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
     say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
     made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
-    if made < FEW * usual:
+    if config.task != "segment" and made < FEW * usual:  # of masks, what is not sure is ignored, not background
         say(
             f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are background then, "
             "so train the teacher longer, lower --threshold, or give --empty drop"
