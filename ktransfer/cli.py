@@ -1,7 +1,7 @@
 """The front door: `ktransfer --run RUN STAGE [options] STAGE [options] ...`.
 
-The stages of a line are first all checked, then carried out one after the other. Rooms are imported
-only when they are called.
+The stages of a line are first all checked, then carried out one after the other. Rooms are imported only
+when they are called.
 """
 
 import dataclasses

@@ -165,7 +165,8 @@ def refuse_changes(line: list[Planned], run: Path) -> None:
 def with_table(stage: str, table: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a call: its own, and those of a file for the stage.
 
-    What the file has for other protocols of eval than the call's is left out; for its own the call asks in vain.
+    A file serves several protocols of eval: what it has for others than the call's is left out. What the call itself
+    gives stays, and is refused by the stage's check where nothing reads it.
     """
     merged = table | given
     if stage != "eval":
