@@ -264,7 +264,7 @@ def exchange(values: Sequence[int], error: Exception | None = None) -> list[list
     states = torch.zeros(count(), 3 + len(values), dtype=torch.int64)
     own = torch.tensor([[code, isinstance(error, Lost), len(line), *values]])
     with _connection():
-        dist.all_gather_into_tensor(states, own, group=_group)
+        dist.all_gather(list(states.split(1)), own, group=_group)
     failed = [(lost, who) for who, (code, lost, *_) in enumerate(states.tolist()) if code]
     if failed:
         who = min(failed)[1]
