@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 install: $(READY)
 
-$(READY): pyproject.toml setup.py cluster/exact.cpp cluster/exact_kernels.hpp cluster/exact_tiles.hpp
+$(READY): pyproject.toml setup.py cluster/engines/exact.cpp cluster/engines/exact_kernels.hpp cluster/engines/exact_tiles.hpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

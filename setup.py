@@ -4,29 +4,31 @@ from setuptools import Extension, find_packages, setup
 
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 
-# Loaded by ctypes (cluster/native.py), so it needs no header of Python. Where it does not compile, dense products in
-# numpy (cluster/dense.py) stand in.
+# Loaded by ctypes (cluster/engines/native.py), so it needs no header of Python. Where it does not compile, dense
+# products in numpy (cluster/engines/dense.py) stand in.
 EXACT = Extension(
-    "ktransfer.cluster._exact",
-    ["cluster/exact.cpp"],
-    depends=["cluster/exact_kernels.hpp", "cluster/exact_tiles.hpp"],
+    "ktransfer.cluster.engines._exact",
+    ["cluster/engines/exact.cpp"],
+    depends=["cluster/engines/exact_kernels.hpp", "cluster/engines/exact_tiles.hpp"],
     extra_compile_args=["-O3", "-std=gnu++17", "-ffp-contract=fast", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,
 )
 
+FOLDERS = {"ktransfer": "ktransfer"} | {f"ktransfer.{folder}": folder for folder in (*ROOMS, "recipes")}
+
 setup(
     ext_modules=[EXACT],
-    package_dir={"ktransfer": "ktransfer"} | {f"ktransfer.{folder}": folder for folder in (*ROOMS, "recipes")},
+    package_dir=FOLDERS,
     packages=[
-        "ktransfer",
-        *(f"ktransfer.{name}" for name in find_packages("ktransfer")),
-        *(f"ktransfer.{folder}" for folder in (*ROOMS, "recipes")),
+        name
+        for package, folder in FOLDERS.items()
+        for name in (package, *(f"{package}.{sub}" for sub in find_packages(folder)))
     ],
     package_data={
         "ktransfer": ["py.typed"],
         "ktransfer.recipes": ["*.toml"],
         "ktransfer.eval": ["published.csv"],
-        "ktransfer.retrain": ["published.csv"],
+        "ktransfer.retrain.selftrain": ["published.csv"],
     },
 )

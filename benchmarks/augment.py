@@ -42,15 +42,17 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ktransfer import images, networks
+from ktransfer import networks
+from ktransfer.bench.photographs import write_photographs
+from ktransfer.data import decoding
+from ktransfer.data.loader import Pictures
 from ktransfer.detection import canvas, geometry
-from ktransfer.detection.data import Detection, open_detection, subset
+from ktransfer.detection.data import Detection, subset
 from ktransfer.detection.losses import truth
+from ktransfer.detection.opening import open_detection
 from ktransfer.detection.operations import DESIGNED_FOR, FILL
 from ktransfer.detection.strengths import LAYERS, MOVES, RANDOM, SMALLEST, STRENGTHS, Boxed, augment
-from ktransfer.photographs import write_photographs
-from ktransfer.pictures import Pictures
-from ktransfer.retrain.student import _filled
+from ktransfer.retrain.selftrain.student import _filled
 
 BATCH = 16
 Pair = tuple[Image.Image, tv_tensors.BoundingBoxes]
@@ -249,7 +251,7 @@ def enlarged(data: Detection, files: list[Path], side: int, work: Path) -> tuple
     sizes = np.array([Image.open(path).size for path in made], np.int32)
     factors = np.tile(sizes / data.sizes, 2).astype(np.float32)
     objects = tuple(one._replace(boxes=one.boxes * factor) for one, factor in zip(data.objects, factors, strict=True))
-    read = lambda row, short_side: images.decode(made[row], short_side)  # noqa: E731
+    read = lambda row, short_side: decoding.decode(made[row], short_side)  # noqa: E731
     return replace(data, read=read, sizes=sizes, objects=objects), made
 
 

@@ -29,11 +29,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ktransfer import networks
-from ktransfer.augment import random_resized_crop
-from ktransfer.dataset import open_dataset
-from ktransfer.pack import pack
-from ktransfer.photographs import write_photographs
-from ktransfer.pictures import Pictures
+from ktransfer.bench.photographs import write_photographs
+from ktransfer.data.augment import random_resized_crop
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.pack import pack
 
 BATCH, SIDE, SIZE = 256, 256, 224
 

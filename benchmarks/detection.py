@@ -25,10 +25,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ktransfer import networks
 from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
-from ktransfer.detection.data import Detection, open_detection
+from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_detection
 from ktransfer.networks import Network
 from ktransfer.training import loop
+from ktransfer.training.device import choose_device
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 CHANNELS = 64
@@ -61,7 +63,7 @@ def train_and_judge(
     name: str,
 ) -> dict[str, Any]:
     train, test = parts
-    device = loop.choose_device(MachineOptions())
+    device = choose_device(MachineOptions())
     how: Any = model.backbone
     loss = losses.detection_loss(losses.truth(train, size, device), how.how, 0, (0.8, 1.2))
     rows = torch.arange(len(train))

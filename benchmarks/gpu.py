@@ -64,7 +64,7 @@ def multiplied(a: Tensor, b: Tensor) -> None:
 
 
 def ours(rows: Tensor, start: Tensor, iterations: int, kernels: Any) -> Line:
-    from ktransfer.cluster.device import look
+    from ktransfer.cluster.engines.device import look
 
     device = rows.device
     stocks: list[Any] = []
@@ -191,8 +191,8 @@ def lloyd(device: torch.device, quick: bool, columns: list[int], kernels: Any, t
 
 def tile_rates(d: int, device: torch.device, quick: bool, kernels: Any) -> Line:
     """TFLOP/s of one pass of labels alone: chunks, and each tile of the fused kernel."""
-    from ktransfer.cluster import device_steps
-    from ktransfer.cluster.device_rounding import aim, ratio
+    from ktransfer.cluster.engines import device_steps
+    from ktransfer.cluster.engines.device_rounding import aim, ratio
 
     n, k = (2000, 20) if quick else (2**18, 2000)
     rows = made("relu", n, d, device)
@@ -218,8 +218,8 @@ def tile_rates(d: int, device: torch.device, quick: bool, kernels: Any) -> Line:
 
 
 def whole(d: int, device: torch.device, quick: bool, from_host: bool) -> Line:
-    from ktransfer.cluster.device import device_engine
-    from ktransfer.cluster.kmeans import kmeans
+    from ktransfer.cluster.algorithms.lloyd import kmeans
+    from ktransfer.cluster.engines.device import device_engine
 
     n, k, iterations = full(quick)
     rows = made("relu", n, d, device)
@@ -310,7 +310,7 @@ def main() -> None:
             options.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "lines": lines}, indent=1))
         clean(device)
 
-    from ktransfer.cluster.device import _kernels
+    from ktransfer.cluster.engines.device import _kernels
 
     kernels = _kernels(device, lambda line: print(line, flush=True))
     print("kernels: Triton " + version("triton") if kernels else "kernels: torch alone", flush=True)

@@ -71,7 +71,7 @@ def ignored(done: int) -> None:
 
 def held(rows: Tensor) -> Any:
     """Rows for the engine that are on the device already."""
-    from ktransfer.cluster.engine import Rows
+    from ktransfer.cluster.engines.base import Rows
 
     def read(begin: int, end: int) -> np.ndarray:
         return rows[begin:end].cpu().numpy()
@@ -84,13 +84,13 @@ def held(rows: Tensor) -> Any:
 
 def on_host(data: np.ndarray) -> Any:
     """Rows for the engine that are in the machine's memory."""
-    from ktransfer.cluster.engine import Rows
+    from ktransfer.cluster.engines.base import Rows
 
     return Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
 
 
 def stocked(rows: Tensor, centroids: Tensor) -> Any:
-    from ktransfer.cluster.device_rows import Stock
+    from ktransfer.cluster.engines.device_rows import Stock
 
     return Stock(held(rows), centroids.mean(dim=0), len(rows))
 
@@ -110,9 +110,9 @@ def brute(rows: Tensor, centroids: Tensor, dtype: torch.dtype) -> Tensor:
 
 def labels_of(kind: str, n: int, d: int, k: int, device: torch.device, kernels: Any) -> Line:
     """After three passes, beside float64 and float32; and the largest error of a score, of what is allowed."""
-    from ktransfer.cluster.device import look
-    from ktransfer.cluster.device_rounding import aim, doubt, ratio
-    from ktransfer.cluster.device_steps import product
+    from ktransfer.cluster.engines.device import look
+    from ktransfer.cluster.engines.device_rounding import aim, doubt, ratio
+    from ktransfer.cluster.engines.device_steps import product
 
     rows = made(kind, n, d, device)
     centroids = start_of(rows, k)
@@ -140,8 +140,8 @@ def labels_of(kind: str, n: int, d: int, k: int, device: torch.device, kernels: 
 
 def streamed(n: int, d: int, k: int, device: torch.device, kernels: Any) -> Line:
     """The same pass with all rows on the device, two spans of them, none, and none again: the same bytes?"""
-    from ktransfer.cluster.device import look
-    from ktransfer.cluster.device_rows import Stock, span
+    from ktransfer.cluster.engines.device import look
+    from ktransfer.cluster.engines.device_rows import Stock, span
 
     rows = made("relu", n, d, device)
     centroids = start_of(rows, k)

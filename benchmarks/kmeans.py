@@ -99,9 +99,9 @@ def ours(data: np.ndarray, start: np.ndarray, iterations: int, **options: Any) -
 
 def states(data: np.ndarray, start: np.ndarray, iterations: int, **options: Any) -> Iterator[Any]:
     """After each iteration."""
-    from ktransfer.cluster import kmeans as module
-    from ktransfer.cluster.engine import Rows
-    from ktransfer.cluster.exact import exact_engine
+    from ktransfer.cluster.algorithms import lloyd as module
+    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.exact import exact_engine
 
     rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
     empty: list[Any] = [[], [], [], [], []]
@@ -185,16 +185,16 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
 
 
 def inertia(data: np.ndarray, centroids: np.ndarray) -> float:
-    from ktransfer.cluster.engine import Rows
-    from ktransfer.cluster.exact import exact_engine
+    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.exact import exact_engine
 
     rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
     return float(exact_engine().scan(rows, centroids, lambda done: None).distances.sum(dtype=np.float64))
 
 
 def stored(path: Path) -> np.ndarray:
+    from ktransfer.artifacts.features import open_features
     from ktransfer.cluster.rows import rows_of
-    from ktransfer.features import open_features
 
     rows = rows_of(open_features(path), None, True)
     return rows.read(0, rows.count)

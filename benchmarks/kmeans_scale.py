@@ -24,7 +24,7 @@ from kmeans import blocks, make
 
 
 def write_features(path: Path, n: int, d: int) -> None:
-    from ktransfer.features import create_or_resume
+    from ktransfer.artifacts.features import create_or_resume
 
     if path.is_file():
         return
@@ -109,9 +109,9 @@ def assign(folder: Path, n: int) -> None:
     import faiss
     from kmeans import ours
 
-    from ktransfer.cluster.engine import Rows
-    from ktransfer.cluster.exact import exact_engine
-    from ktransfer.cluster.kmeans import assign_rows
+    from ktransfer.cluster.algorithms.lloyd import assign_rows
+    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.exact import exact_engine
 
     for d in (256, 1024):
         count = n * 256 // d

@@ -70,7 +70,7 @@ def product(queries: np.ndarray, read: Any, count: int, k: int) -> np.ndarray:
 
 
 def ours(queries: np.ndarray, read: Any, count: int, k: int) -> np.ndarray:
-    from ktransfer.eval.neighbours import search
+    from ktransfer.eval.learners.neighbours import search
 
     return search(queries, read, count, k).similarities
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ktransfer import images, jpegs, networks
-from ktransfer.augment import random_resized_crop
-from ktransfer.dataset import open_dataset
-from ktransfer.pack import pack
-from ktransfer.packs import read_pack
-from ktransfer.photographs import write_photographs
-from ktransfer.pictures import Pictures
+from ktransfer import networks
+from ktransfer.bench.photographs import write_photographs
+from ktransfer.data import decoding, jpegs
+from ktransfer.data.augment import random_resized_crop
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.pack import pack
+from ktransfer.data.packs import read_pack
 from ktransfer.pretext import puzzles, tiles
 from ktransfer.pretext.permutations import generate
 
@@ -51,7 +52,7 @@ def main() -> None:
         blobs = [
             stored[a:b].tobytes() for a, b in zip(found.tables["offset"], found.tables["offset"][1:], strict=False)
         ]
-        whole = [images.decode(blob) for blob in blobs]
+        whole = [decoding.decode(blob) for blob in blobs]
         out = np.empty((3, 255, 255), np.uint8)
         kept = Pictures(data, 255, 1, cache="ram")
         rows = torch.arange(COUNT)
@@ -64,11 +65,11 @@ def main() -> None:
         squares = torch.randint(0, 256, (COUNT, 3, 256, 256), dtype=torch.uint8)
         normal = partial(networks.normalise, how="imagenet")
         parts: dict[str, tuple[Callable[[], object], int]] = {
-            "JPEG of short side 255: Pillow": (lambda: [images.decode(blob) for blob in blobs], COUNT),
+            "JPEG of short side 255: Pillow": (lambda: [decoding.decode(blob) for blob in blobs], COUNT),
             "the same: torchvision": (lambda: [jpegs.decode(blob) for blob in blobs], COUNT),
-            "resized by one pixel, 255 to 254": (lambda: [images.square(picture, 254) for picture in whole], COUNT),
+            "resized by one pixel, 255 to 254": (lambda: [decoding.square(picture, 254) for picture in whole], COUNT),
             "centre square, into planes": (
-                lambda: [np.copyto(out, images.square(picture, 255).transpose(2, 0, 1)) for picture in whole],
+                lambda: [np.copyto(out, decoding.square(picture, 255).transpose(2, 0, 1)) for picture in whole],
                 COUNT,
             ),
             "batch out of the cache": (lambda: torch.index_select(pixels, 0, rows), COUNT),

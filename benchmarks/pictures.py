@@ -17,7 +17,7 @@ cache        ours with the uint8 squares in memory already
 squares      the squares of `pack 256` alone, without puzzles; `puzzles` the puzzles alone
 
 The ways take turns; what is printed are medians over the rounds. Without --data the pictures are made, 500 x 375, with
-JPEGs as large as ImageNet's (ktransfer/photographs.py).
+JPEGs as large as ImageNet's (ktransfer/bench/photographs.py).
 """
 
 import argparse
@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ktransfer.dataset import open_dataset
-from ktransfer.pack import pack
-from ktransfer.photographs import write_photographs
-from ktransfer.pictures import Pictures
+from ktransfer.bench.photographs import write_photographs
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.pack import pack
 from ktransfer.pretext.permutations import generate
 from ktransfer.pretext.puzzles import JIGSAWPP, make_puzzles
 

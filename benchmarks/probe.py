@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from ktransfer.dataset import open_parts
+from ktransfer.data.opening import open_parts
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
-from ktransfer.eval.linear import judge
-from ktransfer.eval.maps import GRIDS
+from ktransfer.eval.learners.maps import GRIDS
+from ktransfer.eval.protocols.linear import judge
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from ktransfer.scenes import CLASSES, render
+from ktransfer.data.scenes import CLASSES, render
 
 TRAIN, VAL, SIZE, EPOCHS, BATCH = 3000, 600, 64, 12, 50
 

@@ -8,7 +8,8 @@ extract   the whole of extraction from that folder, to features in memory, besid
           network on random tensors, up to the same layer
 memory    `ktransfer extract` in a process of its own on N and on 10 N pictures (each linked ten times): peak RSS
 
-Both ways take turns; what is printed are medians over the rounds. The pictures are made (ktransfer/photographs.py).
+Both ways take turns; what is printed are medians over the rounds. The pictures are made
+(ktransfer/bench/photographs.py).
 """
 
 import argparse
@@ -26,11 +27,11 @@ from typing import Any
 import torch
 
 from ktransfer import networks
-from ktransfer.bench import Wanted, Work, read_batches
-from ktransfer.dataset import open_dataset
+from ktransfer.bench.measure import Wanted, Work, read_batches
+from ktransfer.bench.photographs import write_photographs
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
 from ktransfer.networks import Network
-from ktransfer.photographs import write_photographs
-from ktransfer.pictures import Pictures
 from ktransfer.stages import worker
 
 CPU = torch.device("cpu")

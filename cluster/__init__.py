@@ -5,13 +5,10 @@ from typing import TYPE_CHECKING
 from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
-    from .config import AssignConfig as AssignConfig
-    from .config import ClusterConfig as ClusterConfig
-    from .config import ExtractConfig as ExtractConfig
-    from .estimator import KMeans as KMeans
-    from .extraction import extract as extract
-    from .stage import assign as assign
-    from .stage import cluster as cluster
+    from .config import AssignConfig, ClusterConfig, ExtractConfig
+    from .estimator import KMeans
+    from .extraction import extract
+    from .stage import assign, cluster
 
 __all__ = ["AssignConfig", "ClusterConfig", "ExtractConfig", "KMeans", "assign", "cluster", "extract"]
 __getattr__ = exports(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktransfer.progress import bar
 
-from .engine import Rows, blocks
+from .engines.engine import Rows, blocks
 
 Doubles = NDArray[np.float64]
 

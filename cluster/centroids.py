@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import files
-from ktransfer.centroids import SCHEMA, SOURCE
-from ktransfer.centroids import read_centroids as read_centroids
+from ktransfer.artifacts.centroids import SCHEMA, SOURCE, Projection, read_centroids
+from ktransfer.artifacts.features import Features
 from ktransfer.errors import UsageError
-from ktransfer.features import Features
 
-from .kmeans import Clustering
-from .projection import Projection
+from .algorithms.lloyd import Clustering
 
 
 def write_centroids(

@@ -17,6 +17,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from .algorithms.initialisation import SAMPLE_EACH, SAMPLE_NUMBERS, kmeans_plus_plus
+from .algorithms.lloyd import Clustering, State, assign_rows, kmeans
 from .arrays import (
     Doubles,
     as_numpy,
@@ -31,10 +33,8 @@ from .arrays import (
     variance,
     weighed,
 )
-from .engine import Engine, Rows, described
-from .engines import ENGINES, choose_engine
-from .kmeans import Clustering, State, assign_rows, kmeans
-from .starts import SAMPLE_EACH, SAMPLE_NUMBERS, kmeans_plus_plus
+from .engines.choose import ENGINES, choose_engine
+from .engines.engine import Engine, Rows, described
 
 STARTS = ("k-means++", "random")
 START_SAMPLE = 2**16  # distinct rows that k-means++ looks at, if no more are needed for many clusters

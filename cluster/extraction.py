@@ -9,19 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import networks, ranks, teachers
+from ktransfer import distributed, networks
+from ktransfer.artifacts.features import create_or_resume
 from ktransfer.config import build
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.data.dataset import Dataset, check_broken
+from ktransfer.data.loader import Pictures, reasons
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.ordered import in_turn
 from ktransfer.errors import Answer, StageError, UsageError
-from ktransfer.features import create_or_resume
-from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, check_broken, reasons
+from ktransfer.networks import Network, teachers
+from ktransfer.networks.teachers import Teacher
 from ktransfer.progress import bar, say
 from ktransfer.run import begin, done_record, need_disk, read_record
-from ktransfer.teachers import Teacher
-from ktransfer.training import loop
+from ktransfer.training.device import choose_device
 from ktransfer.training.reading import data_facts, same_data
-from ktransfer.turns import in_turn
 
 from .config import ExtractConfig
 
@@ -43,7 +44,7 @@ def extract(run: str | Path, **options: Any) -> Path:
     config, data = check(run, options)
     teacher = _teacher(run, config)
     network = teacher.network
-    device = loop.choose_device(config)
+    device = choose_device(config)
     compute = _reader(teacher, config, device)
     dim = len(compute(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8))[0])
 
@@ -67,10 +68,10 @@ def extract(run: str | Path, **options: Any) -> Path:
         pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
         first = writer.rows_done
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             order = {"do": "extract", "run": str(run.resolve()), "teacher": inputs["teacher"], "first": first}
-            ranks.tell(order | {"config": asdict(config), "dim": dim} | data_facts(data))
-            ranks.agree(None)
+            distributed.tell(order | {"config": asdict(config), "dim": dim} | data_facts(data))
+            distributed.agree(None)
         with bar(len(data), f"extract {config.layer}", done=first) as shown:
 
             def take(start: int, features: np.ndarray, valid: np.ndarray) -> None:
@@ -89,14 +90,14 @@ def extract(run: str | Path, **options: Any) -> Path:
 
 
 def extract_share(order: dict[str, Any]) -> None:
-    """What the other processes do for the leader's extraction (ktransfer/ranks.py)."""
-    with ranks.opening():
+    """What the other processes do for the leader's extraction (ktransfer/distributed.py)."""
+    with distributed.opening():
         config = ExtractConfig(**order["config"])
         data = same_data(order)
         teacher = _teacher(Path(order["run"]), config)
         if teachers.identity(teacher) != order["teacher"]:
             raise StageError(f"{teacher.weights}: is another file here than where the first process runs; copy it")
-        device = loop.choose_device(config)
+        device = choose_device(config)
         compute = _reader(teacher, config, device)
         pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
     in_turn(pictures, order["first"], config.batch, compute, order["dim"], None)
@@ -124,7 +125,7 @@ def check(
     data = open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
-    loop.choose_device(config)
+    choose_device(config)
     teacher = _teacher(run, config, pending)
     network = teacher.network
     if not teacher.pooled and config.pool != ExtractConfig.pool:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.artifacts.features import Features, create_or_resume, open_features
 from ktransfer.config import option
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import Features, create_or_resume, open_features
 from ktransfer.progress import bar, say
 from ktransfer.run import begin, changes, input_hash, need_disk
 

@@ -3,13 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ktransfer.centroids import Projection as Projection
-from ktransfer.centroids import project as project
+from ktransfer.artifacts.centroids import Projection
+from ktransfer.artifacts.features import Features, valid_rows
 from ktransfer.errors import UsageError
-from ktransfer.features import Features, valid_rows
 from ktransfer.progress import bar
 
-from .engine import BLOCK_NUMBERS
+from .engines.engine import BLOCK_NUMBERS
 
 FLAT = 1e-6  # share of the largest variance below which there is only the rounding of float32 products to be whitened
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from ktransfer import files, rng
 from ktransfer.progress import bar
 
-from .draws import random_sample
-from .engine import Rows, add_rows, blocks
-from .kmeans import Clustering
+from .algorithms.lloyd import Clustering
+from .algorithms.sampling import random_sample
+from .engines.engine import Rows, add_rows, blocks
 from .quality import agreement, histogram, size_facts
 
 SCHEMA = 1

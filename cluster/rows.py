@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ktransfer import ranks
+from ktransfer import distributed
+from ktransfer.artifacts.centroids import Projection, project
+from ktransfer.artifacts.features import Features, valid_rows
+from ktransfer.data.loader import available_bytes
 from ktransfer.errors import UsageError
-from ktransfer.features import Features, valid_rows
-from ktransfer.pictures import available_bytes
 
-from .engine import Rows
-from .projection import Projection, project
+from .engines.engine import Rows
 
 Read = Callable[[int, int], NDArray[np.float32]]
 
@@ -66,10 +66,10 @@ def plan_memory(features: Features, k: int, dim: int, memory: float, extra: int 
         UsageError: the budget is too small even with nothing kept.
     """
     count = int(features.valid.sum())
-    first, last = ranks.share(count)
+    first, last = distributed.share(count)
     fixed = PROCESS_BYTES + CENTROID_BYTES * k * dim + (ROW_BYTES + 8 * (count < len(features.valid))) * count + extra
     fixed = max(fixed, PROCESS_BYTES + before)
-    free = available_bytes() // ranks.here()
+    free = available_bytes() // distributed.here()
     budget = int(memory * 1e9) if memory else max(free * 3 // 4, min(free, fixed))
     if fixed > budget:
         given = f"--memory {memory:g}" if memory else f"{free / 1e9:.2f} GB of memory are free"
@@ -105,11 +105,11 @@ def rows_of(features: Features, projection: Projection | None, normalise: bool, 
     errors come up where the block is asked for.
 
     Args:
-        kept: so many rows, the first of this process's `ranks.share`, stay in memory once they were read.
+        kept: so many rows, the first of this process's `distributed.share`, stay in memory once they were read.
     """
     count = int(features.valid.sum())
     dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
-    first, last = ranks.share(count)
+    first, last = distributed.share(count)
     read = read_ahead(_prepared(features, projection, normalise, count, dim), dim, last)
     return Rows(count, dim, keep(read, dim, first, kept) if kept else read)
 

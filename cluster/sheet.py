@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.artifacts.features import Features
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.sheets import SIDE, Strip, draw_sheet
+from ktransfer.data.sheets import save_sheet as save
 from ktransfer.errors import UsageError
-from ktransfer.features import Features
-from ktransfer.pictures import Pictures
 from ktransfer.progress import say
-from ktransfer.sheets import SIDE, Strip, draw_sheet
-from ktransfer.sheets import save_sheet as save
 
 NEAREST = 16
 

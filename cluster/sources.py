@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ktransfer.centroids import Centroids
-from ktransfer.dataset import open_dataset
+from ktransfer.artifacts.centroids import Centroids
+from ktransfer.artifacts.features import Features, open_features
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import Features, open_features
 from ktransfer.run import input_hash, read_record
 
 from .config import AssignConfig, ClusterConfig

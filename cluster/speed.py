@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ktransfer import networks
-from ktransfer.bench import Wanted, Work
+from ktransfer.bench.measure import Wanted, Work
 from ktransfer.config import build
 from ktransfer.networks import Network
-from ktransfer.teachers import Teacher, load
+from ktransfer.networks.teachers import Teacher, load
 from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast
 

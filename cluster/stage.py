@@ -10,35 +10,36 @@ from typing import Any
 import numpy as np
 
 from ktransfer import files
+from ktransfer.artifacts.centroids import read_centroids
+from ktransfer.artifacts.features import Features, open_features
+from ktransfer.artifacts.labels import write_labels
 from ktransfer.config import build, nearest
-from ktransfer.dataset import open_dataset
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import Features, open_features
-from ktransfer.labels import write_labels
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash
 
-from .balanced import assign_balanced
-from .centroids import read_centroids, read_start, write_centroids
+from .algorithms.balanced import assign_balanced
+from .algorithms.initialisation import STARTS, sample_size, start_of
+from .algorithms.lloyd import Clustering, assign_rows, kmeans, refuse_sizes
+from .algorithms.minibatch import minibatch_kmeans
+from .algorithms.restarts import best_of
+from .algorithms.two_level import two_level
+from .centroids import read_start, write_centroids
 from .config import AssignConfig, ClusterConfig
-from .engine import Engine, Rows, described
-from .engines import device_of, parts_engine
+from .distributed import open_rows, planned_rows
+from .engines.choose import device_of, parts_engine
+from .engines.engine import Engine, Rows, described
 from .extraction import check as check_extract
 from .extraction import extract
-from .findings import check_features
+from .feature_check import check_features
 from .foreign import adopt, check_keys, is_foreign, open_foreign, preview
-from .hierarchy import two_level
-from .kmeans import Clustering, assign_rows, kmeans, refuse_sizes
-from .minibatch import minibatch_kmeans
 from .projection import fit_projection
 from .quality import quality, sparkline, summary
-from .ranks import open_rows, planned_rows
 from .record import derived_seed, make_record, record_summary, survey, write_record
-from .redo import best_of
 from .rows import plan_memory
 from .sheet import pictures_of, save_sheet
 from .sources import data_of, features_path, labelled_features, pretext_data, refuse_mismatch
-from .starts import STARTS, sample_size, start_of
 
 BALANCED_BYTES = 144  # of a row, beyond a plain assignment
 OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", "work")

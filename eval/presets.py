@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from ktransfer import networks, rng
 from ktransfer.config import nearest
+from ktransfer.data.loader import Pictures
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures
 
 from .arms import Arm
 from .config import EvalConfig
-from .maps import Layer, Pooled, averaged_maps, choose_layers
-from .probe import Probes
+from .learners.maps import Layer, Pooled, averaged_maps, choose_layers
+from .learners.probe import Probes
 
 Pools = dict[str, tuple[int, int, int]]
 DEEPCLUSTER: Pools = {

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def merged(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-    """What several seeds say of one network (`Judged`, without `broken` and `files`), as one of the same form.
+    """What several seeds say of one network (`Result`, without `broken` and `files`), as one of the same form.
 
     Measures and both ends of their intervals are means; `MEASURE_deviation` is the standard deviation over the seeds
     (n - 1) and `MEASURE_seeds` lists them. What belongs to no measure is from the first. One alone stays as it is.

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 from ktransfer import files, networks
 from ktransfer.config import build, chosen, in_words, read_by, result_settings, settings_of
+from ktransfer.data.loader import typical_short_side
 from ktransfer.errors import Answer, UsageError
-from ktransfer.pictures import typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
-from ktransfer.training import loop
+from ktransfer.training.device import choose_device
 
-from . import finished, protocols, supervised
+from . import supervised
 from .arms import SUPERVISED, Arm, coming_network, final_network, find_arms
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
+from .protocols import protocol as protocols
+from .protocols import trained_detectors
 from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
@@ -39,8 +41,8 @@ class Judging(NamedTuple):
 
     def module(self) -> protocols.Module:
         """What judges: the protocol's module, or that of detectors which are finished."""
-        as_they_are = self.protocol == "detect" and self.config.trunk == finished.TRUNK
-        return protocols.load("finished" if as_they_are else self.protocol)
+        as_they_are = self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
+        return protocols.load("trained_detectors" if as_they_are else self.protocol)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled pictures, by part, and of the list of those whose labels are used."""
@@ -70,7 +72,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
 def _evaluate(run: Path, judging: Judging) -> Path:
     name, config, parts, settings, _ = judging
     protocol = judging.module()
-    device = loop.choose_device(config)
+    device = choose_device(config)
     if config.supervised:
         supervised.train(run, config, device)
     arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
@@ -176,12 +178,12 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     given = build(EvalConfig, options, "eval")
     if given.compare:
         raise Answer(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
-    loop.choose_device(given)
+    choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    learned = finished.labelled(run, pending or {})  # by selftrain
+    learned = trained_detectors.labelled(run, pending or {})  # by selftrain
     coming = coming_network(run, pending or {})
-    ready = "detect" in names and finished.wanted(run, given, pending or {})
+    ready = "detect" in names and trained_detectors.wanted(run, given, pending or {})
     read = {name: _read(name, ready and name == "detect", given) for name in names}
     _refuse_unread(given, read, ready)
     found: list[Judging] = []
@@ -194,9 +196,9 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
             raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
         parts = protocols.open_data(name, spec)
         if as_it_is:
-            config = replace(given, protocol=name, labelled=spec, trunk=finished.TRUNK)
-            finished.check(run, config, parts, learned, pending or {})
-            found.append(Judging(name, config, parts, finished.settings(config), alone))
+            config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
+            trained_detectors.check(run, config, parts, learned, pending or {})
+            found.append(Judging(name, config, parts, trained_detectors.settings(config), alone))
             continue
         network = coming or networks.describe(final_network(run))
         size, stride = network.size, network.stride
@@ -219,7 +221,7 @@ def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
     """The settings that count for a protocol, and for the arm that is trained for it; `ready`: finished detectors."""
     if ready:
         borne = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
-        return {*finished.READ, *borne}
+        return {*trained_detectors.READ, *borne}
     return read_by(given, (name, SUPERVISED) if given.supervised else (name,))
 
 

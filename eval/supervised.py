@@ -16,23 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from ktransfer import networks
-from ktransfer.augment import random_resized_crop
 from ktransfer.config import option
-from ktransfer.dataset import Dataset, open_parts
+from ktransfer.data.augment import random_resized_crop
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import readable
+from ktransfer.data.opening import open_parts
 from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
-from ktransfer.pictures import readable
 from ktransfer.progress import say
 from ktransfer.run import begin, changes, leaves_nothing, read_record, refusal
 from ktransfer.training import loop
-from ktransfer.training.crew import seen_by_batch_norm
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
+from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.options import LoopOptions, TrainOptions
 
 from .arms import LEARNED, SUPERVISED, final_network, resized
 from .config import EvalConfig
-from .heads import with_classes
-from .tuning import Labelled
+from .learners.heads import with_classes
+from .learners.tuning import Labelled
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,12 @@ def carry_out(
         run_folder = Path(wanted[0][1]["compare"].partition(",")[0])
     if run_folder is None:
         raise UsageError(f"{wanted[0][0]}: no run folder given; name one: ktransfer --run runs/mine {wanted[0][0]} ...")
-    from ktransfer import ranks
+    from ktransfer import distributed
 
-    with ranks.joined():
-        if not ranks.leads():
-            return ranks.serve(servant)
-        with ranks.leading():
+    with distributed.joined():
+        if not distributed.leads():
+            return distributed.serve(servant)
+        with distributed.leading():
             _carry_out(wanted, run_folder, file, recipe)
     return 0
 
@@ -213,7 +213,7 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
 @click.option("--seed", default=0, show_default=True, help="The pictures are a function of it.")
 def scenes(out: Path, images: int, size: int, seed: int) -> None:
     """Write the embedded data set as class folders and as COCO json with boxes and polygons."""
-    from ktransfer.scenes import write_scenes
+    from ktransfer.data.scenes import write_scenes
 
     write_scenes(out, images, size, seed)
     click.echo(f"written to {out}: train/, val/, train.json, val.json")
@@ -235,7 +235,7 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
 )
 def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, workers: int, max_broken: float) -> None:
     """Make all pictures small once, into one file that every --data takes; interrupted, it goes on where it was."""
-    from ktransfer.pack import pack as make
+    from ktransfer.data.pack import pack as make
 
     make(data, out, size, raw, quality, workers, max_broken)
 
@@ -267,7 +267,7 @@ def bench(part: str, **given: Any) -> None:
     decode: pictures to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
     step of the target network. Nothing is written but --json.
     """
-    from ktransfer.bench import command
+    from ktransfer.bench.measure import command
 
     click.echo(command(part, **given))
 
@@ -277,10 +277,10 @@ def bench(part: str, **given: Any) -> None:
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 def study(recipe: Path, run: Path) -> None:
     """Self-training in every cell of a grid, skipping what is done, with one table at the end."""
-    from ktransfer import ranks
-    from ktransfer.retrain.study import study as carry_out
+    from ktransfer import distributed
+    from ktransfer.retrain.selftrain.study import study as carry_out
 
-    if ranks.leads():
+    if distributed.leads():
         carry_out(recipe, run)
 
 
@@ -335,9 +335,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from ktransfer import ranks
+    from ktransfer import distributed
 
-    if not ranks.leads():
+    if not distributed.leads():
         time.sleep(LAST_WORDS)
         return code
     for line in message.splitlines():

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ktransfer import ranks
+from ktransfer import distributed
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 def bar(total: int, label: str, unit: str = "pictures", done: int = 0) -> "tqdm[Any]":
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
     look = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
-    return tqdm(total=total, initial=done, desc=label, disable=not ranks.leads(), **look)
+    return tqdm(total=total, initial=done, desc=label, disable=not distributed.leads(), **look)
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str = "pictures") -> Iterator[T]:
@@ -34,5 +34,5 @@ def say_once(line: str) -> None:
 
 def say(line: str) -> None:
     """One line for people, above any bar."""
-    if ranks.leads():
+    if distributed.leads():
         tqdm.write(line, file=sys.stderr)

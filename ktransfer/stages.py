@@ -21,7 +21,7 @@ STAGES = {
     "selftrain": (
         "ktransfer.retrain.config",
         "SelftrainConfig",
-        "ktransfer.retrain.selftraining",
+        "ktransfer.retrain.selftrain.stage",
         "selftrain",
         "check",
     ),
@@ -35,15 +35,15 @@ SOURCES = {
     "retrain": ("assign", "labels"),
 }
 INHERIT_DATA = {"extract": "data", "cluster": "data", "retrain": "data", "eval": "labelled"}
-# What the leader of several processes has the others do -> module and function (ktransfer/ranks.py).
+# What the leader of several processes has the others do -> module and function (ktransfer/distributed.py).
 ORDERS = {
-    "open": ("ktransfer.cluster.ranks", "open_share"),
-    "scan": ("ktransfer.cluster.ranks", "scan_share"),
+    "open": ("ktransfer.cluster.distributed", "open_share"),
+    "scan": ("ktransfer.cluster.distributed", "scan_share"),
     "extract": ("ktransfer.cluster.extraction", "extract_share"),
     "read": ("ktransfer.training.reading", "read_share"),
     "pretext": ("ktransfer.pretext.stage", "train_along"),
     "retrain": ("ktransfer.retrain.stage", "train_along"),
-    "maps": ("ktransfer.eval.maps", "map_share"),
+    "maps": ("ktransfer.eval.learners.maps", "map_share"),
 }
 # What `ktransfer bench` measures -> module of its `work`.
 WORKERS = {
@@ -211,7 +211,7 @@ def complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) -
 
 def _outdated(run: Path, data: str | None) -> bool:
     """Whether the run's features of these pictures come from an older teacher than its own."""
-    from ktransfer.dataset import open_dataset
+    from ktransfer.data.opening import open_dataset
     from ktransfer.run import read_record
 
     teacher = read_record(run, "pretext", "pretext")

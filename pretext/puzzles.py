@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ktransfer import rng
-from ktransfer.augment import in_parts
+from ktransfer.data.augment import in_parts
 from ktransfer.errors import UsageError
 
 from .tiles import GREY, PLAIN, PROJECTED, gather, normalise, recolour

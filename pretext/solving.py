@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransfer import rng
-from ktransfer.dataset import Dataset
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures
 from ktransfer.errors import StageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures
 from ktransfer.progress import say
 from ktransfer.training import loop
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
+from ktransfer.training.device import autocast
 
 from .config import PretextConfig
 from .network import TaskNet
@@ -58,7 +59,7 @@ def accuracy(
         if not _own(valid, task).any():
             continue
         made = task.make(Batch(chosen.to(device), pixels.to(device), valid.to(device), HELD_OUT_EPOCH))
-        with loop.autocast(config, device):
+        with autocast(config, device):
             logits = model(made.tiles)
         hits.append((logits.argmax(1) == made.label).cpu())
         groups.append(task.group(made).cpu())
@@ -101,7 +102,7 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
         torch.manual_seed(rng.torch_seed(config.seed, "overfit", step))
         for group in optimiser.param_groups:
             group["lr"] = config.lr * loop.rate(step, OVERFIT_STEPS, config)
-        with loop.autocast(config, device):
+        with autocast(config, device):
             value, _ = loss(model, batch, task)
         optimiser.zero_grad(set_to_none=True)
         value.backward()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ktransfer.bench import Wanted, Work, training
+from ktransfer.bench.measure import Wanted, Work, training
 from ktransfer.config import build
 from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast

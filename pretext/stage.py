@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransfer import networks, ranks, rng
+from ktransfer import distributed, networks, rng
 from ktransfer.config import build
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures, cache_place, typical_short_side
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, cache_place, typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin
 from ktransfer.training import loop
-from ktransfer.training.crew import seen_by_batch_norm
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
+from ktransfer.training.batch_divider import seen_by_batch_norm
+from ktransfer.training.device import choose_device
 from ktransfer.training.memory import tell_plan
 from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
 
@@ -48,7 +50,7 @@ def pretext(run: str | Path, **options: Any) -> Path:
     """
     run = Path(run)
     config, data = check(run, options)
-    device = loop.choose_device(config)
+    device = choose_device(config)
     task = open_task(config, device)
     rows, held_out = _split(data, config)
     if config.overfit:
@@ -69,10 +71,10 @@ def pretext(run: str | Path, **options: Any) -> Path:
         _preview(sheet, pictures, rows, task, device)
         evaluate = partial(solving.accuracy, task=task, pictures=pictures, rows=held_out, config=config, device=device)
         tell_plan(model, partial(solving.loss, task=task), pictures, rows, config, device, "pretext", task.following)
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             order = {"do": "pretext", "config": asdict(config), "inputs": task.inputs} | data_facts(data)
-            ranks.tell(order, rows.numpy())
-            ranks.agree(None)
+            distributed.tell(order, rows.numpy())
+            distributed.agree(None)
         _train(config, task, model, pictures, rows, device, step.folder, evaluate)
         networks.save(weights, model.weights(), network)
         result = loop.evaluated(model, evaluate)
@@ -84,10 +86,10 @@ def pretext(run: str | Path, **options: Any) -> Path:
 
 
 def train_along(order: dict[str, Any]) -> None:
-    """What the other processes do for the leader's training (ktransfer/ranks.py)."""
-    with ranks.opening():
+    """What the other processes do for the leader's training (ktransfer/distributed.py)."""
+    with distributed.opening():
         config = PretextConfig(**order["config"])
-        device = loop.choose_device(config)
+        device = choose_device(config)
         task = open_task(config, device)
         if task.inputs != order["inputs"]:
             raise StageError(f"{config.permutation_file}: is another file here than where the first process runs")
@@ -142,7 +144,7 @@ def check(
         )
     if 0 < config.limit < 4:
         raise UsageError(f"--limit {config.limit}: too few pictures to learn from; give 0 (all) or at least 4")
-    device = loop.choose_device(config)
+    device = choose_device(config)
     size = config.size or usual_size(config.task, typical_short_side(data))
     cache_place(config.cache_pictures, len(data), size, device)
     task = open_task(replace(config, size=size))

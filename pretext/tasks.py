@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ktransfer.errors import UsageError
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
 
 from . import permutations as perms
 from .config import PretextConfig

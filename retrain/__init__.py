@@ -5,17 +5,16 @@ from typing import TYPE_CHECKING
 from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
-    from .config import RetrainConfig as RetrainConfig
-    from .config import SelftrainConfig as SelftrainConfig
-    from .selftraining import selftrain as selftrain
-    from .stage import retrain as retrain
+    from .config import RetrainConfig, SelftrainConfig
+    from .selftrain.stage import selftrain
+    from .stage import retrain
 
 __all__ = ["RetrainConfig", "SelftrainConfig", "retrain", "selftrain"]
 __getattr__ = exports(
     __name__,
     {
         "retrain": "stage",
-        "selftrain": "selftraining",
+        "selftrain": "selftrain.stage",
         "RetrainConfig": "config",
         "SelftrainConfig": "config",
     },

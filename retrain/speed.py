@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ktransfer import networks
-from ktransfer.bench import Wanted, Work, training
+from ktransfer.bench.measure import Wanted, Work, training
 from ktransfer.config import build
 from ktransfer.networks import Network
 from ktransfer.training.batch import Batch

@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as zoo
 
-from ktransfer import networks, ranks, rng
-from ktransfer.augment import random_resized_crop
+from ktransfer import distributed, networks, rng
+from ktransfer.artifacts.labels import read_labels
 from ktransfer.config import build
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer.data.augment import random_resized_crop
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures, cache_place, typical_short_side
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.labels import read_labels
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures, cache_place, typical_short_side
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 from ktransfer.training import loop
-from ktransfer.training.crew import seen_by_batch_norm
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
+from ktransfer.training.batch_divider import seen_by_batch_norm
+from ktransfer.training.device import choose_device
 from ktransfer.training.memory import tell_plan
 from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
 
@@ -52,7 +54,7 @@ def retrain(run: str | Path, **options: Any) -> Path:
     labels, labels_hash = _labels(run, config, data)
     classes = int(labels.max()) + 1
     rows = torch.nonzero(labels >= 0)[:, 0]
-    device = loop.choose_device(config)
+    device = choose_device(config)
 
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     task = CLASSES if config.labels == CLASSES else "pseudo-labels"
@@ -69,10 +71,10 @@ def retrain(run: str | Path, **options: Any) -> Path:
         rows = readable_by_all(pictures, rows, config.max_broken)
         loss = partial(_loss, labels=labels.to(device), network=network, config=config)
         tell_plan(model, loss, pictures, rows, config, device, "retrain")
-        if ranks.count() > 1:
+        if distributed.count() > 1:
             order = {"do": "retrain", "config": asdict(config), "network": asdict(network)} | data_facts(data)
-            ranks.tell(order, labels.numpy(), rows.numpy())
-            ranks.agree(None)
+            distributed.tell(order, labels.numpy(), rows.numpy())
+            distributed.agree(None)
         _train(config, network, model, pictures, labels, rows, device, step.folder)
         networks.save(weights, model.state_dict(), network)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
@@ -83,10 +85,10 @@ def retrain(run: str | Path, **options: Any) -> Path:
 
 
 def train_along(order: dict[str, Any]) -> None:
-    """What the other processes do for the leader's training (ktransfer/ranks.py)."""
-    with ranks.opening():
+    """What the other processes do for the leader's training (ktransfer/distributed.py)."""
+    with distributed.opening():
         config, network = RetrainConfig(**order["config"]), Network(**order["network"])
-        device = loop.choose_device(config)
+        device = choose_device(config)
         pictures = kept_pictures(order)
         model = networks.build(network, config.seed, "retrain")
     labels, rows = (torch.from_numpy(array) for array in order["arrays"])
@@ -129,7 +131,7 @@ def check(
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
     networks.check_arch(config.arch, config.width)
     data = open_dataset(_data_spec(run, config))
-    device = loop.choose_device(config)
+    device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
     cache_place(config.cache_pictures, len(data), round(size * MARGIN), device)
     config = replace(config, size=size, data=data.spec)

@@ -33,7 +33,7 @@ MODULES = (
     "ktransfer.pretext.stage",
     "ktransfer.cluster.stage",
     "ktransfer.retrain.stage",
-    "ktransfer.retrain.study",
+    "ktransfer.retrain.selftrain.study",
     "ktransfer.eval.stage",
 )
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -85,7 +85,8 @@ def child(order: dict[str, Any]) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.chdir(order["cwd"])
-    from ktransfer import cli, features
+    from ktransfer import cli
+    from ktransfer.artifacts import features
     from ktransfer.training import loop
 
     # As often as possible, so that a kill also meets a save in progress.

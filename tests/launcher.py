@@ -23,7 +23,7 @@ MODULES = (
     "sklearn.metrics",
     "torch.distributed",
     "ktransfer.cluster.extraction",
-    "ktransfer.cluster.ranks",
+    "ktransfer.cluster.distributed",
     "ktransfer.cluster.stage",
     "ktransfer.pretext.stage",
     "ktransfer.retrain.stage",
@@ -54,9 +54,9 @@ def plant(fault: dict[str, Any]) -> None:
     if "call" in fault:
         plant_call(fault)
         return
-    from ktransfer.cluster import ranks
+    from ktransfer.cluster import distributed
 
-    scan, left = ranks._scan, fault.get("scan", 0)
+    scan, left = distributed._scan, fault.get("scan", 0)
 
     def faulty(engine: Any, *arguments: Any) -> Any:
         nonlocal left
@@ -73,10 +73,10 @@ def plant(fault: dict[str, Any]) -> None:
             engine = engine._replace(scan=broken)
         return scan(engine, *arguments)
 
-    ranks._scan = faulty
+    distributed._scan = faulty
     if fault["kind"] == "file":
-        facts = ranks._facts
-        ranks._facts = lambda features: facts(features) | {"rows": [1, 2]}
+        facts = distributed._facts
+        distributed._facts = lambda features: facts(features) | {"rows": [1, 2]}
 
 
 def child(order: dict[str, Any], rank: int, port: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ktransfer import folders
+from ktransfer.data import folders
 
 
 @pytest.fixture(scope="module")

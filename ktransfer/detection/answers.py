@@ -13,7 +13,7 @@ from ktransfer.detection.data import Detection, Outline, subset
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.masks import encoded
 from ktransfer.progress import bar
-from ktransfer.training.loop import Source
+from ktransfer.training.batch import Source
 
 # Soft-NMS looks at so many of the best answers of a picture.
 SOFT_CANDIDATES = 1000

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import networks, rng
+from ktransfer.data.loader import CPU, Pictures
 from ktransfer.detection.data import Detection
 from ktransfer.errors import BrokenPicture
-from ktransfer.pictures import CPU, Pictures
 
 SMALLEST = 1.0  # pixels: a box that a crop leaves narrower or lower is dropped
 

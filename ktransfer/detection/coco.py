@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ktransfer import images
-from ktransfer.dataset import UNKNOWN
+from ktransfer.data import decoding
+from ktransfer.data.dataset import UNKNOWN
+from ktransfer.data.folders import file_size
 from ktransfer.detection.data import Detection, Outline, objects_of, summary
 from ktransfer.errors import UsageError
-from ktransfer.folders import file_size
 
 PARTS = ("images", "annotations", "categories")
 
@@ -81,9 +81,9 @@ def read(path: Path, spec: str) -> Detection:
         targets=np.full(len(names), UNKNOWN, np.int32),
         classes=tuple(classes),
         fingerprint=digest.hexdigest(),
-        read=lambda row, short_side: images.decode(folder / names[row], short_side),
+        read=lambda row, short_side: decoding.decode(folder / names[row], short_side),
         short_side=lambda row: min(sizes[row]),
-        reader=lambda row: partial(images.decode, folder / names[row]),
+        reader=lambda row: partial(decoding.decode, folder / names[row]),
         sizes=np.array(sizes, np.int32),
         objects=objects,
         ids=tuple(ids),

@@ -1,7 +1,6 @@
 """Pictures with boxes: COCO files, VOCdevkit and `scenes:` as one record."""
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ktransfer import files, rng
-from ktransfer.dataset import UNKNOWN, VAL_NAMES, Dataset
+from ktransfer.data.dataset import UNKNOWN, Dataset
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
-SPLIT = 0.2  # of a file that has no second one beside it
 Outline = list[list[float]] | dict[str, Any] | None
 """Flat polygons x, y, x, y, ... in pixels; COCO's run lengths {"size": [h, w], "counts": ...}; None: not known."""
 
@@ -56,70 +54,6 @@ class Detection(Dataset):
     category_ids: tuple[int, ...]
     label_map: Callable[[int], NDArray[np.uint8]] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
-
-
-def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection]:
-    """The train and test parts that `--labelled` names, with the same classes.
-
-    `scenes:...`; a root with `instances_train*.json` (or `train*.json`) and one of val, test, in it or in
-    `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose pictures, drawn
-    with seed 0, then is the test part. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives its
-    pictures that have the class of every pixel.
-
-    Raises:
-        UsageError: a file is missing or breaks a rule, the classes differ, or a part holds no box.
-    """
-    from ktransfer.detection import coco, voc
-
-    if spec.startswith("scenes:"):
-        return _scenes(spec, "train"), _scenes(spec, "val")
-    root = Path(spec).expanduser()
-    if root.suffix == ".json":
-        whole = open_file(spec)
-        test = fraction(whole, SPLIT, 0)
-        parts = subset(whole, np.setdiff1d(np.arange(len(whole)), test)), subset(whole, test)
-    elif not root.is_dir():
-        raise UsageError(
-            f"{spec}: no such folder; give a root with COCO files or a VOCdevkit, one COCO file, or scenes:"
-        )
-    elif years := voc.years(root):
-        parts = voc.open_parts(spec, years, "Segmentation" if masks else "Main")
-    else:
-        found = [
-            next(filter(None, (_coco_file(root, name) for name in names)), None) for names in (("train",), VAL_NAMES)
-        ]
-        if found[0] is None or found[1] is None:
-            missing = "instances_train.json" if found[0] is None else "instances_val.json"
-            raise UsageError(
-                f"{spec}: no {missing} in it or in annotations/, and no VOCdevkit (VOC2007/ImageSets/Main); give a "
-                "root that holds one of both, one COCO file, or scenes:"
-            )
-        parts = coco.read(found[0], spec), coco.read(found[1], spec)
-    if parts[0].classes != parts[1].classes:
-        differing = sorted(set(parts[0].classes) ^ set(parts[1].classes)) or ["their order"]
-        raise UsageError(
-            f"{spec}: its parts have different categories ({', '.join(differing[:5])}); give both the same"
-        )
-    for part, words in zip(parts, ("training", "test"), strict=True):
-        if not any(len(one.boxes) for one in part.objects):
-            raise UsageError(f"{spec}: no box in the {words} part; there is nothing to learn or to judge by")
-    return parts
-
-
-def open_file(spec: str) -> Detection:
-    """One COCO file, or the training pictures of `scenes:...`.
-
-    Raises:
-        UsageError: as `open_detection`.
-    """
-    from ktransfer.detection import coco
-
-    if spec.startswith("scenes:"):
-        return _scenes(spec, "train")
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UsageError(f"{spec}: no such file; give a COCO file (.json)")
-    return coco.read(path, spec)
 
 
 def subset(data: Detection, rows: NDArray[np.int64]) -> Detection:
@@ -237,22 +171,6 @@ def _count(counts: dict[str, int], words: str, number: int) -> None:
         counts[words] = counts.get(words, 0) + number
 
 
-def _coco_file(root: Path, name: str) -> Path | None:
-    """`instances_NAME.json`, `instances_NAME2017.json` or `NAME.json` in the root or in annotations/."""
-    pattern = re.compile(rf"(instances_)?{name}\d*\.json")
-    for folder in (root, root / "annotations"):
-        found = (
-            sorted(path for path in folder.glob("*.json") if pattern.fullmatch(path.name)) if folder.is_dir() else []
-        )
-        if len(found) > 1:
-            raise UsageError(
-                f"{folder}: {found[0].name} and {found[1].name} may both be meant as {name}; name one COCO file"
-            )
-        if found:
-            return found[0]
-    return None
-
-
 def _spread(data: Detection, order: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n,) `order` such that every beginning of it has about the mix of classes of the whole."""
     times = np.bincount(np.concatenate([one.labels for one in data.objects]), minlength=len(data.classes))
@@ -262,28 +180,6 @@ def _spread(data: Detection, order: NDArray[np.int64]) -> NDArray[np.int64]:
         members = order[rarest[order] == group]
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
     return order[np.argsort(place[order], kind="stable")]
-
-
-def _scenes(spec: str, part: str) -> Detection:
-    from ktransfer import dataset, scenes
-
-    chosen = scenes.parse(spec)
-    pictures = dataset.open_parts(spec)[part == "val"]
-    size, counts = (chosen.size, chosen.size), dict[str, int]()
-    objects: list[Objects] = []
-    for row in range(len(pictures)):
-        found = scenes.objects(chosen.seed, part, row, chosen.size)
-        boxes = [(x, y, x + width, y + height) for x, y, width, height in (one.box for one in found)]
-        outlines = [one.polygons for one in found]
-        objects.append(objects_of(boxes, [one.category for one in found], size, counts, outlines=outlines))
-    return Detection(
-        **vars(replace(pictures, targets=np.full(len(pictures), UNKNOWN, np.int32))),
-        sizes=np.full((len(pictures), 2), chosen.size, np.int32),
-        objects=tuple(objects),
-        ids=tuple(range(1, len(pictures) + 1)),
-        category_ids=tuple(range(1, len(scenes.CLASSES) + 1)),
-        counts=counts,
-    )
 
 
 def boxes_of(data: Detection, crowd: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operations import FILL, kept
+from ktransfer.detection.operations import FILL, kept
 
 Rest = ParamSpec("Rest")
 Made = TypeVar("Made")

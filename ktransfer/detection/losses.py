@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ktransfer import ranks
+from ktransfer import distributed
 from ktransfer.detection import canvas, detectors
 from ktransfer.detection.canvas import Jitter
 from ktransfer.detection.data import Detection, boxes_of
 from ktransfer.detection.masks import filled
 from ktransfer.errors import UsageError
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
 from ktransfer.training.options import LoopOptions
 
 Target = dict[str, Tensor]
@@ -48,9 +48,10 @@ def check_batches(options: LoopOptions, norm: str, pictures: int) -> None:
             f"--micro-batch {options.micro_batch}: this loss is normalised over all {pictures} pictures of a step, "
             "which cannot be divided; leave it away, and give a smaller --batch where memory does not suffice"
         )
-    if norm == "syncbn" and ranks.started() > 1:
+    if norm == "syncbn" and distributed.started() > 1:
         raise UsageError(
-            f"--norm syncbn: this training runs in one process, and torchrun started {ranks.started()}; give bn or gn"
+            "--norm syncbn: this training runs in one process, and torchrun started "
+            f"{distributed.started()}; give bn or gn"
         )
 
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ktransfer import files
+from ktransfer.data.loader import available_bytes
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, Objects, Outline
 from ktransfer.errors import BrokenPicture, UsageError
-from ktransfer.pictures import available_bytes
 from ktransfer.progress import track
 
 IGNORE = 255

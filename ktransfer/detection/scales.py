@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from ktransfer.data.loader import Pictures
 from ktransfer.detection import canvas
 from ktransfer.detection.answers import Answer, detect
 from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
-from ktransfer.pictures import Pictures
-from ktransfer.training.loop import Source
+from ktransfer.training.batch import Source
 
 STRIDE = 32  # sides are multiples of it, so that cells lie in a map as in training
 

@@ -22,7 +22,7 @@ from ktransfer.detection.masks import IGNORE, classes_of_pixels
 from ktransfer.detection.trunks import Trunk
 from ktransfer.errors import BrokenPicture
 from ktransfer.progress import bar
-from ktransfer.training.loop import Batch, Source
+from ktransfer.training.batch import Batch, Source
 
 HEADS = {"fcn": "single", "deeplab": "single", "fpn": "p2-p6"}
 """Head -> the neck of its trunk (see `trunks.build`)."""

@@ -8,11 +8,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ktransfer import files
+from ktransfer.data.loader import Pictures
 from ktransfer.detection import geometry, masks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import truth
 from ktransfer.detection.strengths import Boxed, augment
-from ktransfer.pictures import Pictures
 
 COLUMNS = 4
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ktransfer import rng
-from ktransfer.augment import in_parts
-
-from . import geometry, operations
+from ktransfer.data.augment import in_parts
+from ktransfer.detection import geometry, operations
 
 Step = tuple[str, float, float]
 """Operation, probability, level."""

@@ -16,10 +16,10 @@ from torchvision import models as zoo
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from ktransfer import networks, rng, teachers
+from ktransfer import networks, rng
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network
-from ktransfer.teachers import Teacher
+from ktransfer.networks import Network, teachers
+from ktransfer.networks.teachers import Teacher
 
 NORMS = ("bn", "syncbn", "gn", "frozen")
 NECKS = ("p3-p7", "p2-p6", "single")

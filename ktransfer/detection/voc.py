@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ktransfer import files, images
-from ktransfer.dataset import UNKNOWN
+from ktransfer import files
+from ktransfer.data import decoding
+from ktransfer.data.dataset import UNKNOWN
+from ktransfer.data.folders import file_size
 from ktransfer.detection.data import Detection, Objects, objects_of, summary
 from ktransfer.detection.masks import read_map
 from ktransfer.errors import UsageError
-from ktransfer.folders import file_size
 from ktransfer.progress import say_once
 
 CLASSES = (
@@ -105,9 +106,9 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: boo
         targets=np.full(len(keys), UNKNOWN, np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
-        read=lambda row, short_side: images.decode(places[row], short_side),
+        read=lambda row, short_side: decoding.decode(places[row], short_side),
         short_side=lambda row: min(sizes[row]),
-        reader=lambda row: partial(images.decode, places[row]),
+        reader=lambda row: partial(decoding.decode, places[row]),
         sizes=np.array(sizes, np.int32),
         objects=objects,
         ids=keys,

@@ -18,17 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktransfer import files, ranks, rng
+from ktransfer import distributed, files, rng
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
-from ktransfer.training.batch import Batch as Batch
-from ktransfer.training.batch import Loss as Loss
-from ktransfer.training.batch import Source as Source
+from ktransfer.training.batch import Loss, Source
+from ktransfer.training.batch_divider import Crew, Piece
 from ktransfer.training.compiled import Compiled
-from ktransfer.training.crew import Crew, Piece
-from ktransfer.training.device import autocast as autocast
-from ktransfer.training.device import bfloat16 as bfloat16
-from ktransfer.training.device import choose_device as choose_device
+from ktransfer.training.device import autocast
 from ktransfer.training.log import Log
 from ktransfer.training.memory import explained
 from ktransfer.training.options import LoopOptions, TrainOptions
@@ -116,7 +112,7 @@ def fit(
     per_epoch, rows = batches(0).shape
     total = per_epoch * options.epochs
     checkpoint = folder / "checkpoint" / "last.pt"
-    leads = ranks.leads()
+    leads = distributed.leads()
     stopping = evaluate if isinstance(evaluate, Stopping) else None
     assert not (stopping and shared)
     with contextlib.ExitStack() as within:
@@ -151,7 +147,7 @@ def fit(
             """All processes together: the leader keeps what it has."""
             crew.part()
             if not leads:
-                raise ranks.Told("stopped")
+                raise distributed.Told("stopped")
             keep()
             raise KeyboardInterrupt
 
@@ -209,11 +205,11 @@ def _begin(
     stopping: Stopping | None,
 ) -> int:
     """Go on from the checkpoint if there is one, all processes with the leader's numbers; the steps done."""
-    step = _restore(checkpoint, model, optimiser, device, stopping) if ranks.leads() else 0
+    step = _restore(checkpoint, model, optimiser, device, stopping) if distributed.leads() else 0
     if not crew.shared:
         return step
     state = crew.same(_state(model, optimiser, step, stopping))
-    if not ranks.leads():
+    if not distributed.leads():
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
     return int(state["step"])

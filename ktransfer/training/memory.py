@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ktransfer import ranks
+from ktransfer import distributed
+from ktransfer.data.loader import available_bytes
 from ktransfer.errors import StageError
-from ktransfer.pictures import available_bytes
 from ktransfer.progress import say
 from ktransfer.training.batch import Batch, Loss, Source
-from ktransfer.training.crew import pieces
+from ktransfer.training.batch_divider import pieces
 from ktransfer.training.device import autocast
 from ktransfer.training.norms import has_batch_norm
 from ktransfer.training.options import LoopOptions
@@ -44,7 +44,7 @@ def measure(
     model.to(device).to(memory_format=torch.channels_last).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = 2 + (options.momentum > 0) + (ranks.count() > 1)  # the last: gradients laid out for sending
+    copies = 2 + (options.momentum > 0) + (distributed.count() > 1)  # the last: gradients laid out for sending
     chosen, pixels, _, _ = next(iter(pictures.batches(iter([rows[: max(_TRIED) + following]]))))
     before = [value.clone() for value in model.buffers()]
     sizes: list[int] = []
@@ -68,7 +68,7 @@ def measure(
         for value, old in zip(model.buffers(), before, strict=True):
             value.copy_(old)
     each = max(1, (sizes[1] - sizes[0]) // (_TRIED[1] - _TRIED[0]))
-    share = -(-options.batch // ranks.count()) + following
+    share = -(-options.batch // distributed.count()) + following
     return Need(own * copies + max(0, sizes[0] - each * _TRIED[0]) + share * pixels[0].nbytes, each)
 
 
@@ -88,16 +88,16 @@ def tell_plan(
     with explained(model, device, label, options):
         need = measure(model, loss, pictures, rows, options, device, following)
     cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes() // ranks.here()
+    free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes() // distributed.here()
     most = max(last - first for first, last in pieces(min(options.batch, len(rows)), options.micro_batch))
-    most = -(-most // ranks.count())
+    most = -(-most // distributed.count())
     total = need.fixed + most * need.each
     say(
         f"{label}: memory: {need.fixed / 1e9:.2g} GB, and {most * need.each / 1e9:.2g} GB for {most} pictures at once; "
         f"{free / 1e9:.3g} GB are free on {device}"
     )
     if total > free:
-        fits = (free - need.fixed) // need.each * ranks.count()
+        fits = (free - need.fixed) // need.each * distributed.count()
         way = f"--micro-batch {fits}" if fits >= 2 else "a smaller --width or --size"
         say(f"{label}: that may not suffice; if it fails, give {way}{_caution(model) if fits >= 2 else ''}")
 

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import ranks
-from ktransfer.dataset import Dataset, open_dataset
+from ktransfer import distributed
+from ktransfer.data.dataset import Dataset, check_broken
+from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError
-from ktransfer.pictures import Pictures, check_broken, readable
 from ktransfer.progress import bar
 
 _kept: Pictures | None = None  # of a process that serves
@@ -20,16 +21,16 @@ def readable_by_all(pictures: Pictures, rows: Tensor, max_broken: float) -> Tens
 
     Args, returns and raises: as there.
     """
-    if ranks.count() == 1:
+    if distributed.count() == 1:
         return readable(pictures, rows, max_broken)
     order = {"do": "read", "size": pictures.size, "workers": pictures.workers, "cache": pictures.cache}
-    ranks.tell(order | {"device": str(pictures.device)} | data_facts(pictures.dataset), rows.numpy())
-    ranks.agree(None)
+    distributed.tell(order | {"device": str(pictures.device)} | data_facts(pictures.dataset), rows.numpy())
+    distributed.agree(None)
     valid = np.zeros(len(rows), np.uint8)
-    own = ranks.share(len(rows))[1]
-    with ranks.opening():
+    own = distributed.share(len(rows))[1]
+    with distributed.opening():
         valid[:own] = _valid(pictures, rows[:own], len(rows))
-    ranks.collect(valid, len(rows))
+    distributed.collect(valid, len(rows))
     known = torch.from_numpy(valid).bool()
     pictures.batch(rows[~known])  # so that their reasons are known here
     check_broken(pictures.broken, len(rows), max_broken, pictures.dataset)
@@ -39,15 +40,15 @@ def readable_by_all(pictures: Pictures, rows: Tensor, max_broken: float) -> Tens
 def read_share(order: dict[str, Any]) -> None:
     """Another process reads its share, and keeps the pictures open."""
     global _kept
-    with ranks.opening():
+    with distributed.opening():
         data = same_data(order)
         device = torch.device(order["device"])
         _kept = Pictures(data, order["size"], order["workers"], cache=order["cache"], device=device)
     rows = torch.from_numpy(order["arrays"][0])
-    first, last = ranks.share(len(rows))
-    with ranks.opening():
+    first, last = distributed.share(len(rows))
+    with distributed.opening():
         valid = _valid(_kept, rows[first:last], 0)
-    ranks.collect(valid, len(rows))
+    distributed.collect(valid, len(rows))
 
 
 def kept_pictures(order: dict[str, Any]) -> Pictures:

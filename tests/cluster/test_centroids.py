@@ -4,12 +4,13 @@ import h5py
 import numpy as np
 import pytest
 
-from ktransfer.cluster.centroids import read_centroids, write_centroids
-from ktransfer.cluster.engine import Rows
-from ktransfer.cluster.kmeans import kmeans
-from ktransfer.cluster.projection import fit_projection, project
+from ktransfer.artifacts.centroids import project, read_centroids
+from ktransfer.artifacts.features import Features
+from ktransfer.cluster.algorithms.lloyd import kmeans
+from ktransfer.cluster.centroids import write_centroids
+from ktransfer.cluster.engines.engine import Rows
+from ktransfer.cluster.projection import fit_projection
 from ktransfer.errors import UsageError
-from ktransfer.features import Features
 
 SOURCE = {"teacher": "ab" * 32, "layer": "conv4_3", "pooling": "max 4x4", "transform": "ü"}
 DATA = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)

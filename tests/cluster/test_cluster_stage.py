@@ -10,12 +10,13 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from ktransfer.cluster import assign, cluster, extract, redo
-from ktransfer.cluster.centroids import read_centroids
-from ktransfer.dataset import open_dataset
+from ktransfer.artifacts.centroids import read_centroids
+from ktransfer.artifacts.features import create_or_resume, open_features
+from ktransfer.artifacts.labels import read_labels
+from ktransfer.cluster import assign, cluster, extract
+from ktransfer.cluster.algorithms import restarts
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import create_or_resume, open_features
-from ktransfer.labels import read_labels
 
 OTHER = "scenes:images=24,size=48,seed=5"
 
@@ -331,7 +332,7 @@ def test_a_moved_run_still_labels(run, tmp_path):
 )
 def test_interrupted_clustering_gives_the_same_bytes(tmp_path, planted, monkeypatch, more):
     options = {"features": str(planted[0]), "k": 12, "pca": 4, "iterations": 5} | more
-    save, stop, count = redo.save_state, 0, 0
+    save, stop, count = restarts.save_state, 0, 0
 
     def killed(path, state):
         nonlocal count
@@ -340,7 +341,7 @@ def test_interrupted_clustering_gives_the_same_bytes(tmp_path, planted, monkeypa
         if count == stop:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(redo, "save_state", killed)
+    monkeypatch.setattr(restarts, "save_state", killed)
     expected = cluster(tmp_path / "whole", **options).read_bytes()
     result = records(tmp_path / "whole")["cluster"]["result"]
     for stop in range(1, count + 1):
@@ -358,7 +359,7 @@ def test_interrupted_clustering_gives_the_same_bytes(tmp_path, planted, monkeypa
 def test_killed_again_and_again(tmp_path, planted, monkeypatch):
     options = {"features": str(planted[0]), "k": 12, "iterations": 3, "redo": 3}
     expected = cluster(tmp_path / "whole", **options).read_bytes()
-    save, count = redo.save_state, 0
+    save, count = restarts.save_state, 0
 
     def killed(path, state):
         nonlocal count
@@ -367,7 +368,7 @@ def test_killed_again_and_again(tmp_path, planted, monkeypatch):
         if count % 2 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(redo, "save_state", killed)
+    monkeypatch.setattr(restarts, "save_state", killed)
     for _ in range(40):
         try:
             file = cluster(tmp_path / "run", **options)
@@ -381,7 +382,7 @@ def test_redo_keeps_the_best(tmp_path, planted):
     options = {"features": str(planted[0]), "k": 9, "iterations": 4}
     alone = []
     for attempt in range(4):
-        file = cluster(tmp_path / f"run{attempt}", seed=redo.attempt_seed(3, attempt), **options)
+        file = cluster(tmp_path / f"run{attempt}", seed=restarts.attempt_seed(3, attempt), **options)
         with h5py.File(file) as stored:
             alone.append((stored.attrs["final_objective"], stored["centroids"][:].tobytes()))
     assert len({objective for objective, _ in alone}) > 1

@@ -15,7 +15,8 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import check_estimator
 
-from ktransfer.cluster import KMeans, engine, estimator
+from ktransfer.cluster import KMeans, estimator
+from ktransfer.cluster.engines import engine
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torchvision.models.vgg import cfgs, make_layers
 
 from ktransfer import networks
+from ktransfer.artifacts.features import create_or_resume, open_features
 from ktransfer.cli import main
 from ktransfer.cluster import extract, extraction
-from ktransfer.dataset import open_dataset
+from ktransfer.data.decoding import square
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
-from ktransfer.features import create_or_resume, open_features
-from ktransfer.images import square
 from ktransfer.networks import Network
 
 EXACT = {"precision": "float32", "dtype": "float32"}

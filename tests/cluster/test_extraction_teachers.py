@@ -8,13 +8,13 @@ import torch
 from torchvision import models as zoo
 from torchvision.models import vision_transformer
 
+from ktransfer.artifacts.features import open_features
 from ktransfer.cli import main
 from ktransfer.cluster import assign, cluster, extract
-from ktransfer.dataset import open_dataset
-from ktransfer.descriptors import Hog
+from ktransfer.data.decoding import square
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import open_features
-from ktransfer.images import square
+from ktransfer.networks.descriptors import Hog
 
 SCENES = "scenes:images=24,size=48"
 EXACT = {"precision": "float32", "dtype": "float32"}

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from ktransfer.artifacts.features import open_features
+from ktransfer.artifacts.labels import read_labels
 from ktransfer.cluster import assign, cluster, extract
-from ktransfer.dataset import open_dataset
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.features import open_features
-from ktransfer.labels import read_labels
 from ktransfer.retrain import retrain
 
 SCENES = "scenes:images=40,size=48"

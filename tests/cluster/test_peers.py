@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from ktransfer.cluster import engine
-from ktransfer.cluster.device import device_engine
-from ktransfer.cluster.engine import Rows, faiss_engine
-from ktransfer.cluster.exact import exact_engine
-from ktransfer.cluster.kmeans import kmeans
-from ktransfer.cluster.starts import random_rows
+from ktransfer.cluster.algorithms.initialisation import random_rows
+from ktransfer.cluster.algorithms.lloyd import kmeans
+from ktransfer.cluster.engines import engine
+from ktransfer.cluster.engines.device import device_engine
+from ktransfer.cluster.engines.engine import Rows, faiss_engine
+from ktransfer.cluster.engines.exact import exact_engine
 
 ENGINES = {
     "faiss": faiss_engine,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
+from ktransfer.artifacts.centroids import project
+from ktransfer.artifacts.features import Features
 from ktransfer.cluster import projection as module
-from ktransfer.cluster.projection import fit_projection, project
+from ktransfer.cluster.projection import fit_projection
 from ktransfer.errors import UsageError
-from ktransfer.features import Features
 
 
 @pytest.fixture(autouse=True)

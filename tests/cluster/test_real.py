@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ktransfer import cli
-from ktransfer.labels import read_labels
+from ktransfer.artifacts.labels import read_labels
 
 PACKS = os.environ.get("KTRANSFER_DATA")
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import silhouette_samples
 
-from ktransfer.cluster import engine
-from ktransfer.cluster.draws import random_order, random_sample
-from ktransfer.cluster.engine import Rows
-from ktransfer.cluster.kmeans import kmeans
+from ktransfer.cluster.algorithms.lloyd import kmeans
+from ktransfer.cluster.algorithms.sampling import random_order, random_sample
+from ktransfer.cluster.engines import engine
+from ktransfer.cluster.engines.engine import Rows
 from ktransfer.cluster.record import (
     QUANTILES,
     derived_seed,

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktransfer.artifacts.features import open_features, valid_rows
 from ktransfer.cluster import cluster
 from ktransfer.cluster import rows as module
-from ktransfer.cluster.engine import Rows
+from ktransfer.cluster.engines.engine import Rows
 from ktransfer.cluster.projection import fit_projection
 from ktransfer.cluster.rows import keep, plan_line, plan_memory, read_ahead, rows_of
 from ktransfer.errors import StageError, UsageError
-from ktransfer.features import open_features, valid_rows
 
 
 def feature_file(path, data, valid):

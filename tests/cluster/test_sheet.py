@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ktransfer.artifacts.features import create_or_resume, open_features
 from ktransfer.cluster import assign, cluster, extract
-from ktransfer.cluster import redo as module
+from ktransfer.cluster.algorithms import restarts as module
 from ktransfer.cluster.sheet import NEAREST, nearest_members, save_sheet, spread_of_sizes
-from ktransfer.dataset import open_dataset
-from ktransfer.features import create_or_resume, open_features
-from ktransfer.images import square
-from ktransfer.sheets import BLANK as _BLANK
-from ktransfer.sheets import GAP, MARGIN, SIDE, TEXT
-from ktransfer.sheets import PAPER as _PAPER
+from ktransfer.data.decoding import square
+from ktransfer.data.opening import open_dataset
+from ktransfer.data.sheets import BLANK as _BLANK
+from ktransfer.data.sheets import GAP, MARGIN, SIDE, TEXT
+from ktransfer.data.sheets import PAPER as _PAPER
 
 SCENES = "scenes:images=40,size=48"
 STEP = TEXT + SIDE + MARGIN

@@ -4,8 +4,8 @@ from torchvision.ops import box_iou
 
 from ktransfer import rng
 from ktransfer.detection import answers, canvas, detectors, masks, trunks
-from ktransfer.detection.data import open_file
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_file
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")

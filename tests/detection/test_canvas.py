@@ -9,7 +9,7 @@ from ktransfer import networks
 from ktransfer.detection import canvas
 from ktransfer.detection.canvas import Jitter
 from ktransfer.detection.coco import read
-from ktransfer.detection.data import open_file
+from ktransfer.detection.opening import open_file
 
 
 def still(extents, size, scale=1.0, offset=(0.0, 0.0), flip=False):

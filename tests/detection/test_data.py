@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktransfer import dataset, scenes
+from ktransfer.data import dataset, scenes
 from ktransfer.detection import data as detection
 from ktransfer.detection.coco import read
 from ktransfer.errors import BrokenPicture, UsageError

@@ -4,10 +4,10 @@ from torch import nn
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 from ktransfer.detection import canvas, detectors, losses, trunks
-from ktransfer.detection.data import open_file
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_file
 from ktransfer.networks import Network
-from ktransfer.training import loop
+from ktransfer.training.batch import Batch
 
 CPU = torch.device("cpu")
 SMALL = {"width": 64, "proposals": 50, "sampled": 32}
@@ -21,7 +21,7 @@ def made(kind="retinanet", norm="gn", neck="p3-p7", arch="resnet18", size=64, se
 
 def batch_of(data, size, rows):
     pixels, valid = canvas.canvases(data, size).batch(rows)
-    return loop.Batch(rows, pixels, valid, 0)
+    return Batch(rows, pixels, valid, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
-from ktransfer.detection.data import open_file, subset
+from ktransfer.detection.data import subset
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_file
 from ktransfer.errors import UsageError
-from ktransfer.eval import detect, segment
 from ktransfer.eval.config import EvalConfig
+from ktransfer.eval.protocols import detect, segment
 from ktransfer.networks import Network
 from ktransfer.training import loop
+from ktransfer.training.batch import Batch
 from ktransfer.training.options import TrainOptions
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ def made(kind="retinanet", norm="gn", neck="p3-p7", arch="resnet18", size=64, se
 
 def batch_of(data, size, rows):
     pixels, valid = canvas.canvases(data, size).batch(rows)
-    return loop.Batch(rows, pixels, valid, 0)
+    return Batch(rows, pixels, valid, 0)
 
 
 def test_targets_follow_the_jitter_and_leave_crowds_out():

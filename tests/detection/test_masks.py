@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ktransfer import scenes
+from ktransfer.data import scenes
 from ktransfer.detection import canvas, geometry, masks
 from ktransfer.detection.coco import read
-from ktransfer.detection.data import open_file
+from ktransfer.detection.opening import open_file
 from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.errors import BrokenPicture, UsageError
 

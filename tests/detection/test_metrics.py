@@ -9,7 +9,8 @@ import torch
 
 from ktransfer.detection import masks, metrics
 from ktransfer.detection.answers import Answer
-from ktransfer.detection.data import open_file, subset
+from ktransfer.detection.data import subset
+from ktransfer.detection.opening import open_file
 from ktransfer.errors import StageError, UsageError
 
 

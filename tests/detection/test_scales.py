@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from ktransfer.detection import answers, canvas, detectors, scales, trunks
-from ktransfer.detection.data import open_file
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_file
 from ktransfer.errors import BrokenPicture
 from ktransfer.networks import Network
 

@@ -6,10 +6,12 @@ import torch
 from sklearn.metrics import confusion_matrix
 
 from ktransfer.detection import canvas, masks, saved, segmentation, trunks
-from ktransfer.detection.data import open_file, subset
+from ktransfer.detection.data import subset
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_file
 from ktransfer.networks import Network
 from ktransfer.training import loop
+from ktransfer.training.batch import Batch
 from ktransfer.training.options import TrainOptions
 
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def test_every_parameter_learns(norm, head):
     pixels, valid = canvas.canvases(data, 64).batch(rows)
     model = made(norm, head)
     loss = segmentation.segmentation_loss(masks.map_canvases(data, 64)[0], canvas.extents(data, 64), "imagenet", 0)
-    value, sums = loss(model.train(), loop.Batch(rows, pixels, valid, 0))
+    value, sums = loss(model.train(), Batch(rows, pixels, valid, 0))
     value.backward()
     still = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.any()]
     assert not still and 0 <= float(sums["pixels_right"]) <= 4
@@ -55,7 +57,7 @@ def test_ignored_pixels_teach_nothing():
     pixels, valid = canvas.canvases(data, 64).batch(rows)
     maps = torch.full((12, 64, 64), masks.IGNORE, dtype=torch.uint8)
     value, _ = segmentation.segmentation_loss(maps, canvas.extents(data, 64), "imagenet", 0)(
-        made(), loop.Batch(rows, pixels, valid, 0)
+        made(), Batch(rows, pixels, valid, 0)
     )
     assert value.item() == 0
 

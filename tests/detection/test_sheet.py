@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ktransfer.detection import canvas, masks
-from ktransfer.detection.data import open_detection
+from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktransfer.detection.data import open_detection
+from ktransfer.detection.opening import open_detection
 from ktransfer.errors import BrokenPicture, UsageError
 
 BOX = "<object><name>{name}</name><difficult>{hard}</difficult><bndbox>{box}</bndbox></object>"

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from ktransfer.dataset import Dataset
+from ktransfer.data.dataset import Dataset
 
 COLOURS = ("blue", "green", "red")
 

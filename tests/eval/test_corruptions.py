@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
-from ktransfer.dataset import open_parts
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_parts
 from ktransfer.eval.corruptions import KINDS, SEVERITIES, Draws, severities, shot_noise
-from ktransfer.pictures import Pictures
 
 
 @pytest.fixture(scope="module")

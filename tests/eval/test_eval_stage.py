@@ -10,9 +10,10 @@ import pytest
 from ktransfer import networks
 from ktransfer.cli import main
 from ktransfer.errors import UsageError
-from ktransfer.eval import EvalConfig, evaluate, linear, stage
+from ktransfer.eval import EvalConfig, evaluate, stage
 from ktransfer.eval.arms import find_arms
 from ktransfer.eval.config import DEFAULTS, own_settings
+from ktransfer.eval.protocols import linear
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
 from ktransfer.retrain import retrain
@@ -357,7 +358,7 @@ def test_settings_of_one_protocol_leave_the_others_as_they_are(runs, tmp_path, c
 
 
 def test_what_is_said_of_networks_together_and_of_a_protocol(runs, monkeypatch):
-    from ktransfer.eval import filters
+    from ktransfer.eval.protocols import filters
 
     def relate(together, config):
         assert list(together) == ["random", "target"]

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from ktransfer import networks
-from ktransfer.dataset import open_parts
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_parts
 from ktransfer.errors import UsageError
-from ktransfer.eval import linear
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import PRESETS, EvalConfig, own_settings
-from ktransfer.eval.maps import Layer
+from ktransfer.eval.learners.maps import Layer
+from ktransfer.eval.learners.probe import Probes
 from ktransfer.eval.presets import Crops, preset_layers, ten_crop_predictions, with_schedule
-from ktransfer.eval.probe import Probes
+from ktransfer.eval.protocols import linear
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures
 from ktransfer.training import loop
 
 CPU = torch.device("cpu")

@@ -309,8 +309,8 @@ def test_pictures_with_several_labels(runs, several):
 
 def test_the_loss_of_several_labels(several):
     """The arm learns sigmoids; each picture is drawn with its own crop."""
-    from ktransfer.dataset import open_parts
-    from ktransfer.eval.tuning import Labelled
+    from ktransfer.data.opening import open_parts
+    from ktransfer.eval.learners.tuning import Labelled
 
     data, _ = open_parts(str(several))
     network = Network("alexnet_bn", 0.05, 2, 40)

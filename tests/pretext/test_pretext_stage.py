@@ -13,10 +13,10 @@ from torch import nn
 from torchvision.models import vgg16
 
 from ktransfer import networks
-from ktransfer.dataset import open_dataset
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures
 from ktransfer.pretext import permutations as perms
 from ktransfer.pretext import pretext, solving, stage, tasks
 from ktransfer.pretext.config import PretextConfig
@@ -24,7 +24,7 @@ from ktransfer.pretext.network import TaskNet
 from ktransfer.pretext.puzzles import make_puzzles
 from ktransfer.pretext.tasks import open_task
 from ktransfer.training import loop
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
 
 SCENES = "scenes:images=40,size=48"
 SMALL = {

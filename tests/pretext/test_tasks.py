@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ktransfer import networks
-from ktransfer.dataset import open_dataset
+from ktransfer.data.loader import Pictures
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
-from ktransfer.pictures import Pictures
 from ktransfer.pretext import pretext, solving, stage
 from ktransfer.pretext.config import PretextConfig
 from ktransfer.pretext.tasks import PICTURES, SETTINGS, open_task, usual_size
 from ktransfer.training import loop
-from ktransfer.training.loop import Batch
+from ktransfer.training.batch import Batch
 
 SCENES = "scenes:images=40,size=64"
 NEW = ("rotation", "context")

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torchvision import models as zoo
 
 from ktransfer import networks
-from ktransfer.dataset import open_dataset
+from ktransfer.artifacts.labels import write_labels
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
-from ktransfer.labels import write_labels
 from ktransfer.networks import Network
 from ktransfer.retrain import retrain, stage
 from ktransfer.retrain.config import RetrainConfig
 from ktransfer.training import loop
+from ktransfer.training.batch import Batch
 
 SCENES = "scenes:images=40,size=48"
 SMALL = {
@@ -189,14 +190,14 @@ def test_the_loss_is_cross_entropy_of_the_valid_crops():
     labels = torch.tensor([9, 9, 3, 1, 2])
     rows = torch.tensor([2, 4, 3])
     both = torch.ones(3).bool()
-    value, sums = stage._loss(model, loop.Batch(rows, pixels, both, 0), labels, network, config)
+    value, sums = stage._loss(model, Batch(rows, pixels, both, 0), labels, network, config)
     losses = [
-        stage._loss(model, loop.Batch(rows[i : i + 1], pixels[i : i + 1], both[:1], 0), labels, network, config)[0]
+        stage._loss(model, Batch(rows[i : i + 1], pixels[i : i + 1], both[:1], 0), labels, network, config)[0]
         for i in range(3)
     ]
     assert value.item() == pytest.approx(sum(losses).item() / 3, rel=1e-5) and sums["count"] == 3
     valid = torch.tensor([True, False, True])
-    value, sums = stage._loss(model, loop.Batch(rows, pixels, valid, 0), labels, network, config)
+    value, sums = stage._loss(model, Batch(rows, pixels, valid, 0), labels, network, config)
     assert value.item() == pytest.approx((losses[0] + losses[2]).item() / 2, rel=1e-5) and sums["count"] == 2
 
 

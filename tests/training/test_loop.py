@@ -18,6 +18,8 @@ from torch import nn
 
 from ktransfer.errors import StageError, UsageError
 from ktransfer.training import device, loop
+from ktransfer.training.batch import Batch
+from ktransfer.training.device import autocast, bfloat16, choose_device
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 CPU = torch.device("cpu")
@@ -267,7 +269,7 @@ def test_steps_are_those_of_plain_sgd(tmp_path, clip):
         for group in sgd.param_groups:
             group["lr"] = 0.1 * factor
         sgd.zero_grad()
-        plain_loss(twin, loop.Batch(rows, pixels, valid, 0))[0].backward()
+        plain_loss(twin, Batch(rows, pixels, valid, 0))[0].backward()
         length = float((weight.grad**2).sum() + (bias.grad**2).sum()) ** 0.5
         clipped += 0 < clip < length
         for part in (weight, bias) if 0 < clip < length else ():
@@ -430,26 +432,26 @@ def test_no_weight_decay_on_biases_and_norms():
 def test_devices_that_are_not_there(monkeypatch):
     for name in ("gpu", "cuda:99", "mps", "meta", "cuda:-1", ""):
         with pytest.raises(UsageError, match=rf"^--device {name}: [^\n]+$"):
-            loop.choose_device(MachineOptions(device=name))
-    assert loop.choose_device(MachineOptions(device="cpu")) == CPU
+            choose_device(MachineOptions(device=name))
+    assert choose_device(MachineOptions(device="cpu")) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert loop.choose_device(MachineOptions()) == CPU
+    assert choose_device(MachineOptions()) == CPU
     with pytest.raises(UsageError, match="this machine has 0 CUDA devices; give cpu"):
-        loop.choose_device(MachineOptions(device="cuda"))
+        choose_device(MachineOptions(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert loop.choose_device(MachineOptions()) == torch.device("cuda")
-    assert loop.choose_device(MachineOptions(device="cuda:1")) == torch.device("cuda:1")
+    assert choose_device(MachineOptions()) == torch.device("cuda")
+    assert choose_device(MachineOptions(device="cuda:1")) == torch.device("cuda:1")
 
 
 def test_bfloat16_where_the_hardware_has_it(monkeypatch):
     for precision in ("bfloat16", "float32"):
-        assert loop.bfloat16(MachineOptions(precision=precision), CPU) == (precision == "bfloat16")
+        assert bfloat16(MachineOptions(precision=precision), CPU) == (precision == "bfloat16")
     for flags, expected in (({"avx2"}, False), ({"amx_bf16", "avx2"}, True), ({"avx512_bf16"}, True)):
         monkeypatch.setattr(device, "_cpu_flags", lambda flags=flags: flags)
-        assert loop.bfloat16(MachineOptions(), CPU) is expected
-    with loop.autocast(MachineOptions(precision="bfloat16"), CPU):
+        assert bfloat16(MachineOptions(), CPU) is expected
+    with autocast(MachineOptions(precision="bfloat16"), CPU):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktransfer import networks
-from ktransfer.eval.probe import probe_loss
+from ktransfer.eval.learners.probe import probe_loss
 from ktransfer.networks import Network
 from ktransfer.pretext import solving, tasks
 from ktransfer.pretext.config import PretextConfig

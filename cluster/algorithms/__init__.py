@@ -1,0 +1,1 @@
+"""How k-means begins, runs and ends: algorithms over any engine."""

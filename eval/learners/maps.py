@@ -1,0 +1,286 @@
+"""Maps of frozen layers: one pass over the trunk for all of them, kept on disk while a protocol works with them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktransfer import distributed, networks
+from ktransfer.artifacts.features import Features, create_or_resume, open_features
+from ktransfer.config import nearest
+from ktransfer.data.augment import centre_crop
+from ktransfer.data.dataset import Dataset, check_broken
+from ktransfer.data.loader import Pictures, reasons
+from ktransfer.data.opening import open_parts
+from ktransfer.data.ordered import in_turn
+from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import Network
+from ktransfer.progress import bar
+from ktransfer.run import input_hash
+from ktransfer.training.device import autocast, choose_device
+
+from ..arms import Arm, model_of
+from ..config import EvalConfig
+
+GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
+NUMBERS = 9216  # about what those grids give; for all other layers
+FORWARD_BATCH = 64
+Pooled = Callable[[Tensor, Tensor], Tensor]
+"""(b, 3, s, s) uint8 pictures and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a layer's numbers stand in a row: columns start..stop, of `channels` maps of `grid` x `grid`.
+
+    `pool` is what averages them to that: side, step and padding of its squares; where it is None, adaptive squares.
+    """
+
+    name: str
+    channels: int
+    grid: int
+    start: int
+    stop: int
+    pool: tuple[int, int, int] | None = None
+
+
+class Views:
+    """Rows of cached maps, read as the training loop reads pictures: `views[v]` holds view v of every picture."""
+
+    def __init__(self, views: list[Features]) -> None:
+        self.views = views
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
+        count = len(self.views)
+        for chosen in rows:
+            picture, view = (chosen // count).numpy(), (chosen % count).numpy()
+            maps = np.empty((len(chosen), self.views[0].rows.shape[1]), np.float32)
+            for number, features in enumerate(self.views):
+                maps[view == number] = features.rows[picture[view == number]]
+            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[picture]), 0.0
+
+
+def choose_layers(model: nn.Module, network: Network, names: str | None, grid: int = 0) -> list[Layer]:
+    """The layers to judge, and the grid that their maps are averaged to: `grid` x `grid`, or that of linear/1 where 0.
+
+    Raises:
+        UsageError: an unknown layer, or pictures too small for the network.
+    """
+    with networks.fitting(network):
+        known = networks.layers(network, model)
+    if names:
+        chosen = [name.strip() for name in names.split(",")]
+    elif set(GRIDS) <= set(known):
+        chosen = list(GRIDS)
+    else:
+        chosen = list(known)[:: max(1, len(known) // 5)][-5:]
+    if not chosen:
+        raise UsageError(f"--size {network.size}: no layer of {network.arch} leaves a map; give a larger --size")
+    wrong = [name for name in chosen if name not in known]
+    if wrong:
+        raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
+    device = next(model.parameters()).device
+    with networks.fitting(network), torch.no_grad():
+        picture = torch.zeros(1, 3, network.size, network.size, device=device)
+        maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, picture)
+    layers: list[Layer] = []
+    start = 0
+    for name in chosen:
+        channels, side = maps[name].shape[1], maps[name].shape[-1]
+        cells = min(side, grid or GRIDS.get(name, max(1, round((NUMBERS / channels) ** 0.5))))
+        layers.append(Layer(name, channels, cells, start, start + channels * cells**2))
+        start = layers[-1].stop
+    return layers
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a frozen network makes of the pictures of one part.
+
+    Attributes:
+        layers: whose columns stand in a row.
+        features: `rows` (n, d), `valid` (n,), `targets` (n,), picture by picture, broken ones included.
+        broken: "PART/PICTURE: reason" of those that could not be read.
+    """
+
+    layers: list[Layer]
+    features: Features
+    broken: list[str]
+
+    def layer(self, layer: Layer) -> NDArray[np.float32]:
+        """(m, numbers) float32 of the pictures that are not broken."""
+        return np.asarray(self.features.rows[:, layer.start : layer.stop], np.float32)[self.features.valid]
+
+
+def frozen_maps(
+    arm: Arm,
+    parts: tuple[Dataset, ...],
+    config: EvalConfig,
+    folder: Path,
+    device: torch.device,
+    layers: list[Layer],
+) -> list[Frozen]:
+    """The maps of an arm's layers (as `choose_layers` gives them) for every picture of some parts; killed, it goes on.
+
+    Args:
+        folder: for files named after the parts (`train.h5`, ...).
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    model = model_of(arm, config.seed).to(device).eval()
+    pooled, side = reading(model, arm, layers, config, device), stored_side(arm)
+    found: list[Frozen] = []
+    for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
+        features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, parts, part, config, False)
+        broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
+        found.append(Frozen(layers, features, broken))
+    return found
+
+
+def reading(model: nn.Module, arm: Arm, layers: list[Layer], config: EvalConfig, device: torch.device) -> Pooled:
+    """What reads the layers of an arm's network, which is on the device and in evaluation mode."""
+    paths = networks.layers(arm.network, model)
+    chosen = {layer.name: paths[layer.name] for layer in layers}
+    return partial(pooled_maps, model, arm.network, layers, chosen, config, device)
+
+
+def stored_side(arm: Arm) -> int:
+    """The side of the squares that pictures are read as, of which the network sees the centre."""
+    return round(arm.network.size * 8 / 7)
+
+
+@torch.no_grad()
+def pooled_maps(
+    model: nn.Module,
+    network: Network,
+    layers: list[Layer],
+    paths: dict[str, str],
+    config: EvalConfig,
+    device: torch.device,
+    pixels: Tensor,
+    mirrored: Tensor,
+) -> Tensor:
+    """The maps of all layers, averaged to their grids, in one pass over the trunk (see `Pooled`)."""
+    squares = centre_crop(pixels.to(device), network.size)
+    squares = torch.where(mirrored[:, None, None, None].to(device), squares.flip(-1), squares)
+    return averaged_maps(model, network, layers, paths, config, device, squares)
+
+
+@torch.no_grad()
+def averaged_maps(
+    model: nn.Module,
+    network: Network,
+    layers: list[Layer],
+    paths: dict[str, str],
+    config: EvalConfig,
+    device: torch.device,
+    squares: Tensor,
+) -> Tensor:
+    """(b, 3, size, size) squares on the device -> (b, d) float32 on the CPU, the maps of all layers."""
+    with autocast(config, device):
+        maps = networks.feature_maps(model, paths, networks.normalise(squares, network.normalise))
+    return torch.cat([_averaged(maps[layer.name].float(), layer).flatten(1) for layer in layers], dim=1).cpu()
+
+
+def _averaged(maps: Tensor, layer: Layer) -> Tensor:
+    return F.avg_pool2d(maps, *layer.pool) if layer.pool else F.adaptive_avg_pool2d(maps, layer.grid)
+
+
+def cached_maps(
+    path: Path,
+    arm: Arm,
+    layers: list[Layer],
+    pooled: Pooled,
+    parts: tuple[Dataset, ...],
+    part: int,
+    config: EvalConfig,
+    mirror: bool,
+) -> Features:
+    """The maps of every picture of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
+    if path.is_file():
+        return open_features(path)
+    data, side, numbers = parts[part], stored_side(arm), layers[-1].stop
+    writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
+    first = writer.rows_done
+    if distributed.count() > 1:
+        facts = {"network": asdict(arm.network), "weights": str(arm.weights.resolve()) if arm.weights else None}
+        hashes = {"sha256": input_hash(arm.weights) if arm.weights else None, "fingerprint": data.fingerprint}
+        work = {"do": "maps", "part": part, "mirror": mirror, "first": first, "layers": [asdict(one) for one in layers]}
+        distributed.tell(work | facts | hashes | {"config": asdict(config)})
+        distributed.agree(None)
+    pictures = Pictures(data, side, config.workers, cache="off")
+    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=first) as shown:
+
+        def take(start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
+            writer.write(start, features, valid)
+            shown.update(len(valid))
+
+        in_turn(pictures, first, FORWARD_BATCH, partial(_seen, pooled, mirror), numbers, take)
+    check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
+    writer.finish()
+    return open_features(path)
+
+
+def map_share(order: dict[str, Any]) -> None:
+    """What the other processes do for the leader's maps (ktransfer/distributed.py)."""
+    with distributed.opening():
+        config, arm = EvalConfig(**order["config"]), Arm("", Network(**order["network"]), None)
+        if order["weights"]:
+            arm = replace(arm, weights=Path(order["weights"]))
+        data = open_parts(str(config.labelled))[order["part"]]
+        known = input_hash(arm.weights) if arm.weights else None, data.fingerprint
+        if known != (order["sha256"], order["fingerprint"]):
+            raise StageError(f"{arm.weights} or {config.labelled}: differ here from the first process's; copy them")
+        device = choose_device(config)
+        layers = [Layer(**one | {"pool": one["pool"] and tuple(one["pool"])}) for one in order["layers"]]
+        pooled = reading(model_of(arm, config.seed).to(device).eval(), arm, layers, config, device)
+        pictures = Pictures(data, stored_side(arm), config.workers, cache="off")
+    numbers = layers[-1].stop
+    in_turn(pictures, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), numbers, None)
+
+
+def _seen(pooled: Pooled, mirror: bool, pixels: Tensor) -> Tensor:
+    return pooled(pixels, torch.full((len(pixels),), mirror))
+
+
+class Computed:
+    """The maps that `Views` reads, computed when they are asked for and rounded as they would be kept.
+
+    They depend on what else is in a batch by no more than the rounding of the trunk's sums.
+    """
+
+    def __init__(self, pooled: Pooled, pictures: Pictures, views: int, dtype: str) -> None:
+        self.pooled, self.pictures, self.count = pooled, pictures, views
+        self.dtype = torch.float16 if dtype == "float16" else torch.float32
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
+
+        Raises:
+            StageError: a number is not finite, or does not fit float16.
+        """
+        wanted = list(rows)
+        read = self.pictures.batches(part // self.count for part in wanted)
+        for coded, (_, pixels, valid, wait) in zip(wanted, read, strict=True):
+            maps = self.pooled(pixels, coded % self.count == 1).to(self.dtype).float()
+            maps[~valid] = 0
+            if not maps.isfinite().all():
+                raise StageError(
+                    "maps are not finite, or exceed 65504, the largest float16: give eval --dtype float32 --overwrite, "
+                    "or check the weights of the network"
+                )
+            yield coded, maps, valid, wait
+
+
+def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
+    """Bytes of the maps of all pictures: two views of the training part, one of the test part."""
+    return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)

@@ -1,0 +1,205 @@
+"""Detection from the network's trunk: how well boxes are found after training on a labelled set.
+
+Protocol `detect/2`, after the detection of the paper and of the transfer studies (reference jigsawpp.md §6.1,
+selftraining.md §4.2), made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's convolutions, heads
+random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Pictures lie
+on squares of `--canvas` pixels, the long side resized, the rest padded; in training they are scaled by a factor drawn
+from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
+and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
+with it; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end: nothing is
+chosen by the test part, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes a picture.
+AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
+resamplings of the test pictures. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktransfer import files, networks
+from ktransfer.config import chosen
+from ktransfer.data.dataset import check_broken
+from ktransfer.data.loader import Pictures, readable
+from ktransfer.detection import canvas, detectors, losses, metrics, trunks
+from ktransfer.detection.data import Detection
+from ktransfer.detection.detectors import Settings
+from ktransfer.detection.opening import open_detection
+from ktransfer.detection.scales import detect_at
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network
+from ktransfer.training import loop
+from ktransfer.training.options import LoopOptions, TrainOptions
+
+from ..arms import Arm
+from ..config import EvalConfig
+from ..result import Result
+
+PROTOCOL = "detect/2"
+TITLE = "detection"
+MEASURES = {"AP": "AP %", "AP50": "AP50 %", "AP75": "AP75 %", "VOC07": "VOC07 mAP %"}
+NOTE = "{counts}detector, canvas, schedule and least score stand in its json."
+COLUMNS = ("frozen", "full")
+SAMPLED = 64  # boxes of a picture that the heads of Faster R-CNN learn from, as in Fast R-CNN
+PROPOSALS = 300
+
+
+def open_data(spec: str) -> tuple[Detection, Detection]:
+    """Training and test part with boxes."""
+    return open_detection(spec)
+
+
+def check(judged: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+    """Find a missing extra, wrong options, and networks that are no trunks of detectors.
+
+    Raises:
+        UsageError: one line.
+    """
+    metrics.need_extra()
+    scales(config)
+    test_scales(config)
+    columns(config)
+    losses.check_batches(config, config.norm, config.batch)
+    for network in judged:
+        trunks.build(network, None, neck(network, config), config.norm, 0)
+
+
+def judge(
+    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """What detectors on one network's trunk reach, frozen and full."""
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
+    rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
+
+    def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
+        return _column(arm, column, parts, sources, rows, config, place, device)
+
+    return by_column(arm, parts, config, folder, sources[0].broken, make)
+
+
+def by_column(
+    arm: Arm,
+    parts: tuple[Detection, Detection],
+    config: EvalConfig,
+    folder: Path,
+    broken: Mapping[int, str],
+    make: Callable[[str, Path], tuple[dict[str, Any], dict[int, str]]],
+) -> Result:
+    """The columns of `--trunk`, each from its file where it was made before an interruption.
+
+    Args:
+        broken: row and reason of the training pictures that cannot be read.
+        make: column and a folder for it -> its scores, and the broken pictures of the test part.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    lines = dict.fromkeys(_lines(parts[0], broken))
+    for column in columns(config):
+        kept = folder / f"{column}.json"
+        if not kept.is_file():
+            found, wrong = make(column, folder / column)
+            files.write_json(kept, {"scores": found, "broken": _lines(parts[1], wrong)})
+        held = files.read_json(kept)
+        scores[column] = held["scores"]
+        lines |= dict.fromkeys(held["broken"])
+    network = arm.network
+    return {"task": network.task, "arch": network.arch, "width": network.width, "scores": scores, "broken": list(lines)}
+
+
+def _lines(data: Detection, broken: Mapping[int, str]) -> list[str]:
+    return [f"{data.name}/{data.keys[row]}: {why}" for row, why in sorted(broken.items())]
+
+
+def neck(network: Network, config: EvalConfig) -> str:
+    """`--neck`, or where it is left open: one map for AlexNet and VGG, pyramids for others and for RetinaNet."""
+    if config.neck != "auto":
+        return config.neck
+    if config.detector == "retinanet":
+        return "p3-p7"
+    return "single" if network.arch in networks.TRUNKS else "p2-p6"
+
+
+def scales(config: EvalConfig) -> tuple[float, float]:
+    """The range of `--jitter`.
+
+    Raises:
+        UsageError: not two positive numbers, the lower first.
+    """
+    try:
+        low, high = (float(part) for part in config.jitter.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0.05 <= low <= high <= 10:
+        raise UsageError(
+            f"--jitter {config.jitter}: must be two numbers from 0.05 to 10 such as 0.8,1.2, the lower first"
+        )
+    return low, high
+
+
+def test_scales(config: EvalConfig) -> list[float]:
+    """The factors of `--test-scales`.
+
+    Raises:
+        UsageError: they are not positive numbers.
+    """
+    try:
+        found = [float(part) for part in config.test_scales.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0.2 <= one <= 5 for one in found):
+        raise UsageError(
+            f"--test-scales {config.test_scales}: must be numbers from 0.2 to 5 such as 0.75,1,1.25, with commas"
+        )
+    return found
+
+
+def columns(config: EvalConfig) -> list[str]:
+    """The columns of `--trunk`.
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    return chosen("--trunk", config.trunk, COLUMNS, "column")
+
+
+def train_options(config: EvalConfig, lr: float) -> TrainOptions:
+    """The settings of a training with one learning rate."""
+    return TrainOptions(lr=lr, **{field.name: getattr(config, field.name) for field in fields(LoopOptions)})
+
+
+def _column(
+    arm: Arm,
+    column: str,
+    parts: tuple[Detection, Detection],
+    sources: list[Pictures],
+    rows: torch.Tensor,
+    config: EvalConfig,
+    folder: Path,
+    device: torch.device,
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """Train one detector and judge it: its scores, and the broken pictures of the test part."""
+    train, test = parts
+    trunk = trunks.build(arm.network, arm.weights, neck(arm.network, config), config.norm, config.seed)
+    if column == "frozen":
+        trunk.freeze()
+    settings = Settings(config.detector, config.norm, sampled=SAMPLED, proposals=PROPOSALS, threshold=config.threshold)
+    model = detectors.build(trunk, len(train.classes), config.canvas, settings, config.seed)
+    loss = losses.detection_loss(losses.truth(train, config.canvas, device), trunk.how, config.seed, scales(config))
+    label = f"detect {arm.name} {column}"
+    loop.fit(
+        model,
+        loss,
+        sources[0],
+        lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch),
+        train_options(config, config.lr),
+        folder,
+        device,
+        label,
+    )
+    everything = torch.arange(len(test))
+    at = test_scales(config)
+    found, broken = detect_at(model, test, sources[1], everything, config.canvas, settings, device, at, label)
+    check_broken(broken, len(test), config.max_broken, test)
+    about = {"threshold": config.threshold, "neck": neck(arm.network, config)}
+    return metrics.scores(test, found, config.seed) | about, broken

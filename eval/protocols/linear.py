@@ -1,0 +1,168 @@
+"""Linear probes of a frozen network: how much of what matters for the labels can be read off its layers.
+
+Protocol `linear/1`, after Zhang et al. (reference jigsawpp.md §6.2). Centre square, and its mirror image in training;
+maps averaged to a grid of about 9,000 numbers; each channel standardised; one linear layer, SGD with momentum; the
+learning rate chosen on a tenth of the training part, which the probes do not learn from; the test part used once.
+`--preset deepcluster` and `fair` are those of other groups (presets.py).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktransfer import networks, rng
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures, readable, reasons
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network
+from ktransfer.progress import say
+from ktransfer.run import need_disk
+from ktransfer.training import loop
+from ktransfer.training.batch import Source
+
+from ..arms import Arm, model_of
+from ..config import EvalConfig
+from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading, stored_side
+from ..learners.probe import Probes, hold_out, optimiser, predictions, probe_loss, scores
+from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
+from ..result import Result
+
+PROTOCOL = "linear/1"
+TITLE = "linear probe"
+MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %"}
+HELD_OUT = 0.1
+SAMPLE = 4096  # pictures on which the channels are standardised
+
+
+def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+    """Find wrong rates and layers, and how much disk the maps need.
+
+    Raises:
+        UsageError: one line.
+    """
+    rates(config)
+    check_preset(config)
+    for network in judged:
+        layers = preset_layers(networks.build(network, 0, "check"), network, config)
+        needed = map_bytes(layers, parts, config)
+        if needed <= config.cache * 1e9 and not PRESETS[config.preset].crops:
+            need_disk(run, needed, "eval")
+
+
+def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
+    """Probe accuracies of one network, layer by layer.
+
+    Args:
+        parts: the training part and the test part.
+        folder: for what is written on the way; killed, it goes on.
+
+    Returns:
+        `Result`; for each layer its best learning rate, and what each rate reached on the pictures held out for that.
+    """
+    train, test = parts
+    config = with_schedule(config)
+    model = model_of(arm, config.seed).to(device).eval()
+    layers = preset_layers(model, arm.network, config)
+    pooled = reading(model, arm, layers, config, device)
+    side, numbers = stored_side(arm), layers[-1].stop
+    crops = PRESETS[config.preset].crops
+    source: Source
+    plain: Source
+    tested: Source
+    if not crops and map_bytes(layers, parts, config) <= config.cache * 1e9:
+        views = [
+            cached_maps(folder / f"train-{mirror}.h5", arm, layers, pooled, parts, 0, config, mirror)
+            for mirror in (False, True)
+        ]
+        plain = Views(views[:1])
+        of_test = cached_maps(folder / "test.h5", arm, layers, pooled, parts, 1, config, False)
+        tested = Views([of_test])
+        source = Views(views)
+        broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
+    else:
+        pictures = [Pictures(data, side, config.workers, cache=config.cache_pictures, device=device) for data in parts]
+        for part in pictures:
+            readable(part, torch.arange(len(part.dataset)), config.max_broken)
+        if crops:
+            squares = cropped_maps(model, arm, layers, config, device)
+            plain, tested = (Crops(squares, part, arm.network.size) for part in pictures)
+            source = plain
+        else:
+            gigabytes = map_bytes(layers, parts, config) / 1e9
+            say(
+                f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew"
+            )
+            source = Computed(pooled, pictures[0], 2, config.dtype)
+            plain, tested = (Computed(pooled, part, 1, config.dtype) for part in pictures)
+        broken = [part.broken for part in pictures]
+    learning, held = hold_out(len(train), HELD_OUT, config.seed)
+
+    targets = torch.from_numpy(train.targets).long().to(device)
+    sample = None if crops else _sample(plain, learning[:SAMPLE], numbers)
+    probes = Probes(layers, rates(config), len(train.classes), sample).to(device)
+
+    def batches(epoch: int) -> Tensor:
+        order = loop.epoch_batches(learning, config.batch, config.seed, epoch)
+        if isinstance(source, Crops):
+            return source.drawn(order, config.seed, epoch)
+        mirrored = rng.words(config.seed, "eval/mirror", epoch, order.flatten(), 1).view(order.shape) & 1
+        return order * 2 + mirrored
+
+    adjust = optimiser(probes, config.momentum, config.weight_decay)
+    loss = probe_loss(targets, source.views if isinstance(source, Crops) else 2)
+    loop.fit(probes, loss, source, batches, config, folder, device, f"probe {arm.name}", None, adjust)
+
+    predict: Any = ten_crop_predictions if crops else predictions
+    held_answers, held_rows = predict(probes, plain, held, config.batch, device)
+    held_right = (held_answers == torch.from_numpy(train.targets)[held_rows].long()).double().mean(1)
+    test_answers, test_rows = predict(probes, tested, torch.arange(len(test)), config.batch, device)
+    wanted = torch.from_numpy(test.targets)[test_rows].long()
+    found: dict[str, Any] = {}
+    for place, layer in enumerate(layers):
+        among = held_right[place * len(probes.rates) : (place + 1) * len(probes.rates)]
+        best = int(among.argmax())
+        found[layer.name] = {
+            "numbers": layer.stop - layer.start,
+            "grid": layer.grid,
+            "lr": probes.rates[best],
+            "held_out": {str(rate): round(float(value), 4) for rate, value in zip(probes.rates, among, strict=True)},
+            **scores(test_answers[place * len(probes.rates) + best], wanted),
+        }
+    return {
+        "task": arm.network.task,
+        "arch": arm.network.arch,
+        "width": arm.network.width,
+        "scores": found,
+        "broken": [
+            f"{data.name}/{data.keys[row]}: {reason}"
+            for data, rows in zip(parts, broken, strict=True)
+            for row, reason in rows.items()
+        ],
+    }
+
+
+def rates(config: EvalConfig) -> list[float]:
+    """The learning rates of `--lrs`.
+
+    Raises:
+        UsageError: they are not positive numbers.
+    """
+    try:
+        found = [float(part) for part in config.lrs.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < rate < 1e3 for rate in found):
+        raise UsageError(f"--lrs {config.lrs}: must be positive numbers separated by commas, such as 0.001,0.01")
+    return found
+
+
+def _sample(source: Source, rows: Tensor, numbers: int) -> Tensor:
+    """(m, d) float32 maps of those of (n,) rows whose pictures are not broken."""
+    maps, count = torch.empty(len(rows), numbers), 0
+    for _, part, valid, _ in source.batches(iter(rows.split(FORWARD_BATCH))):
+        kept = part[valid]
+        maps[count : count + len(kept)] = kept
+        count += len(kept)
+    return maps[:count]

@@ -1,0 +1,110 @@
+"""Segmentation from the network's trunk: how well the class of every pixel is told after training on masks.
+
+Protocol `segment/2`, after the FCN transfer of the paper (reference jigsawpp.md §6.1: its settings are not known), made
+short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips.
+`--head deeplab` puts torchvision's DeepLab there, `--head fpn` a pyramid on C2..C5 whose maps are summed. Masks
+are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box
+alone are ignored), classes and background. Canvases, `--jitter`, mirroring, the columns `frozen` and `full`, SGD and
+schedule as in `detect`; cross-entropy over all known pixels. The weights at the end are judged: nothing is chosen by
+the test part, which is read once. mIoU is the mean over background and classes that are there or answered, from one
+confusion matrix over all test pictures at their own size; `pixels` the share of right ones. Intervals: 1.96
+deviations over 200 resamplings of the test pictures.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktransfer.data.dataset import check_broken
+from ktransfer.data.loader import Pictures, readable
+from ktransfer.detection import canvas, masks, segmentation, trunks
+from ktransfer.detection.data import Detection
+from ktransfer.detection.losses import check_batches
+from ktransfer.detection.opening import open_detection
+from ktransfer.errors import StageError
+from ktransfer.networks import Network
+from ktransfer.training import loop
+
+from ..arms import Arm
+from ..config import EvalConfig
+from ..result import Result
+from .detect import by_column, columns, scales, train_options
+
+PROTOCOL = "segment/2"
+TITLE = "segmentation"
+MEASURES = {"mIoU": "mIoU %", "pixels": "pixels right %"}
+NOTE = "{counts}canvas and schedule stand in its json."
+
+
+def open_data(spec: str) -> tuple[Detection, Detection]:
+    """Training and test part with masks."""
+    return open_detection(spec, masks=True)
+
+
+def check(judged: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+    """Find wrong options, data without masks, networks that are no trunks, and maps that do not fit into memory.
+
+    Raises:
+        UsageError: one line.
+    """
+    scales(config)
+    columns(config)
+    check_batches(config, config.norm, config.batch)
+    for part in parts:
+        masks.need_masks(part)
+    masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)
+    for network in judged:
+        trunks.build(network, None, segmentation.HEADS[config.head], config.norm, 0)
+
+
+def judge(
+    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """What heads on one network's trunk reach, frozen and full."""
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
+    rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
+    maps, unmapped = masks.map_canvases(parts[0], config.canvas)
+    check_broken(sources[0].broken | unmapped, len(parts[0]), config.max_broken, parts[0])
+
+    def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
+        return _column(arm, column, parts, sources, rows, maps, config, place, device)
+
+    return by_column(arm, parts, config, folder, sources[0].broken | unmapped, make)
+
+
+def _column(
+    arm: Arm,
+    column: str,
+    parts: tuple[Detection, Detection],
+    sources: list[Pictures],
+    rows: torch.Tensor,
+    maps: torch.Tensor,
+    config: EvalConfig,
+    folder: Path,
+    device: torch.device,
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """Train one head and judge it: its scores, and the broken pictures and masks of the test part."""
+    train, test = parts
+    trunk = trunks.build(arm.network, arm.weights, segmentation.HEADS[config.head], config.norm, config.seed)
+    if column == "frozen":
+        trunk.freeze()
+    model = segmentation.build(trunk, len(train.classes), config.norm, config.seed, config.head)
+    edges = canvas.extents(train, config.canvas).to(device)
+    label = f"segment {arm.name} {column}"
+    loop.fit(
+        model,
+        segmentation.segmentation_loss(maps, edges, trunk.how, config.seed, scales(config)),
+        sources[0],
+        lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch),
+        train_options(config, config.lr),
+        folder,
+        device,
+        label,
+    )
+    found = segmentation.confusion(model, test, sources[1], config.canvas, device, label=label)
+    broken = sources[1].broken | found.broken
+    check_broken(broken, len(test), config.max_broken, test)
+    if not found.counts.sum():
+        raise StageError(f"{test.spec}: no pixel of the test part has a class; check its masks")
+    return segmentation.summary(found.counts, ("background", *test.classes), config.seed), broken

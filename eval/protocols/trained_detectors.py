@@ -1,0 +1,156 @@
+"""Detectors that selftrain finished, judged as they are: `detect --trunk finished`.
+
+Protocol `detect/2 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
+the runs beside, is judged on the test part of the labelled pictures that it learned from, or of `--labelled`, on
+canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on, non-maximum suppression and measures
+as in `detect/2`. A run that holds no other network is judged so without being told.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktransfer import files
+from ktransfer.data.dataset import check_broken
+from ktransfer.detection import canvas, detectors, metrics, saved
+from ktransfer.detection.data import Detection
+from ktransfer.detection.scales import detect_at
+from ktransfer.errors import UsageError
+from ktransfer.networks.teachers import SAFETENSORS
+from ktransfer.run import RECORD, done_record, read_record
+
+from ..arms import FINAL, Arm
+from ..config import EvalConfig
+from ..result import Result
+from . import detect
+
+PROTOCOL = "detect/2 finished"
+TITLE = detect.TITLE
+MEASURES = detect.MEASURES
+NOTE = "detectors as selftrain made them; their size, the pictures and the least score stand in its json."
+TRUNK = "finished"
+STAGE, LAST = "selftrain", "scores"
+READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
+"""The settings that count here."""
+
+
+def wanted(run: Path, config: EvalConfig, pending: Mapping[str, Any]) -> bool:
+    """Whether `--protocol detect` means these: it was told so, or told nothing, and the run will hold nothing else."""
+    if config.trunk != EvalConfig.trunk:
+        return config.trunk == TRUNK
+    others = any(stage in pending or read_record(run, stage, name) for stage, name in FINAL)
+    return not others and (STAGE in pending or read_record(run, STAGE, LAST) is not None)
+
+
+def labelled(run: Path, pending: Mapping[str, Any]) -> str | None:
+    """The labelled pictures of the run's selftrain, or of the one that comes before in the line."""
+    if STAGE in pending:
+        return str(pending[STAGE].labelled)
+    made = read_record(run, STAGE, LAST)
+    return str(made["config"]["labelled"]) if made else None
+
+
+def check(
+    run: Path, config: EvalConfig, parts: tuple[Detection, Detection], source: str | None, pending: Mapping[str, Any]
+) -> None:
+    """Find a missing extra, and detectors that are not there or tell other classes.
+
+    Args:
+        source: what selftrain learned from, where it is known.
+
+    Raises:
+        UsageError: one line.
+    """
+    metrics.need_extra()
+    detect.test_scales(config)
+    if STAGE in pending and pending[STAGE].task == "segment":
+        raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
+    if config.supervised:
+        raise UsageError("--supervised: finished detectors are judged as they are; leave it away")
+    if STAGE in pending and source != config.labelled:
+        _same(parts, detect.open_data(str(source))[1].classes, config)
+    for arm in arms(run, config, coming=STAGE in pending):
+        assert arm.weights
+        described = saved.describe(arm.weights)
+        if described.settings.kind not in detectors.DETECTORS:
+            raise UsageError(f"{arm.weights}: no detector, but {described.settings.kind}; --protocol detect needs one")
+        _same(parts, described.classes, config)
+
+
+def _same(parts: tuple[Detection, Detection], classes: tuple[str, ...], config: EvalConfig) -> None:
+    if parts[1].classes != classes:
+        raise UsageError(
+            f"--labelled {config.labelled}: has other classes than the detectors tell ({', '.join(classes[:5])}, ...); "
+            "name pictures with the same"
+        )
+
+
+def arms(run: Path, config: EvalConfig, coming: bool = False) -> list[Arm]:
+    """The detectors that the scores of selftrain are about, of the run and of those beside.
+
+    Args:
+        coming: those of the run are still to be made, and left out.
+
+    Raises:
+        UsageError: a selftrain is not finished, its files are gone, or two runs have the same name.
+    """
+    found: dict[str, Arm] = {}
+    for place in [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]:
+        if coming and place == run:
+            continue
+        record = done_record(place, STAGE, LAST, STAGE)
+        for name, digest in record["inputs"].items():
+            if name == "test":
+                continue
+            full = name if place == run else f"{place.resolve().name} {name}"
+            if full in found:
+                raise UsageError(f"--beside {place}: a second run named '{place.resolve().name}'; rename its folder")
+            weights = _weights(place, name, digest, record)
+            network = replace(saved.describe(weights).network, task="detector")
+            found[full] = Arm(full, network, weights)
+    return list(found.values())
+
+
+def _weights(run: Path, name: str, digest: str, record: dict[str, Any]) -> Path:
+    """The file with that hash: an output of one of the steps, or the teacher that was given."""
+    steps: dict[str, Any] = files.read_json(run / STAGE / RECORD)
+    places: list[Path] = [run / STAGE / path for step in steps.values() for path in step["outputs"]]
+    places += [Path(record["config"]["teacher"])] if record["config"].get("teacher") else []
+    for path in places:
+        if path.suffix == SAFETENSORS and path.is_file() and files.sha256(path) == digest:
+            return path
+    raise UsageError(f"--run {run}: its {name} is gone or was changed; make it again: ktransfer --run {run} {STAGE}")
+
+
+def settings(config: EvalConfig) -> Any:
+    """Those of `READ` as a frozen dataclass of their own."""
+    read = [field for field in dataclasses.fields(config) if field.name in READ]
+    kept = [(one.name, one.type, dataclasses.field(default=None, metadata=one.metadata)) for one in read]
+    return dataclasses.make_dataclass("Finished", kept, frozen=True)(*(getattr(config, one.name) for one in read))
+
+
+def judge(
+    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """What one detector finds in the test part."""
+    test = parts[1]
+    assert arm.weights
+    model, described = saved.load(arm.weights)
+    source = canvas.canvases(test, described.size, config.workers, cache="off")
+    answering = replace(described.settings, threshold=config.threshold)
+    rows = torch.arange(len(test))
+    at, label = detect.test_scales(config), f"detect {arm.name}"
+    found, broken = detect_at(model.to(device), test, source, rows, described.size, answering, device, at, label)
+    check_broken(broken, len(rows), config.max_broken, test)
+    about = {"threshold": config.threshold, "size": described.size, "detector": described.settings.kind}
+    return {
+        "task": arm.network.task,
+        "arch": arm.network.arch,
+        "width": arm.network.width,
+        "scores": {TRUNK: metrics.scores(test, found, config.seed) | about},
+        "broken": [f"{test.name}/{test.keys[row]}: {why}" for row, why in sorted(broken.items())],
+    }

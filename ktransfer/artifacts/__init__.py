@@ -1,0 +1,1 @@
+"""The files between the stages: features, centroids, pseudo-labels."""

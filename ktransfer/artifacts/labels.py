@@ -1,0 +1,186 @@
+"""Pseudo-label files: `cluster` writes them, `retrain` reads them. Label -1 marks a broken picture."""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.artifacts.features import decode_keys, encode_keys
+from ktransfer.errors import UsageError
+from ktransfer.files import write_bytes, write_whole
+
+SCHEMA = 1
+_INTEGER = re.compile(r"-1|[0-9]{1,10}")
+_LARGEST = 2**31 - 1
+
+
+class Labels(NamedTuple):
+    """Pseudo-labels in row order.
+
+    Attributes:
+        keys: n keys, None from a `.bin` file, which holds none.
+        labels: (n,) int32 in [-1, k).
+        k: number of clusters; for `.csv` and `.bin`, which do not hold it, the highest label + 1.
+    """
+
+    keys: list[str] | None
+    labels: NDArray[np.int32]
+    k: int
+
+
+def write_labels(
+    folder: Path,
+    keys: Sequence[str],
+    labels: NDArray[np.int32],
+    distances: NDArray[np.float32],
+    k: int,
+    centroids: str,
+    fingerprint: str,
+) -> list[Path]:
+    """Write labels.csv, labels.h5 and labels.bin, each whole or not at all; the same input gives the same bytes.
+
+    Args:
+        folder: is made where missing.
+        keys: n keys.
+        labels: (n,) int32 in [-1, k), -1 for a broken picture.
+        distances: (n,) float32, squared Euclidean distance to the centroid; where the label is -1, the CSV field is
+            empty and the HDF5 number NaN.
+        k: number of centroids.
+        centroids: SHA-256 of the centroids' file.
+        fingerprint: of the data set.
+
+    Returns:
+        The three paths. `labels.bin` is the authors' layout (reference/jigsawpp.md §4): int32 count, int32 labels,
+        little-endian.
+    """
+    if not len(keys) == len(labels) == len(distances):
+        raise ValueError(f"{len(keys)} keys, {len(labels)} labels, {len(distances)} distances")
+    numbers = np.ascontiguousarray(labels, dtype="<i4")
+    shown = np.where(numbers >= 0, distances, np.nan).astype("<f4")
+    paths = [folder / f"labels.{suffix}" for suffix in ("csv", "h5", "bin")]
+    write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown))
+    header: dict[str, str | int] = {"schema": SCHEMA, "k": k, "centroids": centroids, "fingerprint": fingerprint}
+    write_bytes(paths[1], _h5(keys, numbers, shown, header))
+    write_bytes(paths[2], np.array([len(numbers)], dtype="<i4").tobytes() + numbers.tobytes())
+    return paths
+
+
+def read_labels(path: Path) -> Labels:
+    """Read pseudo-labels from .csv (columns key and label, others are ignored), .h5 or .bin.
+
+    Raises:
+        UsageError: missing file, other suffix, malformed content, labels below -1, the same key twice, no labels.
+    """
+    readers = {".csv": _read_csv, ".h5": _read_h5, ".bin": _read_bin}
+    if path.suffix not in readers:
+        raise UsageError(f"{path}: labels are read from {', '.join(readers)} files")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such label file; `ktransfer assign` writes one")
+    found = readers[path.suffix](path)
+    if not len(found.labels):
+        _wrong(path, "it holds no labels")
+    if found.labels.min() < -1:
+        _wrong(path, f"label {found.labels.min()} is below -1")
+    if found.labels.max() >= found.k:
+        _wrong(path, f"label {found.labels.max()} is not below k = {found.k}")
+    if found.k == 0:
+        _wrong(path, "every label is -1, so there is nothing to learn from")
+    if found.keys is not None:
+        if len(found.keys) != len(found.labels):
+            _wrong(path, f"{len(found.keys)} keys for {len(found.labels)} labels")
+        seen: set[str] = set()
+        for key in found.keys:
+            if key in seen:
+                _wrong(path, f"key {key!r} comes twice")
+            seen.add(key)
+    return found
+
+
+def _write_csv(part: Path, keys: Sequence[str], labels: NDArray[np.int32], distances: NDArray[np.float32]) -> None:
+    with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        rows = csv.writer(handle, lineterminator="\n")
+        rows.writerow(("key", "label", "distance"))
+        for key, label, distance in zip(keys, labels.tolist(), distances, strict=True):
+            # str of a numpy float32 is the shortest text that reads back as the same float32.
+            rows.writerow((key, label, "" if label < 0 else str(distance)))
+
+
+def _h5(
+    keys: Sequence[str],
+    labels: NDArray[np.int32],
+    distances: NDArray[np.float32],
+    header: dict[str, str | int],
+) -> bytes:
+    import h5py
+
+    image = io.BytesIO()  # in memory: HDF5 may crash on a full disk
+    with h5py.File(image, "w") as file:
+        for name, value in header.items():
+            file.attrs[name] = value
+        for name, data in (("key", encode_keys(keys)), ("label", labels), ("distance", distances)):
+            file.create_dataset(name, data=data)
+    return image.getvalue()
+
+
+def _read_csv(path: Path) -> Labels:
+    keys: list[str] = []
+    labels: list[int] = []
+    try:
+        # utf-8-sig: spreadsheet programs put a byte order mark first.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+            rows = csv.reader(handle, strict=True)
+            header = next(rows, [])
+            if "key" not in header or "label" not in header:
+                _wrong(path, f"the first line must name the columns key and label, found {','.join(header)[:80]!r}")
+            at_key, at_label = header.index("key"), header.index("label")
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    _wrong(path, f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
+                if not _INTEGER.fullmatch(row[at_label]) or int(row[at_label]) > _LARGEST:
+                    _wrong(path, f"line {rows.line_num}: label {row[at_label]!r} is not an integer of -1 or more")
+                keys.append(row[at_key])
+                labels.append(int(row[at_label]))
+    except csv.Error as error:
+        _wrong(path, str(error))
+    return Labels(keys, np.array(labels, dtype=np.int32), max(labels, default=-1) + 1)
+
+
+def _read_h5(path: Path) -> Labels:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            names = [name for name in ("key", "label") if not isinstance(file.get(name), h5py.Dataset)]
+            if names:
+                _wrong(path, f"no data set {', '.join(names)}")
+            if file.attrs.get("schema") != SCHEMA or "k" not in file.attrs:
+                _wrong(path, f"schema is {file.attrs.get('schema')}, this version reads {SCHEMA}")
+            if file["label"].dtype != np.dtype("<i4") or file["label"].ndim != 1:
+                _wrong(path, "label must be (n,) int32")
+            if h5py.check_string_dtype(file["key"].dtype) is None or file["key"].ndim != 1:
+                _wrong(path, "key must be (n,) strings")
+            return Labels(decode_keys(file["key"][:]), file["label"][:], int(file.attrs["k"]))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")
+
+
+def _read_bin(path: Path) -> Labels:
+    data = path.read_bytes()
+    if len(data) < 4 or len(data) % 4:
+        _wrong(path, f"{len(data)} bytes are not an int32 count and int32 labels")
+    numbers: NDArray[Any] = np.frombuffer(data, dtype="<i4")
+    if numbers[0] != len(numbers) - 1:
+        _wrong(path, f"it announces {numbers[0]} labels and holds {len(numbers) - 1}")
+    labels = numbers[1:].astype(np.int32)
+    return Labels(None, labels, int(labels.max(initial=-1)) + 1)
+
+
+def _wrong(path: Path, rule: str) -> NoReturn:
+    raise UsageError(f"{path}: not a label file: {rule}; `ktransfer assign` writes one")

@@ -1,0 +1,1 @@
+"""`ktransfer bench`: parts of the way measured, beside what the machine can do."""

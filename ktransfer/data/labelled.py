@@ -1,0 +1,234 @@
+"""Labelled pictures in the layouts that data sets come in, found by looking: CSV, VOCdevkit and COCO.
+
+`dataset.open_parts` asks `open_layout` first; class folders and packs are its own. A root is read as
+
+- VOC, where it or a VOC2007, VOC2012, ... below it (or below its VOCdevkit) has ImageSets/Main: the files
+  CLASS_trainval.txt and CLASS_test.txt, or CLASS_train.txt and CLASS_val.txt where the test part has no labels;
+- COCO, where it or its `annotations` has instances_train*.json: a picture has the classes of its boxes;
+- CSV, where it has train.csv (or .tsv) and val.csv (valid, validation, test): columns path and label (see
+  `dataset.open_dataset`). Several labels of a picture stand in one cell, separated by ";" or "|", or in several rows;
+  where that, or an empty label, occurs anywhere in either file, the pictures of both have `tags`.
+
+Of VOC, COCO and such CSV files the pictures have `tags`; objects that VOC calls difficult are tagged -1, not counted.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.data.dataset import Dataset, class_names, escaped, of_files
+from ktransfer.data.folders import file_size
+from ktransfer.data.lists import read_list
+from ktransfer.data.opening import PACKS, VAL_NAMES
+from ktransfer.errors import UsageError
+from ktransfer.progress import say_once
+
+TABLES = (".csv", ".tsv")
+_SEVERAL = re.compile("[;|]")
+_TRUTH = {"1": 1, "-1": 0, "0": -1}  # of VOC: yes, no, difficult
+
+
+def open_layout(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
+    """The train and val parts of a root in one of the layouts of this file, None where it is in none of them.
+
+    Raises:
+        UsageError: one line that says which file is missing or wrong.
+    """
+    return _voc(spec, root) or _coco(spec, root) or _csv(spec, root)
+
+
+def _voc(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
+    if not root.is_dir():
+        return None
+    places = [root, *sorted(root.glob("VOCdevkit/VOC*")), *sorted(root.glob("VOC[0-9]*"))]
+    found = [place for place in places if (place / "ImageSets" / "Main").is_dir()]
+    if not found:
+        bare = next((place for place in places if (place / "JPEGImages").is_dir()), None)
+        if bare is not None:
+            raise UsageError(f"{bare} has JPEGImages, but no ImageSets/Main; unpack the whole VOC archive there")
+        return None
+    if len(found) > 1:
+        raise UsageError(f"{spec} holds {' and '.join(place.name for place in found)}; name one, such as {found[0]}")
+    main = found[0] / "ImageSets" / "Main"
+    tested = any(1 in _voc_labels(path)[1] for path in sorted(main.glob("*_test.txt"))[:1])
+    names = ("trainval", "test") if tested else ("train", "val")
+    classes = sorted(path.name.removesuffix(f"_{names[0]}.txt") for path in main.glob(f"*_{names[0]}.txt"))
+    if len(classes) < 2:
+        raise UsageError(f"{main} has no CLASS_{names[0]}.txt of two classes; unpack the whole VOC archive there")
+    if not (found[0] / "JPEGImages").is_dir():
+        raise UsageError(f"{found[0]} has no JPEGImages; unpack the whole VOC archive there")
+    say_once(f"{spec}: several labels a picture, of {names[0]} and {names[1]} of {found[0].name}")
+    train, val = (_voc_part(spec, found[0], name, classes) for name in names)
+    return train, val
+
+
+def _voc_part(spec: str, place: Path, name: str, classes: list[str]) -> Dataset:
+    main = place / "ImageSets" / "Main"
+    pictures: list[str] = []
+    columns: list[list[int]] = []
+    for label in classes:
+        path = main / f"{label}_{name}.txt"
+        listed, truth = _voc_labels(path)
+        if columns and listed != pictures:
+            raise UsageError(f"{path} does not list the pictures of {classes[0]}_{name}.txt; unpack both again")
+        pictures = listed
+        columns.append(truth)
+    tags = np.array(columns, np.int8).T
+    return _with_tags(spec, place / "JPEGImages", name, [f"{picture}.jpg" for picture in pictures], classes, tags)
+
+
+def _voc_labels(path: Path) -> tuple[list[str], list[int]]:
+    """Names of pictures, and 1, 0 or -1 (difficult) for each."""
+    rows = [line.split() for line in _read(path).splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2 or row[1] not in _TRUTH:
+            raise UsageError(f"{path}, line {number}: must be a picture and 1, 0 or -1, not {' '.join(row)!r}")
+    return [row[0] for row in rows], [_TRUTH[row[1]] for row in rows]
+
+
+def _coco(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
+    folder = next((place for place in (root / "annotations", root) if any(place.glob("instances_*.json"))), None)
+    if folder is None:
+        return None
+    names = [_instances(folder, ("train",)), _instances(folder, VAL_NAMES)]
+    say_once(f"{spec}: several labels a picture, of {names[0].name} and {names[1].name}")
+    train, val = (_coco_part(spec, root, path) for path in names)
+    if train.classes != val.classes:
+        differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
+        raise UsageError(f"{names[0]} and {names[1]} have different categories ({differing}); give both the same")
+    return train, val
+
+
+def _instances(folder: Path, words: Sequence[str]) -> Path:
+    for word in words:
+        if found := sorted(folder.glob(f"instances_{word}*.json")):
+            if len(found) > 1:
+                raise UsageError(f"{folder} has {' and '.join(path.name for path in found)}; leave one of them there")
+            return found[0]
+    raise UsageError(f"{folder} has no {' or '.join(f'instances_{word}*.json' for word in words)}; put it there")
+
+
+def _coco_part(spec: str, root: Path, path: Path) -> Dataset:
+    try:
+        content: Any = json.loads(_read(path))
+        files = {picture["id"]: str(picture["file_name"]) for picture in content["images"]}
+        classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
+        present = {(mark["image_id"], mark["category_id"]) for mark in content["annotations"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
+    if not files:
+        raise UsageError(f"{path} names no pictures; give one that does")
+    part = path.stem.removeprefix("instances_")
+    places = [root, root / "images", root / part, root / "images" / part]
+    first = next(iter(files.values()))
+    place = next((place for place in places if (place / first).is_file()), None)
+    if place is None:
+        looked = ", ".join(str(place / first) for place in places)
+        raise UsageError(f"{path}: its pictures are not there (looked for {looked}); put them in one of these places")
+    columns = sorted(classes)
+    row, column = ({key: number for number, key in enumerate(keys)} for keys in (files, columns))
+    tags = np.zeros((len(row), len(column)), np.int8)
+    for picture, kind in present:
+        if picture not in row or kind not in column:
+            raise UsageError(
+                f"{path}: an annotation names picture {picture} or category {kind}, which it does not list"
+            )
+        tags[row[picture], column[kind]] = 1
+    return _with_tags(spec, place, part, list(files.values()), [classes[key] for key in columns], tags)
+
+
+def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
+    paths = [_table(root, ("train",)), _table(root, VAL_NAMES)]
+    if None in paths:
+        lone = next((path for path in paths if path), None)
+        if lone is None or (root / "train").is_dir() or any((root / f"train{end}").is_file() for end in PACKS):
+            return None
+        words = "train" if paths[0] is None else " or ".join(VAL_NAMES)
+        raise UsageError(f"{root} has {lone.name}, but no {words} with the ending .csv or .tsv; put it beside")
+    tables = [_labels_of(path) for path in paths if path]
+    names = [path.stem for path in paths if path]
+    several = any(len(labels) != 1 for table in tables for labels in table.values())
+    classes = class_names([label for labels in tables[0].values() for label in labels])
+    unknown = {label for labels in tables[1].values() for label in labels} - set(classes)
+    if unknown:
+        raise UsageError(f"{paths[1]}: labels that {paths[0]} does not have: {', '.join(sorted(unknown)[:5])}")
+    if len(classes) < 2:
+        raise UsageError(f"{paths[0]}: fewer than two different labels; there is nothing to tell apart")
+    say_once(f"{spec}: {'several labels a picture' if several else 'one label a picture'}, of {' and '.join(names)}")
+    train, val = (
+        (_several if several else _one)(spec, root, name, table, classes)
+        for name, table in zip(names, tables, strict=True)
+    )
+    return train, val
+
+
+def _table(root: Path, words: Iterable[str]) -> Path | None:
+    return next((path for word in words for end in TABLES if (path := root / f"{word}{end}").is_file()), None)
+
+
+def _labels_of(path: Path) -> dict[str, list[str]]:
+    """Picture -> its labels, in the order of the file."""
+    names, cells = read_list(path)
+    if not names:
+        raise UsageError(f"{path} lists no pictures; write a header path,label and one picture a line")
+    if not any(cells):
+        raise UsageError(f"{path} has no label; write a column label (or class, or target)")
+    found: dict[str, list[str]] = {}
+    for name, cell in zip(names, cells, strict=True):
+        labels = found.setdefault(name, [])
+        labels += [label for part in _SEVERAL.split(cell) if (label := part.strip()) and label not in labels]
+    return found
+
+
+def _one(spec: str, root: Path, name: str, table: Mapping[str, list[str]], classes: Sequence[str]) -> Dataset:
+    data = _files(spec, root, name, list(table), [labels[0] for labels in table.values()])
+    number = {label: index for index, label in enumerate(classes)}
+    targets = np.array([number[labels[0]] for labels in table.values()], np.int32)
+    shown = tuple(escaped(classes))
+    return replace(data, classes=shown, targets=targets, fingerprint=_digest(data, shown, targets))
+
+
+def _several(spec: str, root: Path, name: str, table: Mapping[str, list[str]], classes: Sequence[str]) -> Dataset:
+    tags = np.array([[kind in labels for kind in classes] for labels in table.values()], np.int8)
+    return _with_tags(spec, root, name, list(table), classes, tags)
+
+
+def _with_tags(
+    spec: str, root: Path, name: str, names: Sequence[str], classes: Sequence[str], tags: NDArray[np.int8]
+) -> Dataset:
+    if not (tags == 1).any():
+        raise UsageError(f"{spec}: no picture of its part {name} has a label; there is nothing to judge by")
+    data = _files(spec, root, name, names, [""] * len(names))
+    shown = tuple(escaped(classes))
+    return replace(data, classes=shown, tags=tags, fingerprint=_digest(data, shown, tags))
+
+
+def _files(spec: str, root: Path, name: str, names: Sequence[str], labels: Sequence[str]) -> Dataset:
+    sizes = [file_size(os.path.join(root, file)) for file in names]  # noqa: PTH118 -- Path objects cost more
+    if max(sizes) < 0:
+        raise UsageError(
+            f"{spec}: none of the {len(names)} pictures of its part {name} is there, such as {root / names[0]}"
+        )
+    return of_files(spec, root, name, names, sizes, labels)
+
+
+def _digest(data: Dataset, classes: Sequence[str], labels: NDArray[np.integer]) -> str:
+    """The fingerprint of pictures and what they are labelled."""
+    words = "\0".join((data.fingerprint, *classes)).encode()
+    return hashlib.sha256(words + labels.astype("<i4").tobytes()).hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "not text"
+        raise UsageError(f"{path}: {why}; it is needed for the labels") from error

@@ -1,0 +1,176 @@
+"""Opening what `--data` and `--labelled` name: a folder, a list of paths, a pack or `scenes:`."""
+
+import difflib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
+from ktransfer.data.folders import ENDINGS, file_size, walk
+from ktransfer.data.lists import read_list
+from ktransfer.errors import UsageError
+from ktransfer.progress import say_once
+
+LISTS = (".txt", ".csv", ".tsv")
+PACKS = (".h5", ".hdf5")
+VAL_NAMES = ("val", "valid", "validation", "test")
+
+
+def open_dataset(spec: str) -> Dataset:
+    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5) or `scenes:...`; UsageError when it names no pictures.
+
+    A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
+    picture lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
+    `val` (or `valid`, `validation`, `test`), as folders or as packs such as `train.h5`, means its `train`, and a line
+    says so.
+    """
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train")
+    path = _existing(spec)
+    if path.is_dir():
+        if (train := _part(path, ("train",))) and (val := _part(path, VAL_NAMES)):
+            say_once(f"{spec} holds {train.name} and {val.name}: taking {train}")
+            path = train
+        return _folder_or_pack(spec, path)
+    if path.suffix.lower() in PACKS:
+        return _folder_or_pack(spec, path)
+    if path.suffix.lower() not in LISTS:
+        raise UsageError(
+            f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor a pack ({', '.join(PACKS)}), "
+            "nor scenes:; give one of these"
+        )
+    return _list(spec, path)
+
+
+def open_parts(spec: str) -> tuple[Dataset, Dataset]:
+    """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val`.
+
+    Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`). A root with CSV
+    files, a VOCdevkit or COCO's annotations is known by what lies in it (`labelled.py`).
+
+    Both parts have the same `classes`, and a target for every picture or, where a picture may have several labels,
+    `tags`; UsageError where a folder or file is missing, the classes differ or a picture lies outside of the class
+    folders.
+    """
+    if spec.startswith("scenes:"):
+        return _scenes(spec, "train"), _scenes(spec, "val")
+    root = _existing(spec)
+    from ktransfer.data.labelled import open_layout
+
+    if other := open_layout(spec, root):
+        return other
+    train, val = _part(root, ("train",)), _part(root, VAL_NAMES)
+    if train is None or val is None:
+        missing = f"{' or '.join(VAL_NAMES)}" if train else "train"
+        raise UsageError(
+            f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/, or with packs "
+            "of them, train.h5 and val.h5, or with train.csv and val.csv, or a VOCdevkit, or COCO's instances_*.json"
+        )
+    parts = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
+    for path, part in zip((train, val), parts, strict=True):
+        if not part.classes or (part.targets == UNKNOWN).any():
+            outside = next((key for key in part.keys if "/" not in key), None)
+            why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
+            if part.classes:
+                why = f"{part.keys[int(np.argmin(part.targets))]} has no class"
+            raise UsageError(f"{path}: {why}; every picture needs a folder that names its class, at least two of them")
+    differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+    if differing:
+        raise UsageError(
+            f"{train} and {val} have different classes ({len(differing)}: {', '.join(differing[:5])}); "
+            "give both the same class folders, each with at least one picture"
+        )
+    return parts
+
+
+def _existing(spec: str) -> Path:
+    if not spec:
+        raise UsageError("the name of the data is empty; give a folder, a list or scenes:")
+    # Not Path.resolve: it would rename a linked folder. Not Path.exists: it raises where a folder is forbidden.
+    path = Path(os.path.abspath(os.path.expanduser(spec)))  # noqa: PTH100, PTH111
+    if os.path.exists(path):  # noqa: PTH110
+        return path
+    known = next(parent for parent in path.parents if os.path.isdir(parent))  # noqa: PTH112
+    lost = path.relative_to(known).parts[0]
+    try:
+        similar = difflib.get_close_matches(lost, os.listdir(known), n=3)  # noqa: PTH208
+    except OSError:
+        similar = []
+    hint = f"; did you mean {' or '.join(str(known / name) for name in similar)}?" if similar else ""
+    raise UsageError(f"{spec} does not exist: there is no {lost} in {known}{hint or '; check the path'}")
+
+
+def _part(root: Path, names: Sequence[str]) -> Path | None:
+    """The first folder of these names or, where there is none, the first pack."""
+    packs = (root / f"{name}{ending}" for name in names for ending in PACKS)
+    return next((root / name for name in names if (root / name).is_dir()), None) or next(
+        (path for path in packs if path.is_file()), None
+    )
+
+
+def _folder_or_pack(spec: str, path: Path) -> Dataset:
+    if path.is_dir():
+        return _folder(spec, path)
+    from ktransfer.data.packs import open_pack
+
+    return open_pack(spec, path)
+
+
+def _folder(spec: str, root: Path) -> Dataset:
+    found = walk(root)
+    if found.ignored or found.repeated:
+        say_once(
+            f"{root}: {len(found.names):,} pictures; {found.ignored:,} files with other endings are ignored, "
+            f"{found.repeated:,} links to folders that are already in are not followed"
+        )
+    if not found.names:
+        raise UsageError(f"{spec}: no pictures in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
+    keys = escaped(found.names)
+    labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    if "" in labels or len(set(labels)) < 2:
+        labels = [""] * len(keys)
+    return of_files(spec, root, root.name, found.names, found.sizes, labels)
+
+
+def _list(spec: str, path: Path) -> Dataset:
+    names, labels = read_list(path)
+    if not names:
+        raise UsageError(f"{spec} lists no pictures; write one path a line, relative to the folder of the list")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"{spec} lists {name} {times} times; name each picture once")
+    sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
+    return of_files(spec, path.parent, path.stem, names, sizes, labels)
+
+
+def _scenes(spec: str, part: str) -> Dataset:
+    from ktransfer.data import scenes
+
+    chosen = scenes.parse(spec)
+    classes = scenes.CLASSES
+    count = chosen.images if part == "train" else max(len(classes), chosen.images // 4)
+    identity = f"scenes {scenes.VERSION} {part} images={count} size={chosen.size} seed={chosen.seed}"
+
+    return Dataset(
+        spec=spec,
+        name="scenes" if part == "train" else f"scenes-{part}",
+        keys=tuple(f"{classes[row % len(classes)]}/{row:06d}" for row in range(count)),
+        targets=(np.arange(count) % len(classes)).astype(np.int32),
+        classes=classes,
+        fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        read=lambda row, short_side: _render(chosen.seed, part, row, chosen.size, short_side),
+        short_side=lambda row: chosen.size,
+        reader=lambda row: partial(_render, chosen.seed, part, row, chosen.size),
+    )
+
+
+def _render(seed: int, part: str, row: int, size: int, short_side: int | None) -> NDArray[np.uint8]:
+    from ktransfer.data import scenes
+
+    return scenes.render(seed, part, row, size)[0]

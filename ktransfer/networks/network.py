@@ -1,0 +1,401 @@
+"""Networks by name, their layers by the papers' names, and weights that say what they are.
+
+Architectures and sizes: reference jigsawpp.md §2. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
+local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
+torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
+`timm:NAME` is timm's, `hog` and `pixels` are no networks but read like ones (`descriptors.py`).
+
+Layers are named once for every family: `conv1`.. of an AlexNet, `conv1_1`.. of a VGG, `stem`, `layer1`..`layer4` of a
+ResNet, `blocks.0`.. and `norm` of a vision transformer, `features.0`.. (or what stands in the module) of all others.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.models.vgg import cfgs, make_layers
+
+from ktransfer import files, rng
+from ktransfer.config import nearest
+from ktransfer.errors import UsageError
+from ktransfer.networks import descriptors
+from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision
+from ktransfer.training.device import constant
+
+TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HEAD = "head."
+CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network is: all that is needed to build it again and to feed it.
+
+    `size` is the side of its input in pixels; `normalise` is "imagenet" (fixed mean and deviation), "R,G,B/R,G,B"
+    (others, in 0..1) or "picture" (each picture by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk
+    alone; `task` is what it learned.
+    """
+
+    arch: str
+    width: float = 1.0
+    stride: int = 4
+    size: int = 224
+    classes: int = 0
+    normalise: str = "imagenet"
+    task: str = "random"
+
+
+class AlexNet(nn.Module):
+    """AlexNet of jigsawpp.md §2.1: convolutions `conv1`..`conv5`, and `fc6`..`fc8` when there are classes.
+
+    (batch, 3, size, size) float32 -> (batch, classes), or the output of pool5 when `classes` is 0. `stride` is that of
+    conv1: 2 on the puzzle's tiles, 4 on whole pictures.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        batch_norm = network.arch.endswith("_bn")
+        c1, c2, c3, c5 = (scaled(channels, network.width) for channels in (96, 256, 384, 256))
+        rows = (
+            ("1", nn.Conv2d(3, c1, 11, network.stride), True),
+            ("2", nn.Conv2d(c1, c2, 5, padding=2, groups=2), True),
+            ("3", nn.Conv2d(c2, c3, 3, padding=1), False),
+            ("4", nn.Conv2d(c3, c3, 3, padding=1, groups=2), False),
+            ("5", nn.Conv2d(c3, c5, 3, padding=1, groups=2), False),
+        )
+        self.trunk: list[str] = []
+        for number, convolution, pooled in rows:
+            self._add(f"conv{number}", convolution)
+            if batch_norm:
+                self._add(f"bn{number}", nn.BatchNorm2d(convolution.out_channels))
+            self._add(f"relu{number}", nn.ReLU(inplace=True))
+            if pooled:
+                self._add(f"pool{number}", nn.MaxPool2d(3, 2, ceil_mode=True))
+                if not batch_norm:
+                    self._add(f"norm{number}", nn.LocalResponseNorm(5))
+        self._add("pool5", nn.MaxPool2d(3, 2, ceil_mode=True))
+        if network.classes:
+            # Smaller pictures than 227 leave less than 6x6 after pool5; the head takes what is there.
+            with torch.no_grad():
+                side = self.eval().maps(torch.zeros(1, 3, network.size, network.size)).shape[-1]
+            fc6, fc7 = (scaled(4096, network.width) for _ in range(2))
+            self.pool6 = nn.AdaptiveAvgPool2d(min(side, 6))
+            self.fc6 = nn.Linear(c5 * min(side, 6) ** 2, fc6)
+            self.fc7 = nn.Linear(fc6, fc7)
+            self.fc8 = nn.Linear(fc7, network.classes)
+            self.bn6: nn.Module = nn.BatchNorm1d(fc6) if batch_norm else nn.Identity()
+            self.bn7: nn.Module = nn.BatchNorm1d(fc7) if batch_norm else nn.Identity()
+        self.classes = network.classes
+        self.train()
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        self.add_module(name, module)
+        self.trunk.append(name)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """(batch, 3, h, w) -> (batch, channels, h', w') after pool5."""
+        for name in self.trunk:
+            if name.startswith("pool") and x.shape[-1] == 1:  # the smallest tiles have nothing left to pool
+                continue
+            x = self.get_submodule(name)(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, or the maps of the trunk when there are no classes."""
+        x = self.maps(x)
+        if not self.classes:
+            return x
+        x = self.pool6(x).flatten(1)
+        x = nn.functional.dropout(self.bn6(self.fc6(x)).relu(), 0.5, self.training)
+        x = nn.functional.dropout(self.bn7(self.fc7(x)).relu(), 0.5, self.training)
+        logits: Tensor = self.fc8(x)
+        return logits
+
+
+class VGGTrunk(nn.Module):
+    """The convolutions of VGG-16 up to conv4_3, with torchvision's names (`features.0` is conv1_1).
+
+    Block 5 is left out: the pretext head and the clustering both read conv4 (jigsawpp.md §2.2, §3).
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        plan = [scaled(c, network.width) if isinstance(c, int) else c for c in cfgs["D"]]
+        upto = [place for place, c in enumerate(plan) if c == "M"][3]
+        self.features = make_layers(plan[:upto], batch_norm=network.arch.endswith("_bn"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, h, w) -> (batch, 512 * width, h / 8, w / 8): conv4_3 after its ReLU."""
+        maps: Tensor = self.features(x)
+        return maps
+
+
+def scaled(channels: int, width: float) -> int:
+    """Channels times width, a multiple of 8, at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def trunk(network: Network) -> Network:
+    """The network without the part whose weights depend on the side of its input: AlexNet without its classifier."""
+    return replace(network, classes=0) if network.arch in TRUNKS[:2] else network
+
+
+@contextmanager
+def fitting(network: Network) -> Iterator[None]:
+    """Turn torch's complaint about the size of an input into a line for people (UsageError)."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(
+            f"--size {network.size}: {network.arch} does not take pictures so small ({reason}); give a larger --size"
+        ) from error
+
+
+def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "--arch") -> None:
+    """Whether `build` will know the name, which came by `flag`.
+
+    Raises:
+        UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
+    """
+    theirs = zoo.list_models(module=zoo)
+    names = TRUNKS if trunk else (*TRUNKS, *theirs)
+    if arch not in names and (trunk or arch.removeprefix(TORCHVISION) not in theirs):
+        raise UsageError(f"{flag} {arch}: no such network; {nearest(arch, names)}")
+    if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
+        raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")
+
+
+def build(network: Network, seed: int, purpose: str) -> nn.Module:
+    """A network with fresh weights, a pure function of (network, seed, purpose).
+
+    Our own networks start with fan-in (He) weights; torchvision's with their own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.torch_seed(seed, purpose, 0))
+        if network.arch in TRUNKS[:2]:
+            return he_init(AlexNet(network))
+        if network.arch in TRUNKS and not network.classes:
+            return he_init(VGGTrunk(network))
+        if network.arch in descriptors.MODULES:
+            return descriptors.MODULES[network.arch]()
+        if network.arch.startswith(TIMM):
+            return of_timm(network.arch, network.size)
+        return of_torchvision(network.arch, network.classes or 1000, network.size)
+
+
+def he_init(model: nn.Module) -> nn.Module:
+    """Fan-in initialisation in place; fc8 starts near zero, so that the first loss is ln(classes).
+
+    Gaussians of fixed deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs
+    (jigsawpp.md §2.2).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+            if name.endswith("fc8"):
+                nn.init.normal_(module.weight, std=0.001)
+    return model
+
+
+def layers(network: Network, model: nn.Module) -> dict[str, str]:
+    """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
+    if isinstance(model, descriptors.Hog | descriptors.Pixels):
+        return dict(model.layers)
+    if isinstance(model, AlexNet):
+        return {f"conv{number}": f"relu{number}" for number in range(1, 6)}
+    if isinstance(model, zoo.AlexNet):
+        relus = [number for number, module in model.features.named_children() if isinstance(module, nn.ReLU)]
+        return {f"conv{place}": f"features.{number}" for place, number in enumerate(relus, start=1)}
+    if isinstance(model, VGGTrunk | zoo.VGG):
+        found, block, place = {}, 1, 1
+        for number, module in model.features.named_children():
+            if isinstance(module, nn.ReLU):
+                found[f"conv{block}_{place}"] = f"features.{number}"
+                place += 1
+            elif isinstance(module, nn.MaxPool2d):
+                block, place = block + 1, 1
+        return found
+    if isinstance(model, zoo.VisionTransformer):
+        blocks = [name for name, _ in model.encoder.layers.named_children()]
+        found = {f"blocks.{place}": f"encoder.layers.{name}" for place, name in enumerate(blocks)}
+        return found | {"norm": "encoder.ln"}
+    if tokens_before(model) is not None:  # of timm
+        names = [f"blocks.{name}" for name, _ in model.get_submodule("blocks").named_children()]
+        return {name: name for name in (*names, "norm")}
+    inner = getattr(model, "features", None)
+    prefix, parent = ("features.", inner) if isinstance(inner, nn.Sequential) else ("", model)
+    maps: dict[str, str] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _i, out, path=f"{prefix}{name}": (
+                maps.update({path: path})
+                if isinstance(out, Tensor) and out.ndim == 4 and _as_maps(model, out).shape[-1] > 1
+                else None
+            )
+        )
+        for name, module in parent.named_children()
+    ]
+    _run(model, torch.zeros(1, 3, network.size, network.size))
+    for hook in hooks:
+        hook.remove()
+    if isinstance(model, zoo.ResNet):
+        return {
+            name.replace("maxpool", "stem"): path for name, path in maps.items() if name not in ("conv1", "bn1", "relu")
+        }
+    return maps
+
+
+def tokens_before(model: nn.Module) -> int | None:
+    """How many tokens of a vision transformer stand before those of its patches; None for what has no tokens."""
+    if isinstance(model, zoo.VisionTransformer):
+        return 1
+    before = getattr(model, "num_prefix_tokens", None)  # of timm
+    return before if isinstance(before, int) else None
+
+
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the first token of a vision transformer is that of the class (timm knows others, registers)."""
+    return bool(tokens_before(model)) and bool(getattr(model, "has_class_token", True))
+
+
+class _AllThere(Exception):
+    """The layers that are wanted have been computed."""
+
+
+def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: str = "patch") -> dict[str, Tensor]:
+    """One forward pass, the outputs of several layers.
+
+    Args:
+        paths: layer name -> module path, as `layers` gives them.
+        x: (batch, 3, h, w), normalised.
+        token: what is read of a transformer: "patch", its patches where they lie in the picture; "mean" of these; or
+            "cls", its class token.
+
+    Returns:
+        layer name -> (batch, channels, h', w'), with h' = w' = 1 for "mean" and "cls".
+    """
+    found: dict[str, Tensor] = {}
+    # In ours every module is called once, so that nothing behind the last layer of interest has to be computed.
+    ours = isinstance(model, AlexNet | VGGTrunk)
+
+    def note(name: str, out: Tensor) -> None:
+        found[name] = _as_maps(model, out, token)
+        if ours and len(found) == len(paths):
+            raise _AllThere
+
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: note(name, out))
+        for name, path in paths.items()
+    ]
+    try:
+        with suppress(_AllThere):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _as_maps(model: nn.Module, out: Tensor, token: str = "patch") -> Tensor:
+    """(batch, channels, h, w), also of transformers: those that hand over (batch, h, w, channels), or tokens."""
+    before = tokens_before(model)
+    if before is not None and out.ndim == 3:
+        if token == "cls":
+            return out[:, 0, :, None, None]
+        patches = out[:, before:].transpose(1, 2)
+        if token == "mean":
+            return patches.mean(dim=2)[:, :, None, None]
+        side = math.isqrt(patches.shape[2])
+        return patches.reshape(*patches.shape[:2], side, side)
+    last = isinstance(model, zoo.SwinTransformer) or getattr(model, "output_fmt", None) == "NHWC"  # the latter of timm
+    return out.permute(0, 3, 1, 2) if last and out.ndim == 4 else out
+
+
+def normalise(pixels: Tensor, how: str) -> Tensor:
+    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by fixed statistics or each picture's own (`Network`)."""
+    x = pixels.to(torch.float32)
+    if how == "picture":
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        variance = x.var(dim=(1, 2, 3), keepdim=True, correction=0)
+        return (x - mean) * (variance + 1e-5).rsqrt()
+    mean, deviation = (constant(values, x.device).view(1, 3, 1, 1) * 255 for values in statistics(how))
+    return (x - mean).div_(deviation)
+
+
+def statistics(how: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the three colours in 0..1 that "imagenet" or "R,G,B/R,G,B" stand for."""
+    if how == "imagenet":
+        return IMAGENET
+    mean, deviation = (tuple(float(number) for number in part.split(",")) for part in how.split("/"))
+    return mean, deviation
+
+
+def statistics_name(mean: Sequence[float], deviation: Sequence[float]) -> str:
+    """The reverse of `statistics`."""
+    if (tuple(mean), tuple(deviation)) == IMAGENET:
+        return "imagenet"
+    return "/".join(",".join(repr(float(number)) for number in part) for part in (mean, deviation))
+
+
+def save(path: Path, state: Mapping[str, Tensor], network: Network) -> None:
+    """Write weights (without wrapper prefixes) with the description of the network as metadata."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    # One entry: safetensors writes several in an order that differs from run to run.
+    described = {"network": json.dumps(asdict(network))}
+    files.write_bytes(path, serialise(dict(state), described))
+
+
+def describe(path: Path) -> Network:
+    """What a weight file of ours holds.
+
+    Raises:
+        UsageError: missing, not safetensors, or not written by ktransfer.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = handle.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
+    try:
+        return Network(**json.loads(found["network"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: does not say what network it is; give a model.safetensors of ktransfer") from error
+
+
+def load(path: Path, network: Network) -> nn.Module:
+    """The network of a weight file, rebuilt as `network` says (its stride may differ); a puzzle's head is left out, and
+    AlexNet's classifier where `network` has no classes (`trunk`).
+
+    Raises:
+        UsageError: weights are missing, unexpected or of another shape.
+    """
+    unused: tuple[str, ...] = (HEAD,) if network.arch in TRUNKS else ()
+    if network.arch in TRUNKS[:2] and not network.classes:
+        unused += CLASSIFIER
+    with safe_open(path, framework="pt") as handle:
+        state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
+    model = build(network, 0, "load")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: its weights do not fit {network.arch}: {' '.join(str(error).split())}") from error
+    return model
+
+
+def _run(model: nn.Module, x: Tensor) -> None:
+    training = model.training
+    with torch.no_grad():
+        model.eval()(x)
+    model.train(training)

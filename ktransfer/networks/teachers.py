@@ -1,0 +1,274 @@
+"""What `--teacher` names: weights of ours, those of torchvision or timm, a checkpoint made elsewhere, HOG or pixels.
+
+Nothing is ever downloaded. What pictures are fed to a teacher as, is in `Network.normalise`: each by its own mean and
+deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, unless torchvision or timm state others
+for the very weights; 0..1 for HOG and pixels.
+"""
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models as zoo
+
+from ktransfer import networks
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network, checkpoints, descriptors
+from ktransfer.networks.zoos import TIMM, TORCHVISION
+from ktransfer.progress import say_once
+from ktransfer.run import input_hash
+from ktransfer.training.device import autocast
+from ktransfer.training.options import MachineOptions
+
+KINDS = "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, hog or pixels"
+SIZE = 224
+SAFETENSORS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network and the file of its weights, None where it has none (HOG, pixels); `foreign`: not of ktransfer."""
+
+    network: Network
+    weights: Path | None
+    foreign: bool = False
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its maps are pooled to a grid."""
+        return self.network.arch not in descriptors.MODULES
+
+
+def find(given: str, arch: str | None, weights: str | None, size: int) -> Teacher:
+    """The teacher that is named, its weights not yet read.
+
+    Args:
+        given: `--teacher`.
+        arch: architecture of a checkpoint made elsewhere.
+        weights: for `torchvision:NAME` a path or an entry of its weights, for `timm:NAME` a path.
+        size: side of the pictures in pixels, 0 for the teacher's own.
+
+    Raises:
+        UsageError: no such teacher, weights that are not here, options that it does not have.
+    """
+    library = given.startswith((TORCHVISION, TIMM))
+    if weights and not library:
+        raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it away")
+    if arch and (library or given in descriptors.MODULES):
+        raise UsageError(f"--arch {arch}: --teacher {given} says what it is; leave --arch away")
+    if given in descriptors.MODULES:
+        return _sized(Teacher(Network(given, size=descriptors.SIZES[given], normalise=descriptors.UNIT), None), size)
+    if given.startswith(TORCHVISION):
+        return _sized(_of_torchvision(given, weights), size)
+    if given.startswith(TIMM):
+        if not weights:
+            raise UsageError(
+                f"--teacher {given}: nothing is downloaded; fetch its weights and name them with --weights"
+            )
+        return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
+    path = Path(given)
+    if not path.is_file():
+        raise UsageError(f"--teacher {given}: no such file; give {KINDS}")
+    if arch is None:
+        return _sized(Teacher(_described(path), path), size)
+    if path.suffix == SAFETENSORS and _says_what_it_is(path):
+        raise UsageError(f"--arch {arch}: {path} says itself that it is of ktransfer, and what; leave --arch away")
+    if arch.startswith(TIMM):
+        return _sized(Teacher(_of_timm(arch), path, foreign=True), size)
+    networks.check_arch(arch)
+    return _sized(Teacher(Network(arch, size=SIZE), path, foreign=True), size)
+
+
+def identity(teacher: Teacher) -> str:
+    """Hex SHA-256 of the weights, or of the name and version of what has none."""
+    if teacher.weights is None:
+        return sha256(f"ktransfer {teacher.network.arch} 1".encode()).hexdigest()
+    return input_hash(teacher.weights)
+
+
+def load(teacher: Teacher) -> nn.Module:
+    """The network with its weights, in evaluation mode; of a foreign checkpoint a line says what matched.
+
+    Raises:
+        UsageError: the weights cannot be read or do not fit.
+    """
+    if teacher.weights is None:
+        return networks.build(teacher.network, 0, "load").eval()
+    if not teacher.foreign:
+        return networks.load(teacher.weights, teacher.network).eval()
+    model: Any = networks.build(teacher.network, 0, "load")
+    found = checkpoints.fit(teacher.weights, model, teacher.network.arch)
+    say_once(found.line)
+    model.load_state_dict(found.state, strict=False)
+    if hasattr(model, "transform_input"):
+        # torchvision's googlenet and inception_v3 were trained by other statistics, and turn ImageNet's into those.
+        model.transform_input = teacher.network.arch.startswith(TORCHVISION)
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def shapes(network: Network, model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Layer -> (channels, height, width) of its maps; for a transformer those of its patches.
+
+    Raises:
+        UsageError: the pictures are too small.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with networks.fitting(network), torch.no_grad():
+        paths = networks.layers(network, model)
+        maps = networks.feature_maps(model, paths, torch.zeros(1, 3, network.size, network.size, device=device))
+    return {name: (maps[name].shape[1], maps[name].shape[2], maps[name].shape[3]) for name in paths}
+
+
+def listing(network: Network, model: nn.Module) -> str:
+    """The layers for people, one a line."""
+    rows = [f"{name:<12} {c} x {h} x {w}" for name, (c, h, w) in shapes(network, model).items()]
+    first = f"{network.arch}, pictures of {network.size} x {network.size}: layer, channels x height x width"
+    if networks.tokens_before(model) is not None:
+        names = "cls and mean" if networks.has_class_token(model) else "mean"
+        first += f" of --token patch ({names}: one number a channel)"
+    return "\n".join([first, *rows])
+
+
+def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
+    """The token to read: the class token of a transformer that has one, unless another is asked for.
+
+    Raises:
+        UsageError: a network without tokens, or without a class token.
+    """
+    if networks.tokens_before(model) is None:
+        if token:
+            raise UsageError(f"--token {token}: {arch} is no transformer with tokens; leave --token away")
+        return None
+    classed = networks.has_class_token(model)
+    if token == "cls" and not classed:
+        raise UsageError(f"--token cls: {arch} has no class token; give mean or patch")
+    return token or ("cls" if classed else "mean")
+
+
+def reader(model: nn.Module, network: Network, layer: str, token: str | None) -> Callable[[Tensor], Tensor]:
+    """(batch, 3, size, size) uint8 -> the maps of a layer, (batch, channels, h, w), with h = w = 1 of one token."""
+    path = networks.layers(network, model)[layer]
+
+    def read(pixels: Tensor) -> Tensor:
+        x = networks.normalise(pixels, network.normalise)
+        return networks.feature_maps(model, {"read": path}, x, token or "patch")["read"]
+
+    return read
+
+
+def rows_reader(
+    teacher: Teacher,
+    layer: str,
+    token: str | None,
+    pool: int,
+    l2: bool,
+    options: MachineOptions,
+    device: torch.device,
+) -> Callable[[Tensor], Tensor]:
+    """(batch, 3, size, size) uint8 -> (batch, d) features on the device, d = channels * pool * pool.
+
+    Args:
+        layer, token: what is read (`reader`).
+        pool: maps are max-pooled to this grid; hog and pixels are taken whole.
+        l2: whether rows get length 1.
+        options: their `precision` counts.
+    """
+    maps_of = reader(load(teacher).to(device), teacher.network, layer, token)
+
+    @torch.no_grad()
+    def compute(pixels: Tensor) -> Tensor:
+        with autocast(options, device):
+            maps = maps_of(pixels.to(device)).float()
+            if teacher.pooled:
+                maps = F.adaptive_max_pool2d(maps, min(pool, maps.shape[-1]))
+            rows = maps.flatten(1)
+            return F.normalize(rows) if l2 else rows
+
+    return compute
+
+
+def _sized(teacher: Teacher, size: int) -> Teacher:
+    network = networks.trunk(replace(teacher.network, size=size or teacher.network.size))
+    if network.arch == "hog" and (network.size % descriptors.CELL or network.size < 2 * descriptors.CELL):
+        raise UsageError(
+            f"--size {network.size}: hog has cells of {descriptors.CELL} pixels; give a multiple, from 16 on"
+        )
+    return replace(teacher, network=network)
+
+
+def _described(path: Path) -> Network:
+    try:
+        return networks.describe(path)
+    except UsageError as error:
+        raise UsageError(f"{error}, or say with --arch which network this checkpoint is") from error
+
+
+def _says_what_it_is(path: Path) -> bool:
+    try:
+        networks.describe(path)
+    except UsageError:
+        return False
+    return True
+
+
+def _of_torchvision(given: str, weights: str | None) -> Teacher:
+    name = given.removeprefix(TORCHVISION)
+    names = zoo.list_models(module=zoo)
+    if name not in names:
+        raise UsageError(f"--teacher {given}: torchvision has no such network; {_near(name, names)}")
+    entries: Any = zoo.get_model_weights(name)
+    known = (entries.DEFAULT, *entries)
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if weights and weights not in entries.__members__:
+        path = Path(weights)
+        entry = next((entry for entry in known if _file(entry) == path.name), entries.DEFAULT)
+    else:
+        wanted = (entries[weights],) if weights else known
+        entry = next((entry for entry in wanted if (cache / _file(entry)).is_file()), wanted[0])
+        path = cache / _file(entry)
+    if not path.is_file():
+        raise UsageError(
+            f"--teacher {given}: {path} is not there, and nothing is downloaded; fetch {_file(entry)} from the url of "
+            f"torchvision's {entry} and put it into {cache}, or name the file with --weights"
+        )
+    states = entry.transforms.keywords if isinstance(entry.transforms, partial) else {}
+    mean, deviation = states.get("mean"), states.get("std")
+    how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
+    network = Network(given, size=int(states.get("crop_size", SIZE)), normalise=how)
+    return Teacher(network, path, foreign=True)
+
+
+def _near(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"there are such as {', '.join(names[:: len(names) // 3 + 1])}"
+
+
+def _file(entry: Any) -> str:
+    return str(entry.url).rsplit("/", 1)[-1]
+
+
+def _of_timm(arch: str) -> Network:
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError(f"{arch}: timm is not installed; pip install 'ktransfer[teachers]'")
+    timm: Any = importlib.import_module("timm")
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise UsageError(f"{arch}: timm has no such network; {_near(name, timm.list_models())}")
+    try:
+        stated = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UsageError(f"{arch}: {' '.join(str(error).split())}; leave away what stands behind the dot") from error
+    states: dict[str, Any] = stated.to_dict() if stated else {}
+    mean, deviation = states.get("mean"), states.get("std")
+    how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
+    return Network(arch, size=int(states.get("input_size", (SIZE,))[-1]), normalise=how)

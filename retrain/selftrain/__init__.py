@@ -1,0 +1,1 @@
+"""Self-training: a teacher labels boxes or masks, a student learns from both."""

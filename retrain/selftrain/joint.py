@@ -1,0 +1,179 @@
+"""Joint training: a detector learns the labelled pictures while its trunk also learns to tell the classes of others.
+
+After Zoph et al. (reference selftraining.md §1.7), in the setting of self-training: half of each batch are labelled
+pictures, half such as have a class of their own instead of pseudo-boxes, both augmented alike, and the two losses are
+weighed as those of a student. Where the classifier sits is not known: here it is one linear layer on the mean of the
+trunk's deepest map. It is thrown away at the end; what is written is a detector like the teacher.
+"""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ktransfer import rng
+from ktransfer.config import chosen, settings_of
+from ktransfer.data.dataset import UNKNOWN, Dataset
+from ktransfer.data.loader import readable
+from ktransfer.detection import canvas, detectors, saved
+from ktransfer.detection.data import subset
+from ktransfer.detection.losses import truth
+from ktransfer.detection.saved import Described
+from ktransfer.detection.sheet import draw_augmented
+from ktransfer.detection.strengths import Boxed, augment
+from ktransfer.errors import StageError, UsageError
+from ktransfer.run import begin, input_hash
+from ktransfer.training import loop
+from ktransfer.training.batch import Batch, Loss
+
+from ..config import SelftrainConfig
+from . import boxes, early_stopping, student
+from .parts import SHEET, Data, finish, left_out
+from .student import Student, Weighing
+
+NAME, SELF = "joint", "self"
+SHOWN = 4  # pictures of either kind on the sheet
+
+
+class Joint(Student):
+    """A student whose trunk also tells classes: with `classify` (b, 3, s, s) -> logits (b, classes)."""
+
+    def __init__(
+        self, detector: nn.Module, classes: int, seed: int, average: nn.Module | None = None, decay: float = 0.0
+    ) -> None:
+        super().__init__(detector, average, decay)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(rng.torch_seed(seed, "selftrain/classifier", 0))
+            self.classifier = nn.Linear(self.eval()._pooled(torch.zeros(1, 3, 64, 64)).shape[1], classes)
+        self.train()
+
+    def forward(self, *given: Any, classify: bool = False) -> Any:
+        """What the detector says in training, or the classes."""
+        return self.classifier(self._pooled(*given)) if classify else self.detector(*given)
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        """(b, channels) the mean of the trunk's deepest map."""
+        trunk: Any = self.detector.backbone
+        found: Tensor = trunk.body(pixels)
+        return found.mean((2, 3))
+
+
+def methods(config: SelftrainConfig) -> list[str]:
+    """What `--methods` lists.
+
+    Raises:
+        UsageError: something else.
+    """
+    return chosen("--methods", config.methods, (SELF, NAME), "method")
+
+
+def check(config: SelftrainConfig, others: Dataset) -> None:
+    """Find pictures without classes where these are to be learned.
+
+    Raises:
+        UsageError: one line.
+    """
+    if NAME not in methods(config):
+        return
+    if len(np.unique(others.targets[others.targets != UNKNOWN])) < 2:
+        named = f"{config.unlabelled}: has" if config.unlabelled else "selftrain: the pictures without boxes have"
+        raise UsageError(f"{named} no classes for --methods joint; name pictures in class folders with --unlabelled")
+
+
+def classes(data: Data) -> dict[str, str]:
+    """The hash of the classes that are learned: a list can give its pictures others."""
+    held = data.unlabelled
+    return {"classes": hashlib.sha256(held.targets.tobytes() + repr(held.classes).encode()).hexdigest()}
+
+
+def train(
+    run: Path,
+    config: SelftrainConfig,
+    data: Data,
+    device: torch.device,
+    made_of: tuple[Described, Path | None, bool],
+) -> Path:
+    """The training, as a step of selftrain; the path of its detector.
+
+    Args:
+        made_of: what the detector is, the weights that its trunk begins with, and whether these were made elsewhere.
+
+    Raises:
+        StageError: none of the pictures of either kind can be read.
+    """
+    described, init, foreign = made_of
+    inputs = {"labelled": data.labelled.fingerprint, "unlabelled": data.unlabelled.fingerprint}
+    inputs |= classes(data) | ({"init": input_hash(init)} if init else {})
+    outputs, settings = [NAME, f"{NAME}.ids.json"], settings_of(config, NAME)
+    with begin(run, "selftrain", NAME, settings, inputs, outputs, False, str(device)) as step:
+        folder, weights = step.folder / NAME, step.folder / NAME / "model.safetensors"
+        if step.done:
+            return weights
+        targets, split, seed = data.unlabelled.targets, len(data.labelled), config.seed + 1
+        listed = np.setdiff1d(np.flatnonzero(targets != UNKNOWN), left_out(config, data, NAME))
+        pictures = student.joined(data.labelled, subset(boxes.without_boxes(data.unlabelled, data.labelled), listed))
+        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
+        good = readable(source, torch.arange(len(pictures)), config.max_broken)
+        rows, added = good[good < split], good[good >= split]
+        rows, judging = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
+        if not len(rows) or not len(added):
+            raise StageError(f"{NAME}: none of the pictures with {'classes' if len(rows) else 'boxes'} can be read")
+        config = replace(config, epochs=student.passes(config, rows, True))
+        average = saved.make(described, config.seed, init, foreign) if config.ema else None
+        detector = saved.make(described, config.seed, init, foreign)
+        model = Joint(detector, len(data.unlabelled.classes), config.seed, average, config.ema)
+        draw_augmented(folder / SHEET, pictures, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]]))
+        known, how = truth(pictures, config.size, device), described.network.normalise
+        loss = losses(
+            student.losses(known, how, config.augment, seed),
+            known.extents,
+            torch.from_numpy(targets[listed]).long().to(device),
+            how,
+            config.augment,
+            seed,
+            Weighing(config.balance, config.alpha, config.decay),
+        )
+        batches = partial(student.batches, rows, added, config.batch, seed)
+        early = early_stopping.stopping(model, data.labelled, source, judging, config, device, folder)
+        loop.fit(model, loss, source, batches, config, folder, device, NAME, early)
+        facts = {"labelled": split, "of a class": len(listed), "classes": len(data.unlabelled.classes)}
+        facts |= early_stopping.facts(early, judging)
+        finish(step, NAME, data, pictures, source.broken, model, described, early, facts)
+        return weights
+
+
+def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, seed: int, weighing: Weighing) -> Loss:
+    """The loss of a joint training, for `loop.fit`.
+
+    Args:
+        own: that of the labelled pictures.
+        extents: (n, 2) float32 of all pictures on their canvases, the labelled ones first.
+        labels: (m,) int64, the classes of the last m of them.
+        how: normalisation of the pictures.
+        strength: of the augmentation (`strengths.STRENGTHS`).
+    """
+    split = len(extents) - len(labels)
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        joint = detectors.plain(model)
+        assert isinstance(joint, Joint)
+        human, other = batch.valid & (batch.rows < split), batch.valid & (batch.rows >= split)
+        located, sums = own(model, replace(batch, valid=human, whole=False))
+        rows, count = batch.rows[other], batch.valid.sum()
+        nothing = extents.new_zeros(len(rows), 1, 4)
+        given = Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0)
+        moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
+        logits = model(moved.pixels, classify=True).float()
+        wanted = labels[rows - split]
+        value, found = student.weighed(joint, [located, F.cross_entropy(logits, wanted)], weighing, count)
+        right = (logits.argmax(1) == wanted).float().mean()
+        shown = {"human_loss": found["human_loss"], "class_loss": found["pseudo_loss"], "ratio": found["ratio"]}
+        return value, shown | {"class_right": right * count, "human_boxes": 2 * sums["boxes"], "count": count}
+
+    return loss

@@ -1,0 +1,104 @@
+"""What the trainings of a self-training share: its pictures, which of them nobody may learn from, and their files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import Pictures
+from ktransfer.detection import canvas, saved
+from ktransfer.detection.data import Detection, save_ids, subset
+from ktransfer.detection.saved import Described
+from ktransfer.progress import say
+from ktransfer.run import Step
+from ktransfer.training import loop
+from ktransfer.training.stopping import Stopping
+
+from ..config import SelftrainConfig
+from . import boxes, early_stopping
+
+SHEET = "augmented.png"
+PARTS = ".parts"  # ending of the folder of what a labelling has so far
+
+
+class Data(NamedTuple):
+    """The pictures of a self-training: with boxes, without, and those that judge."""
+
+    labelled: Detection
+    unlabelled: Dataset
+    test: Detection
+
+
+class Shown(NamedTuple):
+    """A trained network and the pictures that it is shown, on canvases of its own size."""
+
+    model: nn.Module
+    described: Described
+    data: Detection
+    source: Pictures
+    config: SelftrainConfig
+    device: torch.device
+
+
+def show(weights: Path, data: Detection, config: SelftrainConfig, device: torch.device) -> Shown:
+    """Show pictures, each once, to the network of a file."""
+    model, described = saved.load(weights)
+    source = canvas.canvases(data, described.size, config.workers, cache="off")
+    return Shown(model.to(device), described, data, source, config, device)
+
+
+def tested(data: Data, name: str) -> NDArray[np.int64]:
+    """The unlabelled pictures that the test part holds too: nobody may learn from them."""
+    found = boxes.shared(data.unlabelled, data.test)
+    if len(found):
+        say(f"{name}: {len(found)} of the unlabelled pictures are in the test part too, and are left out")
+    return found
+
+
+def held_out(config: SelftrainConfig, data: Data, name: str) -> NDArray[np.int64]:
+    """The unlabelled pictures that are held out too: pseudo-labels or classes would teach these as well."""
+    held = early_stopping.rows(data.labelled, config)
+    found = boxes.shared(data.unlabelled, subset(data.labelled, held)) if len(held) else held
+    if len(found):
+        say(f"{name}: {len(found)} of the unlabelled pictures are held out, and are left out")
+    return found
+
+
+def left_out(config: SelftrainConfig, data: Data, name: str) -> NDArray[np.int64]:
+    """The rows of `tested` and of `held_out`."""
+    return np.union1d(tested(data, name), held_out(config, data, name))
+
+
+def finish(
+    step: Step,
+    name: str,
+    data: Data,
+    pictures: Detection,
+    broken: Mapping[int, str],
+    model: nn.Module,
+    described: Described,
+    early: Stopping | None,
+    facts: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the weights of a training that has ended, the ids of its labelled pictures, and its record.
+
+    Args:
+        pictures: all that were learned from. broken: row and reason of some of them.
+        early: what may have stopped the training.
+        facts: of the record, and said. more: of the record alone.
+    """
+    folder, ids = step.folder / name, step.folder / f"{name}.ids.json"
+    weights = folder / "model.safetensors"
+    saved.save(weights, early_stopping.result(model, early), described)
+    save_ids(ids, data.labelled, np.arange(len(data.labelled)))
+    made = [weights, folder / SHEET, ids, *folder.glob(early_stopping.IDS)]
+    reasons = [f"{pictures.keys[row]}: {reason}" for row, reason in broken.items()]
+    step.finish(made, broken=reasons, result={**facts, **(more or {})})
+    loop.remove_checkpoint(folder)
+    say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")

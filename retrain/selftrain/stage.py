@@ -1,0 +1,339 @@
+"""Self-training: a teacher learns the labelled pictures, labels others, and a student learns both.
+
+After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable, with files between them,
+
+    selftrain/teacher/model.safetensors  selftrain/pseudo.json  selftrain/student/model.safetensors
+
+and a fourth that judges both (selftrain/scores.json). What differs between boxes and masks is in `tasks.Task`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ktransfer import files
+from ktransfer.config import build, settings_of
+from ktransfer.data.dataset import check_broken
+from ktransfer.data.loader import cache_place, readable
+from ktransfer.data.opening import open_dataset
+from ktransfer.detection import canvas, saved
+from ktransfer.detection.data import Detection, fraction, load_ids, subset
+from ktransfer.detection.detectors import Settings
+from ktransfer.detection.losses import check_batches
+from ktransfer.detection.saved import Described
+from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
+from ktransfer.networks.teachers import Teacher
+from ktransfer.progress import say, track
+from ktransfer.run import begin, changes, done_record, input_hash
+from ktransfer.stages import Part
+from ktransfer.training import loop
+from ktransfer.training.device import choose_device
+
+from ..config import RATES, SelftrainConfig
+from . import boxes, early_stopping, joint, student
+from .parts import PARTS, SHEET, Data, finish, held_out, show, tested
+from .steps import STAGE, end_of, planned, remove, rounds
+from .tasks import TASKS, suited
+
+SHOWN = 8  # pictures on it
+FEW = 0.2  # of the things in a labelled picture: with fewer, students found less than their teachers (results.md)
+
+
+class Checked(NamedTuple):
+    """What `check` found: the settings, the pictures, and the steps that will be done, in order."""
+
+    config: SelftrainConfig
+    data: Data
+    parts: list[Part]
+
+
+def selftrain(run: str | Path, **options: Any) -> Path:
+    """Train a teacher, label pictures with it, train a student on both, and judge both on the test part.
+
+    Args:
+        run: the run folder; the stage writes below `run/selftrain`.
+        options: the fields of `SelftrainConfig`.
+
+    Returns:
+        The path of `scores.json`.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    run = Path(run)
+    config, data, parts = check(run, options)
+    device = choose_device(config)
+    if config.overwrite:
+        remove(run, parts)
+    weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
+    arms = {"teacher": weights[0]}
+    for number in rounds(config):
+        end = end_of(number)
+        pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
+        weights.append(_train(run, config, data, device, f"student{end}", pseudo))
+        arms["student"] = weights[-1]
+    if joint.NAME in joint.methods(config):
+        arms[joint.NAME] = joint.train(run, config, data, device, _described(run, config, data.labelled))
+    return _judge(run, config, data, device, arms)
+
+
+def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> Checked:
+    """Everything that can be found wrong before the work.
+
+    Raises:
+        UsageError: one line for what is wrong.
+    """
+    config = build(SelftrainConfig, options, STAGE)
+    config = replace(config, lr=config.lr or RATES[config.task] * config.batch / 256)
+    choose_device(config)
+    if not config.labelled:
+        raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
+    if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
+        raise UsageError(
+            "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter away"
+        )
+    for name in ("teacher", "pseudo", "ids") if config.overwrite else ():
+        given = getattr(config, name)
+        if given and Path(given).resolve().is_relative_to((run / STAGE).resolve()):
+            raise UsageError(f"--{name} {given}: --overwrite would remove it; copy it to another place first")
+    check_batches(config, config.norm, 2 * config.batch)
+    task = TASKS[config.task]
+    suited(config)
+    whole, test = task.open_data(config.labelled)
+    if config.ids and config.fraction < 1:
+        raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
+    rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
+    if config.fraction < 1:
+        rows = fraction(whole, config.fraction, config.seed, config.stratified)
+    left = np.setdiff1d(np.arange(len(whole)), rows)
+    labelled = subset(whole, rows)
+    if not any((~one.crowd).any() for one in labelled.objects):
+        given = "ids" if config.ids else "fraction" if config.fraction < 1 else "labelled"
+        raise UsageError(f"--{given} {getattr(config, given)}: no box among {len(rows)} pictures; take more")
+    early_stopping.rows(labelled, config)
+    if not config.unlabelled and not len(left):
+        raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
+    unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
+    task.check(config, len(labelled), len(unlabelled))
+    cache_place(config.cache_pictures, len(labelled) + len(unlabelled), config.size, choose_device(config))
+    described, file, foreign = _described(run, config, labelled, pending)
+    coming = config.init == "run" and "retrain" in (pending or {})  # what lies there now will be another one
+    saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
+    if config.teacher:
+        held = saved.describe(Path(config.teacher))
+        if held.settings.kind not in task.NECKS:
+            raise UsageError(
+                f"--teacher {config.teacher}: a {held.settings.kind}, and --task {config.task} takes one of "
+                f"{', '.join(task.NECKS)}"
+            )
+        if held.classes != whole.classes:
+            raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
+    if config.pseudo:
+        # The file is what is checked, and pictures are not read.
+        any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
+        task.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), labelled, config)
+    joint.check(config, unlabelled)
+    judging = boxes.shared(labelled, test)
+    if len(judging):
+        raise UsageError(
+            f"--labelled {config.labelled}: {len(judging)} of its pictures would be learned and judge too, such as "
+            f"{labelled.keys[judging[0]]}; give a training and a test part that share none, or leave them out by --ids"
+        )
+    data = Data(labelled, unlabelled, test)
+    return Checked(config, data, planned(config, data, None if coming else file))
+
+
+def _train(
+    run: Path, config: SelftrainConfig, data: Data, device: torch.device, name: str, pseudo: Path | None
+) -> Path:
+    """One training: of the teacher on the labelled pictures, or of a student on these and on pseudo-boxes."""
+    described, init, foreign = _described(run, config, data.labelled)
+    inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
+    if pseudo:
+        inputs |= {"pseudo-boxes": input_hash(pseudo), "unlabelled": data.unlabelled.fingerprint}
+    settings, outputs = settings_of(config, "student" if pseudo else "teacher"), [name, f"{name}.ids.json"]
+    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
+        folder, weights = step.folder / name, step.folder / name / "model.safetensors"
+        if step.done:
+            return weights
+        model: nn.Module = saved.make(described, config.seed, init, foreign)
+        how, task = described.network.normalise, TASKS[config.task]
+        pictures, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
+        by_class: dict[str, Any] = {}
+        if pseudo:
+            pictures, more, by_class = _with_pseudo(config, data, name, pseudo)
+            facts |= more
+            average = saved.make(described, config.seed, init, foreign) if config.ema else None
+            model = student.Student(model, average, config.ema)
+        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
+        good = readable(source, torch.arange(len(pictures)), config.max_broken)
+        split = len(data.labelled)
+        rows, added = good[good < split], good[good >= split]
+        rows, judging = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
+        if not len(rows) or (pseudo and not len(added)):
+            which = "pseudo-labelled" if len(rows) else "labelled"
+            raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
+        weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
+        known, unknown = task.known(pictures, config, device)
+        check_broken(source.broken | unknown, len(pictures), config.max_broken, pictures)
+        seed = config.seed if name == "teacher" else config.seed + 1
+        task.draw(folder / SHEET, data.labelled, known, source, config.augment, seed, rows[:SHOWN])
+        batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
+        if pseudo:
+            batches = partial(student.batches, rows, added, config.batch, seed)
+        config = replace(config, epochs=student.passes(config, rows, bool(pseudo)))
+        loss = task.losses(known, how, config.augment, seed, weighing, split)
+        early = early_stopping.stopping(model, data.labelled, source, judging, config, device, folder)
+        loop.fit(model, loss, source, batches, config, folder, device, name, early)
+        facts |= early_stopping.facts(early, judging)
+        broken = source.broken | unknown
+        finish(step, name, data, pictures, broken, model, described, early, facts, by_class)
+        return weights
+
+
+def _with_pseudo(
+    config: SelftrainConfig, data: Data, name: str, pseudo: Path
+) -> tuple[Detection, dict[str, int], dict[str, Any]]:
+    """The labelled pictures and behind them the pseudo-labelled ones that a student learns, and how much there is.
+
+    Raises:
+        StageError: there is nothing in the pseudo-labels.
+    """
+    task = TASKS[config.task]
+    one, several = task.THINGS
+    sizes = None if config.pseudo else boxes.stated_sizes(pseudo, data.unlabelled)
+    other = boxes.without_boxes(data.unlabelled, data.labelled, sizes)
+    other, listed = task.read(pseudo, other, data.labelled, config)
+    if config.pseudo:  # a teacher of ours was not shown them
+        listed = np.setdiff1d(listed, tested(data, name))
+    listed = np.setdiff1d(listed, held_out(config, data, name))
+    each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count")}
+    if config.empty == "drop":
+        listed = listed[[each[row].any() for row in listed.tolist()]]
+    counted = sum(each.values(), np.zeros(len(other.classes), np.int64))
+    if not counted.any():
+        steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
+        raise StageError(
+            f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} pictures; train the "
+            f"teacher longer{steady_too}, or lower --threshold, with --overwrite"
+        )
+    own = np.sum([task.count(data.labelled, row) for row in range(len(data.labelled))], axis=0)
+    pairs = {kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)}
+    words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
+    say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
+    made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
+    if config.task != "segment" and made < FEW * usual:  # of masks, what is not sure is ignored, not background
+        say(
+            f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are background then, "
+            "so train the teacher longer, lower --threshold, or give --empty drop"
+        )
+    facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
+    by_class = {f"{several} by class, labelled and pseudo": pairs}
+    return student.joined(data.labelled, subset(other, listed)), facts, by_class
+
+
+def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
+    """What a teacher sees in the unlabelled pictures, with scores from the threshold on."""
+    name, other = f"pseudo{end}", data.unlabelled
+    inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
+    settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name, f"{name}{PARTS}"]
+    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
+        path, parts = step.folder / f"{name}.json", step.folder / f"{name}{PARTS}"
+        if step.done:
+            return path
+        sizes = boxes.kept_sizes(parts / "sizes", other)
+        shown = show(teacher, boxes.without_boxes(other, data.labelled, sizes), config, device)
+        rows = torch.from_numpy(np.setdiff1d(np.arange(len(other)), tested(data, name)))
+        about = {"teacher": inputs["teacher"], "threshold": config.threshold, "size": shown.described.size}
+        facts = TASKS[config.task].label(path, shown, rows, about)
+        broken = [f"{other.keys[row]}: {reason}" for row, reason in shown.source.broken.items()]
+        files.remove(parts)
+        step.finish([path], broken=broken, result=facts)
+        say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {path}")
+        return path
+
+
+def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
+    """What teacher and student reach on the test part."""
+    inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
+    settings = settings_of(config, "scores")
+    again = bool(changes(run, STAGE, "scores", settings, inputs))  # it is cheap
+    with begin(run, STAGE, "scores", settings, inputs, ["scores.json"], again, str(device)) as step:
+        path = step.folder / "scores.json"
+        if not step.done:
+            found: dict[str, Any] = {}
+            for name, weights in arms.items():
+                shown = show(weights, data.test, config, device)
+                found[name] = TASKS[config.task].judge(shown, f"judge {name}")
+            pictures = {"labelled": len(data.labelled), "test": len(data.test)}
+            judged = {name: getattr(config, name) for name in TASKS[config.task].JUDGED}
+            files.write_json(path, {"schema": 1, "data": pictures, **judged, "scores": found})
+            step.finish([path])
+        print(_table(files.read_json(path)))
+        return path
+
+
+def _described(
+    run: Path, config: SelftrainConfig, data: Detection, pending: Mapping[str, Any] | None = None
+) -> tuple[Described, Path | None, bool]:
+    """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
+    network, weights, foreign = _backbone(run, config, pending)
+    task = TASKS[config.task]
+    settings = Settings(
+        task.kind(config),
+        config.norm,
+        config.anchor,
+        config.focal_alpha,
+        config.focal_gamma,
+        config.huber_delta,
+        config.huber_weight,
+        threshold=config.test_threshold,
+    )
+    network = replace(network, size=config.size)
+    described = Described(network, task.NECKS[settings.kind], settings, data.classes, config.size, config.channels)
+    return described, weights, foreign
+
+
+def _backbone(
+    run: Path, config: SelftrainConfig, pending: Mapping[str, Any] | None
+) -> tuple[Network, Path | None, bool]:
+    if config.init == "random":
+        check_arch(config.backbone, config.width, config.backbone in TRUNKS, "--backbone")
+        network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
+        return network, None, False
+    if config.init == "run":
+        path = run / "retrain" / "model.safetensors"
+        if pending and "retrain" in pending:
+            made = pending["retrain"]
+            return Network(made.arch, made.width, made.stride, made.size, 0, "imagenet", "pseudo-labels"), path, False
+        done_record(run, "retrain", "retrain", "retrain")
+        return replace(describe(path), classes=0), path, False
+    named = config.init.startswith(("torchvision:", "timm:"))
+    ours = config.init.endswith(teachers.SAFETENSORS)
+    found: Teacher = teachers.find(config.init, None if named or ours else config.backbone, None, 0)
+    if found.weights is None:
+        raise UsageError(f"--init {config.init}: has no weights; give a network")
+    return replace(found.network, classes=0 if ours else found.network.classes), found.weights, found.foreign
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The measures in per cent with 95 % intervals over resampled pictures."""
+    first = next(iter(result["scores"].values()))
+    names = [name for name in first if f"{name}_interval" in first]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm, found in result["scores"].items():
+        cells = []
+        for name in names:
+            low, high = found[f"{name}_interval"]
+            cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    pictures = result["data"]
+    least = f"; scores from {result['test_threshold']} on" if "test_threshold" in result else ""
+    return "\n".join(lines) + (f"\n\n{pictures['labelled']} labelled pictures, {pictures['test']} to test{least}.\n")

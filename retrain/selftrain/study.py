@@ -1,0 +1,152 @@
+"""A study: self-training in every cell of a grid, cell by cell, and one table at the end.
+
+The recipe is a TOML file (docs/selftraining.md has one): what `[grid]` lists is varied, `[selftrain]` holds for all
+cells, `[names]` says what values are called in the tables. Each cell is a run of its own below `cells/`.
+"""
+
+import itertools
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from ktransfer import files
+from ktransfer.config import build
+from ktransfer.errors import KTransferError, StageError, UsageError
+from ktransfer.progress import say
+from ktransfer.run import leaves_nothing, read_record
+
+from ..config import SelftrainConfig
+from . import stage, steps, tables
+from .tables import Cell, Recipe
+
+TABLES = ("selftrain", "grid", "names")
+
+
+def study(recipe: str | Path, run: str | Path) -> Path:
+    """Run every cell that is not done yet, then write `study.md`, `study.csv`, `cells.csv`, `study.json` and plots.
+
+    Args:
+        recipe: a TOML file, as above.
+        run: the folder of the study; killed and given again, it goes on; with more values in the recipe it makes what
+            these add.
+
+    Returns:
+        The path of `study.md`.
+
+    Raises:
+        UsageError: the recipe, or a cell of it, is wrong, or a cell was made otherwise; nothing was begun.
+        StageError: some cells failed, which are named; all others are whole.
+    """
+    run = Path(run)
+    plan = read(Path(recipe))
+    wanted = {slug(cell): cell for cell in cells(plan)}
+    plotted = tables.varied(plan)
+    if plotted:
+        tables.matplotlib()
+    for name, cell in wanted.items():
+        _check(run / "cells" / name, plan.common | cell, f"--recipe {recipe}: cell {name}")
+    scores: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for number, (name, cell) in enumerate(wanted.items(), 1):
+        say(f"\nstudy: cell {number} of {len(wanted)}: {name}")
+        try:
+            path = stage.selftrain(run / "cells" / name, **plan.common, **cell)
+        except KTransferError as error:
+            failed.append(f"{name} ({error})")
+            say(f"study: cell {name} failed: {error}")
+            continue
+        scores.append({"cell": cell, "scores": files.read_json(path)["scores"]})
+    if failed:
+        raise StageError(
+            f"study: {len(failed)} of {len(wanted)} cells failed: {'; '.join(failed)}; the others are whole: mend the "
+            "cause, or take the values out of the recipe, and give the same command again"
+        )
+    lines = tables.lines_of(plan, scores)
+    held = {"schema": 1, "measure": tables.measure_of(lines), "common": plan.common, "cells": scores}
+    files.write_json(run / "study.json", held)
+    files.write_text(run / "study.csv", tables.to_csv(lines))
+    files.write_text(run / "cells.csv", tables.cells_csv(lines))
+    text = tables.to_markdown(plan, lines)
+    files.write_text(run / "study.md", text)
+    for axis in plotted:
+        files.write_text(run / f"{axis}.svg", tables.plot(plan, lines, axis))
+    print(text)
+    say(f"study: done; {len(wanted)} cells; {run / 'study.md'}")
+    return run / "study.md"
+
+
+def _check(run: Path, options: dict[str, Any], where: str) -> None:
+    """Find what is wrong with a cell, or was made otherwise, before the first one begins."""
+    try:
+        parts = stage.check(run, options).parts
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    for part in parts:
+        old, found = read_record(run, steps.STAGE, part.step), steps.otherwise(run, part)
+        if old and found and not part.cheap and not leaves_nothing(run / steps.STAGE, old):
+            raise UsageError(
+                f"{where}: its {part.step} was made otherwise: {'; '.join(found)}. Remove {run} to make the cell anew, "
+                "or choose another --run"
+            )
+
+
+def read(path: Path) -> Recipe:
+    """A recipe.
+
+    Raises:
+        UsageError: no TOML, unknown tables or settings, an axis without values or with one twice, cells that would
+            share a folder.
+    """
+    try:
+        held = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--recipe {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--recipe {path}: not valid TOML: {error}") from error
+    wrong = [name for name in held if name not in TABLES]
+    if wrong or not all(isinstance(held.get(name, {}), dict) for name in TABLES):
+        raise UsageError(
+            f"--recipe {path}: '{(wrong or TABLES)[0]}' is no table of a study; it has {', '.join(TABLES)}"
+        )
+    grid, common = held.get("grid", {}), held.get("selftrain", {})
+    if not grid or not all(isinstance(values, list) and values for values in grid.values()):
+        raise UsageError(f"--recipe {path}: [grid] needs a list of values for each setting that is varied")
+    twice = [axis for axis in grid if axis in common]
+    if twice:
+        raise UsageError(f"--recipe {path}: '{twice[0]}' stands in [selftrain] and in [grid]; leave it in one")
+    if "overwrite" in common | grid:
+        raise UsageError(
+            f"--recipe {path}: overwrite is no setting of a study; remove the folders of its cells instead"
+        )
+    for axis, values in grid.items():
+        again = [value for place, value in enumerate(values) if value in values[:place]]
+        if again:
+            raise UsageError(f"--recipe {path}: {axis} lists {again[0]!r} twice; each value makes a cell of its own")
+    if "segment" in grid.get("task", []) and len(grid["task"]) > 1:
+        raise UsageError(f"--recipe {path}: [grid] task: masks have no AP, which boxes have; make a study of each")
+    named: dict[str, Cell] = {}
+    for cell in cells(Recipe(common, grid, {})):
+        build(SelftrainConfig, common | cell, f"--recipe {path}")
+        if named.setdefault(slug(cell), cell) is not cell:
+            raise UsageError(
+                f"--recipe {path}: two cells would be made in cells/{slug(cell)}; rename a file that differs"
+            )
+    recipe = Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
+    for axis, values in grid.items():
+        called = [tables.words(recipe, axis, value) for value in values]
+        again = [name for place, name in enumerate(called) if name in called[:place]]
+        if again:
+            raise UsageError(f"--recipe {path}: two values of {axis} are called '{again[0]}'; give [names] that differ")
+    return recipe
+
+
+def cells(recipe: Recipe) -> list[Cell]:
+    """All combinations, the last axis fastest."""
+    return [dict(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
+
+
+def slug(cell: Cell) -> str:
+    """The name of a cell's folder."""
+    parts = [f"{axis}-{re.sub(r'[^A-Za-z0-9.]+', '-', str(value)).strip('-')}" for axis, value in cell.items()]
+    return "_".join(parts)

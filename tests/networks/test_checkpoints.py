@@ -1,0 +1,195 @@
+"""Checkpoints as other projects save them: what is in them is found, what is not theirs is refused in one line."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models as zoo
+
+from ktransfer.errors import UsageError
+from ktransfer.networks import checkpoints
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return zoo.resnet18(num_classes=4)
+
+
+def states(model, seed=1, drop=("fc.",)):
+    """Other weights of the same shapes, without the classifier; and one for each copy that wrappers keep."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value.clone()
+        for name, value in model.state_dict().items()
+        if not name.startswith(drop)
+    }
+
+
+def under(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+HEAD = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
+NUMBERS = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+
+
+def numbered(state):
+    """As nn.Sequential(*list(resnet.children())[:-1]) names it."""
+    return {f"{NUMBERS.index(name.split('.')[0])}.{name.split('.', 1)[1]}": value for name, value in state.items()}
+
+
+def vissl(mine, other):
+    trunk = under("_feature_blocks.", mine)
+    inner = {"trunk": trunk, "heads": {"0.clf.0.weight": HEAD["weight"]}}
+    return {"phase_idx": 9, "classy_state_dict": {"base_model": {"model": inner}, "loss": {}}}
+
+
+WRAPPED = {
+    "plain": lambda mine, other: mine,
+    "vissl": vissl,
+    "moco": lambda mine, other: {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": under("module.encoder_k.", other)
+        | under("module.encoder_q.", mine)
+        | under("module.encoder_q.fc.0.", HEAD)
+        | {"module.queue": torch.ones(3, 5)},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(64, 3, 7, 7)}}, "param_groups": [{"lr": 0.1}]},
+    },
+    "simclr": lambda mine, other: {"state_dict": under("backbone.", mine) | under("backbone.fc.0.", HEAD)},
+    "swav": lambda mine, other: under("module.", mine) | under("module.prototypes.", HEAD),
+    "deepcluster-v2": lambda mine, other: {"state_dict": under("module.", mine) | under("module.prototypes0.", HEAD)},
+    "dino": lambda mine, other: {
+        "student": under("module.backbone.", other) | under("module.head.mlp.0.", HEAD),
+        "teacher": under("backbone.", mine) | under("head.mlp.0.", HEAD),
+    },
+    "solo-learn": lambda mine, other: {
+        "state_dict": under("momentum_backbone.", other) | under("backbone.", mine) | under("classifier.", HEAD)
+    },
+    "lightly": lambda mine, other: {
+        "state_dict": under("backbone.", numbered(mine))
+        | under("backbone_momentum.", numbered(other))
+        | under("projection_head.layers.0.", HEAD)
+    },
+    "mmselfsup": lambda mine, other: {"meta": {"epoch": 1}, "state_dict": under("backbone.", mine)},
+    "compiled": lambda mine, other: {"model": under("_orig_mod.encoder.", mine)},
+    "lit": lambda mine, other: {"state_dict": under("model.target_encoder.", other) | under("model.online.net.", mine)},
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_the_network_is_found_in_its_wrapper(tmp_path, resnet, how):
+    mine, other = states(resnet, 1), states(resnet, 2)
+    path = tmp_path / "weights.pth.tar"
+    torch.save(WRAPPED[how](mine, other), path)
+    found = checkpoints.fit(path, resnet, "resnet18")
+    assert set(found.state) == set(mine)
+    assert all(torch.equal(found.state[name], value) for name, value in mine.items())
+    assert f"{len(mine)} tensors of resnet18 matched" in found.line
+    assert "2 missing (fc.weight, fc.bias)" in found.line
+    assert "\n" not in found.line
+    assert ("none unexpected" in found.line) != (how in ("moco", "simclr", "swav", "deepcluster-v2"))
+
+
+def test_safetensors_and_a_classifier_of_another_size(tmp_path, resnet):
+    mine = states(resnet, drop=()) | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+    save_file(mine, tmp_path / "weights.safetensors")
+    found = checkpoints.fit(tmp_path / "weights.safetensors", resnet, "resnet18")
+    assert set(found.state) == {name for name in mine if not name.startswith("fc.")}
+    assert "none missing, none unexpected" in found.line
+
+
+def test_a_batch_norm_without_its_counter_is_whole(tmp_path, resnet):
+    mine = {name: value for name, value in states(resnet).items() if "num_batches" not in name}
+    torch.save(mine, tmp_path / "old.pth")
+    assert set(checkpoints.fit(tmp_path / "old.pth", resnet, "resnet18").state) == set(mine)
+
+
+def test_a_transformer_under_the_names_of_timm(tmp_path):
+    model = zoo.VisionTransformer(32, 16, 2, 2, 24, 48, num_classes=3).eval()
+    mine = {}
+    for name, value in states(model, drop=("heads.",)).items():
+        for ours, theirs in (
+            ("encoder.layers.encoder_layer_", "blocks."),
+            ("encoder.pos_embedding", "pos_embed"),
+            ("encoder.ln.", "norm."),
+            ("class_token", "cls_token"),
+            ("conv_proj", "patch_embed.proj"),
+            ("self_attention.in_proj_", "attn.qkv."),
+            ("self_attention.out_proj", "attn.proj"),
+            ("ln_1", "norm1"),
+            ("ln_2", "norm2"),
+            ("mlp.0", "mlp.fc1"),
+            ("mlp.3", "mlp.fc2"),
+        ):
+            name = name.replace(ours, theirs)
+        mine[name] = value
+    torch.save({"state_dict": under("module.base_encoder.", mine)}, tmp_path / "moco.pth")
+    found = checkpoints.fit(tmp_path / "moco.pth", model, "vit")
+    wanted = states(model, drop=("heads.",))
+    assert set(found.state) == set(wanted)
+    assert all(torch.equal(found.state[name], value) for name, value in wanted.items())
+    old = {name.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for name, v in wanted.items()}
+    torch.save(old, tmp_path / "old.pth")
+    assert set(checkpoints.fit(tmp_path / "old.pth", model, "vit").state) == set(wanted)
+
+
+def refused(path, model, arch="resnet18"):
+    with pytest.raises(UsageError) as caught:
+        checkpoints.fit(path, model, arch)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_incomplete_trunk_is_refused(tmp_path, resnet):
+    mine = states(resnet)
+    del mine["layer3.1.bn2.running_var"]
+    torch.save(under("backbone.", mine), tmp_path / "part.pth")
+    line = refused(tmp_path / "part.pth", resnet)
+    assert "not complete without layer3.1.bn2.running_var" in line and "--arch" in line
+
+
+def test_another_arch_is_refused_by_its_first_differing_tensor(tmp_path, resnet):
+    torch.save(zoo.resnet50().state_dict(), tmp_path / "deep.pth")
+    line = refused(tmp_path / "deep.pth", resnet)
+    assert "layer1.0.conv1.weight is (64, 64, 1, 1) in it and (64, 64, 3, 3) in resnet18" in line
+
+
+def test_nothing_of_the_kind_is_refused(tmp_path, resnet):
+    torch.save({"net": {"w": torch.ones(2)}}, tmp_path / "other.pth")
+    assert "nothing in it is named as in resnet18, but such as net.w" in refused(tmp_path / "other.pth", resnet)
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    assert "holds no tensors" in refused(tmp_path / "none.pth", resnet)
+    assert "no such checkpoint" in refused(tmp_path / "nowhere.pth", resnet)
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path, resnet):
+    ran = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return ran.touch, ()
+
+    torch.save({"state_dict": states(resnet), "args": Bomb()}, tmp_path / "bomb.pth")
+    assert "holds more than tensors" in refused(tmp_path / "bomb.pth", resnet)
+    assert not ran.exists()
+    torch.save({"state_dict": states(resnet), "args": argparse.Namespace(a=1)}, tmp_path / "args.pth")
+    line = refused(tmp_path / "args.pth", resnet)
+    assert "argparse.Namespace" in line and "torch.save(model.state_dict(), FILE)" in line
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "text.pth", "empty.pth"])
+def test_damaged_files_are_one_line(tmp_path, resnet, name):
+    path = tmp_path / name
+    if name == "cut.pth":
+        torch.save(states(resnet), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif name == "cut.safetensors":
+        save_file(states(resnet), path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    else:
+        path.write_bytes(np.random.default_rng(0).bytes(300) if name == "text.pth" else b"")
+    assert str(path) in refused(path, resnet)
