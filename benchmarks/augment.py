@@ -1,21 +1,21 @@
-"""Pictures per second of CPU time on the way to a detector's training, beside torchvision's transforms.
+"""Images per second of CPU time on the way to a detector's training, beside torchvision's transforms.
 
-Run as `python benchmarks/augment.py [--data ROOT] [--size S] [--side N] [--pictures N] [--rounds N] [--json FILE]` on a
-quiet machine, ROOT with COCO files such as det_animals7; without it pictures of 500 x 375 are made. From the same JPEG
-files to normalised pictures (3, S, S) float32 with their boxes, augmented as S4 says (RandAugment: two of ten
+Run as `python benchmarks/augment.py [--data ROOT] [--size S] [--side N] [--images N] [--rounds N] [--json FILE]` on a
+quiet machine, ROOT with COCO files such as det_animals7; without it images of 500 x 375 are made. From the same JPEG
+files to normalised images (3, S, S) float32 with their boxes, augmented as S4 says (RandAugment: two of ten
 operations at magnitude 10; scale 0.5 to 2, crop, mirror):
 
-v2           picture by picture: Pillow, torchvision's v2 functions and transforms on Pillow's pictures and
+v2           image by image: Pillow, torchvision's v2 functions and transforms on Pillow's images and
              BoundingBoxes, each move of the policy interpolated as ours are
 v2 nearest   the same with the policy's moves by nearest pixels, as torchvision's own RandAugment does by default
 ours         canvases decoded by one thread, batches of 16 augmented and normalised
-cached       the same with the canvases in memory, as `--cache-pictures` has them from the second epoch on
+cached       the same with the canvases in memory, as `--cache-images` has them from the second epoch on
 decode       our decoding alone, to uint8 canvases
 
-Both do the same operations as often, with the same constants. What differs: torchvision resamples a picture for each
+Both do the same operations as often, with the same constants. What differs: torchvision resamples an image for each
 move, ours once for all of them; torchvision's policy sees the file's pixels and its last resampling smooths what it
 shrinks, our policy sees the canvas and what it shrinks from there is not smoothed; torchvision puts the rest of a small
-picture all around it, ours below and at the right; torchvision leaves single pictures, ours are batches.
+image all around it, ours below and at the right; torchvision leaves single images, ours are batches.
 
 A rate is that of all threads' CPU time, so it is that of a core. First of all it is checked that white rectangles come
 to lie in their boxes, and their boxes close around them, in both.
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import report
+from images import report
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
@@ -45,7 +45,7 @@ from torchvision.transforms.v2 import functional as F
 from ktransfer import networks
 from ktransfer.bench.photographs import write_photographs
 from ktransfer.data import decoding
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, subset
 from ktransfer.detection.losses import truth
@@ -60,7 +60,7 @@ Found = tuple[Tensor, tv_tensors.BoundingBoxes]
 
 
 class Peer:
-    """S4 on one picture at a time, by torchvision."""
+    """S4 on one image at a time, by torchvision."""
 
     def __init__(self, size: int, moves: v2.InterpolationMode) -> None:
         self.moves = moves
@@ -76,33 +76,31 @@ class Peer:
             ]
         )
 
-    def __call__(self, picture: Image.Image, boxes: tv_tensors.BoundingBoxes, names: Sequence[str] = RANDOM) -> Found:
+    def __call__(self, image: Image.Image, boxes: tv_tensors.BoundingBoxes, names: Sequence[str] = RANDOM) -> Found:
         for name in random.choices(names, k=LAYERS):
-            picture, boxes = self.operation(name, picture, boxes)
-        found: Found = self.fit(picture, boxes)
+            image, boxes = self.operation(name, image, boxes)
+        found: Found = self.fit(image, boxes)
         return found
 
-    def operation(self, name: str, picture: Image.Image, boxes: tv_tensors.BoundingBoxes) -> Pair:
-        """One of RandAugment's operations at magnitude 10, lengths in proportion to the picture's long side."""
-        sign, share = random.choice((-1, 1)), max(picture.size) / DESIGNED_FOR
+    def operation(self, name: str, image: Image.Image, boxes: tv_tensors.BoundingBoxes) -> Pair:
+        """One of RandAugment's operations at magnitude 10, lengths in proportion to the image's long side."""
+        sign, share = random.choice((-1, 1)), max(image.size) / DESIGNED_FOR
         angle, shift, shear = 0.0, [0, 0], [0.0, 0.0]
         match name:
             case "equalise":
-                return F.equalize(picture), boxes
+                return F.equalize(image), boxes
             case "solarise":
-                return F.solarize(picture, 256), boxes
+                return F.solarize(image, 256), boxes
             case "solarise-add":
-                return picture.point(
-                    [min(255, level + 110) if level < 128 else level for level in range(256)] * 3
-                ), boxes
+                return image.point([min(255, level + 110) if level < 128 else level for level in range(256)] * 3), boxes
             case "colour":
-                return F.adjust_saturation(picture, 1.9), boxes
+                return F.adjust_saturation(image, 1.9), boxes
             case "cutout":
-                x, y = (random.uniform(0, side) for side in picture.size)
+                x, y = (random.uniform(0, side) for side in image.size)
                 half = 100 * share
                 corners = (round(x - half), round(y - half), round(x + half), round(y + half))
-                picture.paste((FILL, FILL, FILL), corners)
-                return picture, boxes
+                image.paste((FILL, FILL, FILL), corners)
+                return image, boxes
             case "rotate":
                 angle = 30.0 * sign
             case "translate-x":
@@ -114,19 +112,19 @@ class Peer:
             case "shear-y":
                 shear = [0.0, 16.7 * sign]
         move = partial(F.affine, angle=angle, translate=shift, scale=1.0, shear=shear)
-        return move(picture, interpolation=self.moves, fill=[FILL] * 3), move(boxes)
+        return move(image, interpolation=self.moves, fill=[FILL] * 3), move(boxes)
 
 
 def peers(files: list[Path], boxes: list[Tensor], peer: Peer) -> int:
     for path, own in zip(files, boxes, strict=True):
         with Image.open(path) as image:
-            picture = image.convert("RGB")
-        peer(picture, framed(own, picture))
+            image = image.convert("RGB")
+        peer(image, framed(own, image))
     return len(files)
 
 
-def framed(boxes: Tensor, picture: Image.Image) -> tv_tensors.BoundingBoxes:
-    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(picture.height, picture.width))
+def framed(boxes: Tensor, image: Image.Image) -> tv_tensors.BoundingBoxes:
+    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width))
 
 
 class Ours:
@@ -145,13 +143,13 @@ class Ours:
         return len(rows)
 
 
-def decoded(source: Pictures) -> int:
+def decoded(source: ImageLoader) -> int:
     rows = torch.randperm(len(source.dataset))
     return sum(len(pixels) for _, pixels, _, _ in source.batches(iter(rows.split(BATCH))))
 
 
 def check(ours: Ours, peer: Peer) -> None:
-    """White rectangles, one in each of 200 pictures, are where their boxes say after each one's moves.
+    """White rectangles, one in each of 200 images, are where their boxes say after each one's moves.
 
     Raises:
         SystemExit: they are not.
@@ -169,8 +167,8 @@ def check(ours: Ours, peer: Peer) -> None:
         [(masks[place, 0] > 127, moved.boxes[place, 0]) for place in moved.kept[:, 0].nonzero().flatten().tolist()],
     )
     random.seed(0)
-    picture = F.to_pil_image(black[0])
-    seen = [peer(picture, framed(box[None], picture), MOVES) for _ in range(200)]
+    image = F.to_pil_image(black[0])
+    seen = [peer(image, framed(box[None], image), MOVES) for _ in range(200)]
     lies("v2", [(pixels[0] > 1.2, own[0]) for pixels, own in seen if len(own)])
 
 
@@ -193,7 +191,7 @@ def lies(name: str, found: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def measure(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Pictures per second of CPU time, of all threads, the ways in turns; the first round is not counted."""
+    """Images per second of CPU time, of all threads, the ways in turns; the first round is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -209,7 +207,7 @@ def measure(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a root of COCO files, such as det_animals7, instead of made ones")
-    parser.add_argument("--pictures", type=int, default=256, help="the first so many of its training part")
+    parser.add_argument("--images", type=int, default=256, help="the first so many of its training part")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=320, help="of the canvases, and of what v2 crops")
     parser.add_argument("--side", type=int, default=0, help="enlarge the files first to so many pixels; 0: as they are")
@@ -217,9 +215,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        root = options.data or made(Path(work) / "made", options.pictures)
+        root = options.data or made(Path(work) / "made", options.images)
         data, _ = open_detection(str(root))
-        data = subset(data, np.arange(min(options.pictures, len(data))))
+        data = subset(data, np.arange(min(options.images, len(data))))
         files = [next(path for path in (root / key, root / "images" / key) if path.is_file()) for key in data.keys]
         if options.side:
             data, files = enlarged(data, files, options.side, Path(work))
@@ -227,22 +225,22 @@ def main() -> None:
 
 
 def made(root: Path, count: int) -> Path:
-    """A root of made pictures, 500 x 375, with two boxes each."""
+    """A root of made images, 500 x 375, with two boxes each."""
     root.mkdir()
     files = sorted(write_photographs(root / "images", count).iterdir())
-    pictures = [{"id": n, "file_name": path.name, "width": 500, "height": 375} for n, path in enumerate(files)]
+    images = [{"id": n, "file_name": path.name, "width": 500, "height": 375} for n, path in enumerate(files)]
     boxes = [
         {"image_id": n // 2, "category_id": 1, "bbox": [40 + 200 * (n % 2), 60, 180, 240]} for n in range(2 * count)
     ]
     notes = [{"id": n} | box for n, box in enumerate(boxes)]
     for part in ("train", "val"):
-        held = {"images": pictures, "annotations": notes, "categories": [{"id": 1, "name": "thing"}]}
+        held = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "thing"}]}
         (root / f"instances_{part}.json").write_text(json.dumps(held))
     return root
 
 
 def enlarged(data: Detection, files: list[Path], side: int, work: Path) -> tuple[Detection, list[Path]]:
-    """The pictures with a long side of `side` pixels as JPEGs of quality 90 in `work`, with their boxes."""
+    """The images with a long side of `side` pixels as JPEGs of quality 90 in `work`, with their boxes."""
     made: list[Path] = []
     for number, path in enumerate(files):
         made.append(work / f"{number}.jpg")
@@ -268,7 +266,7 @@ def run(data: Detection, files: list[Path], options: argparse.Namespace) -> None
         "decode": partial(decoded, ours.source),
     }
     rates = measure(ways, options.rounds)
-    report(rates, "v2", options.json, {"pictures": len(data), "size": options.size, "side": options.side})
+    report(rates, "v2", options.json, {"images": len(data), "size": options.size, "side": options.side})
 
 
 if __name__ == "__main__":

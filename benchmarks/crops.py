@@ -1,6 +1,6 @@
-"""Pictures per second and core on the way to a retraining's batches, beside ImageFolder with torchvision's transforms.
+"""Images per second and core on the way to a retraining's batches, beside ImageFolder with torchvision's transforms.
 
-Run as `python benchmarks/crops.py [--pictures N] [--rounds N] [--data DIR] [--json FILE]`, on a quiet machine.
+Run as `python benchmarks/crops.py [--images N] [--rounds N] [--data DIR] [--json FILE]`, on a quiet machine.
 
 Everything runs on one core. From the same JPEG files, to batches of normalised random crops, mirrored half the time,
 (256, 3, 224, 224):
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pictures import batches, measure, one_thread, report
+from images import batches, measure, one_thread, report
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -31,7 +31,7 @@ from torchvision.datasets import ImageFolder
 from ktransfer import networks
 from ktransfer.bench.photographs import write_photographs
 from ktransfer.data.augment import random_resized_crop
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import pack
 
@@ -55,17 +55,17 @@ def loaded(loader: "DataLoader[Any]") -> int:
     return sum(len(crops) for crops, _ in loader)
 
 
-def crops(pictures: Pictures) -> int:
+def crops(images: ImageLoader) -> int:
     finish = partial(networks.normalise, how="imagenet")
     done = 0
-    for rows, pixels, _, _ in pictures.batches(batches(len(pictures.dataset))):
+    for rows, pixels, _, _ in images.batches(batches(len(images.dataset))):
         done += len(random_resized_crop(pixels, rows, SIZE, 0, 0, "retrain", finish=finish))
     return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=Path, help="a folder of class folders of JPEGs instead of made ones")
     parser.add_argument("--json", type=Path, help="write the rates of all rounds here")
@@ -75,7 +75,7 @@ def main() -> None:
         root = options.data or work / "root"
         if options.data is None:
             root.mkdir()
-            write_photographs(root / "class", options.pictures)
+            write_photographs(root / "class", options.images)
         packed = (
             pack(str(root), work / "256.h5", SIDE, workers=1),
             pack(str(root), work / "raw.h5", SIDE, raw=True, workers=1),
@@ -87,10 +87,10 @@ def main() -> None:
             way: open_dataset(str(path)) for way, path in zip(("pack 256", "raw 256"), packed, strict=True)
         }
         found = {"reference": partial(loaded, reference(root))}
-        found |= {way: partial(crops, Pictures(part, SIDE, 1, cache="off")) for way, part in opened.items()}
-        found["cache"] = partial(crops, Pictures(opened["raw 256"], SIDE, 1, cache="ram"))
+        found |= {way: partial(crops, ImageLoader(part, SIDE, 1, cache="off")) for way, part in opened.items()}
+        found["cache"] = partial(crops, ImageLoader(opened["raw 256"], SIDE, 1, cache="ram"))
         rates = measure(found, options.rounds)
-    report(rates, "reference", options.json, {"pictures": len(data)})
+    report(rates, "reference", options.json, {"images": len(data)})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ktransfer import networks
-from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
+from ktransfer.detection import canvas, detectors, losses, metrics, predictions, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_detection
@@ -54,7 +54,7 @@ def torchvisions(classes: int, size: int) -> tuple[nn.Module, Settings]:
     return RetinaNet(trunk, classes, min_size=size, max_size=size, head=head), Settings("retinanet")
 
 
-def train_and_judge(
+def train_and_evaluate(
     model: nn.Module,
     settings: Settings,
     parts: tuple[Detection, Detection],
@@ -74,7 +74,7 @@ def train_and_judge(
         loop.fit(model, loss, source, batches, options, Path(folder), device, name)
     seconds = time.time() - began
     everything = torch.arange(len(test))
-    found = answers.detect(model, test, canvas.canvases(test, size), everything, size, settings, device)
+    found = predictions.detect(model, test, canvas.canvases(test, size), everything, size, settings, device)
     scores = metrics.scores(test, found, 0)
     shown = {key: value for key, value in scores.items() if key != "classes"}
     return {"detector": name, "size": size, "epochs": options.epochs, "seconds": round(seconds)} | shown
@@ -103,12 +103,12 @@ def main() -> None:
     options = TrainOptions(epochs=epochs, batch=batch, lr=given.lr * batch / 16, weight_decay=1e-4)
     classes = len(parts[0].classes)
     anchor = given.anchor or (3.0 if given.part == "scenes" else 4.0)
-    report = train_and_judge(*ours(classes, size, anchor), parts, size, options, "ours")
+    report = train_and_evaluate(*ours(classes, size, anchor), parts, size, options, "ours")
     print(json.dumps(report), flush=True)
     if given.part == "scenes":
         print(f"AP50 {report['AP50']:.3f}: {'reaches' if report['AP50'] >= 0.9 else 'misses'} the bar of 0.90")
         return
-    peer = train_and_judge(*torchvisions(classes, size), parts, size, options, "torchvision")
+    peer = train_and_evaluate(*torchvisions(classes, size), parts, size, options, "torchvision")
     print(json.dumps(peer), flush=True)
     print(f"AP50 {100 * (report['AP50'] - peer['AP50']):+.1f} points beside torchvision's; the bar is -3.0")
 

@@ -2,7 +2,7 @@
 
 Run as `python benchmarks/kmeans_scale.py [full] [core] [growth] [assign] [--rows N] [--folder DIR]`.
 
-full    1.3 million x 512 (the pictures of ImageNet) into 2000 clusters by `ktransfer cluster`, 20 iterations, in 2 GB.
+full    1.3 million x 512 (the images of ImageNet) into 2000 clusters by `ktransfer cluster`, 20 iterations, in 2 GB.
 core    rows, as float32, four times what the budget leaves beside the process; and the same with all of them in memory.
 growth  ten times the rows, ten times the clusters: time over what linear growth gives.
 assign  the nearest of 2000 centroids for new rows, beside faiss's exhaustive search; interleaved, median of five.

@@ -115,13 +115,13 @@ def run_one(folder: Path, method: str, k: int, cpu: bool) -> None:
     found = search(queries, read, count, k)
     seconds = clock() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer = {
+    prediction = {
         "seconds": seconds,
         "gigabytes": (peak - before) / 1e6,
         "whole": peak / 1e6,
         "found": [float(found[:, 0].mean()), float(found[:, -1].mean())],
     }
-    print(json.dumps(answer))
+    print(json.dumps(prediction))
 
 
 def main() -> None:

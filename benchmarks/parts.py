@@ -1,4 +1,4 @@
-"""Where the time of a picture goes: CPU time of one thread for each part of its way, in microseconds.
+"""Where the time of an image goes: CPU time of one thread for each part of its way, in microseconds.
 
 Run as `python benchmarks/parts.py`, and with THP_MEM_ALLOC_ENABLE=0 before it for what huge pages are worth. CPU time
 of a thread is steadier than time on a clock where others use the machine too. Medians of so many rounds (--rounds).
@@ -19,7 +19,7 @@ from ktransfer import networks
 from ktransfer.bench.photographs import write_photographs
 from ktransfer.data import decoding, jpegs
 from ktransfer.data.augment import random_resized_crop
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import pack
 from ktransfer.data.packs import read_pack
@@ -45,7 +45,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder = write_photographs(Path(name) / "pictures", COUNT)
+        folder = write_photographs(Path(name) / "images", COUNT)
         path = pack(str(folder), Path(name) / "255.h5", 255, workers=1)
         data, found = open_dataset(str(path)), read_pack(path)
         stored = np.fromfile(path, np.uint8)[found.data_at :]
@@ -54,7 +54,7 @@ def main() -> None:
         ]
         whole = [decoding.decode(blob) for blob in blobs]
         out = np.empty((3, 255, 255), np.uint8)
-        kept = Pictures(data, 255, 1, cache="ram")
+        kept = ImageLoader(data, 255, 1, cache="ram")
         rows = torch.arange(COUNT)
         pixels, valid = kept.batch(rows)
         codes = torch.from_numpy(generate(701, 3)).long()
@@ -67,9 +67,9 @@ def main() -> None:
         parts: dict[str, tuple[Callable[[], object], int]] = {
             "JPEG of short side 255: Pillow": (lambda: [decoding.decode(blob) for blob in blobs], COUNT),
             "the same: torchvision": (lambda: [jpegs.decode(blob) for blob in blobs], COUNT),
-            "resized by one pixel, 255 to 254": (lambda: [decoding.square(picture, 254) for picture in whole], COUNT),
+            "resized by one pixel, 255 to 254": (lambda: [decoding.square(image, 254) for image in whole], COUNT),
             "centre square, into planes": (
-                lambda: [np.copyto(out, decoding.square(picture, 255).transpose(2, 0, 1)) for picture in whole],
+                lambda: [np.copyto(out, decoding.square(image, 255).transpose(2, 0, 1)) for image in whole],
                 COUNT,
             ),
             "batch out of the cache": (lambda: torch.index_select(pixels, 0, rows), COUNT),

@@ -2,10 +2,10 @@
 
 Run as `python benchmarks/probe.py [--images N] [--epochs N] [--rounds N] [--json FILE]`, on a quiet machine.
 
-An AlexNet with random weights is judged by the protocol linear/1, four learning rates a layer, on the embedded data
+An AlexNet with random weights is evaluated by the protocol linear/1, four learning rates a layer, on the embedded data
 set: conv1..conv5 together, and each of them in a run of its own. Both decode, mirror and probe in the same way.
 
-kept      maps of all pictures are kept on disk, so that each run computes them once
+kept      maps of all images are kept on disk, so that each run computes them once
 anew      maps are computed anew in each epoch, as in the frameworks of the field, where a run is one layer too
 
 Ways take turns; what is printed are medians over the rounds.
@@ -25,7 +25,7 @@ from ktransfer.data.opening import open_parts
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import GRIDS
-from ktransfer.eval.protocols.linear import judge
+from ktransfer.eval.protocols.linear import evaluate
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def main() -> None:
                 for label, runs in (("together", [",".join(names)]), ("one by one", names)):
                     began = time.perf_counter()
                     for layers in runs:
-                        judge(arm, parts, replace(base, layers=layers, cache=cache), Path(work) / "run", CPU)
+                        evaluate(arm, parts, replace(base, layers=layers, cache=cache), Path(work) / "run", CPU)
                     if turn:  # the first one warms up
                         seconds.setdefault(f"{way}, {label}", []).append(time.perf_counter() - began)
     medians = {name: statistics.median(found) for name, found in seconds.items()}

@@ -18,7 +18,7 @@ from ktransfer.data.scenes import CLASSES, render
 TRAIN, VAL, SIZE, EPOCHS, BATCH = 3000, 600, 64, 12, 50
 
 
-def pictures(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn(part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = np.stack([render(0, part, index, SIZE)[0] for index in range(count)])
     return pixels, np.arange(count) % len(CLASSES)
 
@@ -58,10 +58,10 @@ def shifted(batch: Tensor) -> Tensor:
 def main() -> None:
     torch.manual_seed(0)
     began = time.perf_counter()
-    x, y = pictures("train", TRAIN)
-    xv, yv = pictures("val", VAL)
+    x, y = drawn("train", TRAIN)
+    xv, yv = drawn("val", VAL)
     each = (time.perf_counter() - began) / (TRAIN + VAL)
-    print(f"{TRAIN} + {VAL} pictures of {SIZE} pixels, {each * 1e3:.2f} ms each; chance {1 / len(CLASSES):.1%}")
+    print(f"{TRAIN} + {VAL} images of {SIZE} pixels, {each * 1e3:.2f} ms each; chance {1 / len(CLASSES):.1%}")
     flat, flat_val = small(x), small(xv)
     mean, spread = flat.mean(0), flat.std(0)
     scores = {}

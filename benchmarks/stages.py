@@ -1,14 +1,14 @@
-"""Whole stages beside their network alone: a pretext step, extraction; and memory as the pictures become more.
+"""Whole stages beside their network alone: a pretext step, extraction; and memory as the images become more.
 
 Run as `python benchmarks/stages.py [step] [extract] [memory] [--rounds N] [--json FILE]`, on a quiet machine.
 
-step      VGG-16 pretext steps (--width, --batch) on pictures from a folder of JPEGs, nothing kept, beside the same step
+step      VGG-16 pretext steps (--width, --batch) on images from a folder of JPEGs, nothing kept, beside the same step
           with one batch in memory; the share of its time that the loop waited for data
 extract   the whole of extraction from that folder, to features in memory, beside bare forward passes of the same
           network on random tensors, up to the same layer
-memory    `ktransfer extract` in a process of its own on N and on 10 N pictures (each linked ten times): peak RSS
+memory    `ktransfer extract` in a process of its own on N and on 10 N images (each linked ten times): peak RSS
 
-Both ways take turns; what is printed are medians over the rounds. The pictures are made
+Both ways take turns; what is printed are medians over the rounds. The images are made
 (ktransfer/bench/photographs.py).
 """
 
@@ -29,7 +29,7 @@ import torch
 from ktransfer import networks
 from ktransfer.bench.measure import Wanted, Work, read_batches
 from ktransfer.bench.photographs import write_photographs
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.networks import Network
 from ktransfer.stages import worker
@@ -62,7 +62,7 @@ def stage(part: str, folder: Path, width: float, batch: int, steps: int, rounds:
     data = open_dataset(str(folder))
     wanted = Wanted("vgg16", width, 0, batch, "jigsawpp", "auto", CPU, len(data))
     work: Work = worker(part)(wanted)
-    source = read_batches(Pictures(data, work.side, cache="off"), wanted, work.following)
+    source = read_batches(ImageLoader(data, work.side, cache="off"), wanted, work.following)
     kept, _ = next(source)
     waits: list[float] = []
 
@@ -85,14 +85,14 @@ def stage(part: str, folder: Path, width: float, batch: int, steps: int, rounds:
     wait = sum(waits[steps:]) / sum(seconds["reading"])
     ratio = medians["alone"] / medians["reading"]
     print(
-        f"{part}: vgg16, width {width:g}, batch {batch}: {1 / medians['reading']:.2f} pictures/s, "
+        f"{part}: vgg16, width {width:g}, batch {batch}: {1 / medians['reading']:.2f} images/s, "
         f"{ratio:.1%} of {1 / medians['alone']:.2f} alone; waited for data {wait:.2%} of the time"
     )
     return {"seconds": seconds, "data_wait": wait, "ratio": ratio, "batch": batch, "width": width, "steps": steps}
 
 
 def memory(folder: Path, work: Path, rounds: int) -> dict[str, Any]:
-    """Peak RSS in MB of `ktransfer extract`, by number of pictures."""
+    """Peak RSS in MB of `ktransfer extract`, by number of images."""
     teacher = work / "teacher.safetensors"
     network = Network("alexnet", 0.25, 2, 128, 0, "picture", "jigsawpp")
     networks.save(teacher, networks.build(network, 0, "bench").state_dict(), network)
@@ -121,7 +121,7 @@ def memory(folder: Path, work: Path, rounds: int) -> dict[str, Any]:
             peaks.setdefault(times * len(names), []).append(int(done.stdout.split()[-1]) / 1e3)
     few, many = (statistics.median(found) for found in peaks.values())
     counts = ", ".join(f"{count:,}" for count in peaks)
-    print(f"memory: extract of {counts} pictures: {few:.0f} and {many:.0f} MB, {many / few - 1:+.1%}")
+    print(f"memory: extract of {counts} images: {few:.0f} and {many:.0f} MB, {many / few - 1:+.1%}")
     return {"peak_mb": {str(n): found for n, found in peaks.items()}, "ratio": many / few}
 
 
@@ -132,12 +132,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="batches a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--json", type=Path, help="write all numbers here")
     options = parser.parse_args()
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
-        folder = write_photographs(Path(name) / "pictures", options.pictures)
+        folder = write_photographs(Path(name) / "images", options.images)
         for part in options.parts:
             if part == "memory":
                 found[part] = memory(folder, Path(name), min(options.rounds, 3))

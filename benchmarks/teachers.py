@@ -3,9 +3,9 @@
 Run as `python benchmarks/teachers.py [--data DIR] [--out RUNS] [--quick]`; DIR holds train/ and val/. Killed and given
 again, it goes on.
 
-Every task trains the same AlexNet (half width) on the same pictures for the same number of epochs; `random-cc` is that
+Every task trains the same AlexNet (half width) on the same images for the same number of epochs; `random-cc` is that
 network before any training, `hog` and `pixels` have nothing to train. Their features of the training part are clustered
-into 200, and the same smaller AlexNet learns each clustering from the same crops. One call of `eval` judges all.
+into 200, and the same smaller AlexNet learns each clustering from the same crops. One call of `eval` evaluates all.
 """
 
 import argparse

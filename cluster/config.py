@@ -8,12 +8,12 @@ from ktransfer.training.options import SEED_LIMIT, MachineOptions
 
 @dataclass(frozen=True)
 class ExtractConfig(MachineOptions):
-    """Write a layer's features of every picture.
+    """Write a layer's features of every image.
 
     The defaults are those reported of the paper: conv4 of VGG-16, max-pooled to 4x4x512.
     """
 
-    data: str | None = option(None, "pictures; those of the pretext stage when not given", execution=True)
+    data: str | None = option(None, "images; those of the pretext stage when not given", execution=True)
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
     teacher: str | None = option(
         None,
@@ -37,28 +37,28 @@ class ExtractConfig(MachineOptions):
         choices=("cls", "mean", "patch"),
     )
     pool: int = option(4, "max-pool the maps to this grid", low=1, high=64)
-    size: int = option(0, "side of the pictures in pixels; 0: as in the teacher's training", low=0, high=2048)
+    size: int = option(0, "side of the images in pixels; 0: as in the teacher's training", low=0, high=2048)
     l2: bool = option(False, "scale each row to length 1")
     dtype: str = option("float16", "how the features are stored", choices=("float16", "float32"))
-    batch: int = option(64, "pictures a forward pass", low=1)
+    batch: int = option(64, "images a forward pass", low=1)
     overwrite: bool = option(False, "make the stage again", execution=True)
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Group the features of all pictures by k-means; they are extracted first where they are missing.
+    """Group the features of all images by k-means; they are extracted first where they are missing.
 
-    The paper's k is 2000, for 1.3 million pictures.
+    The paper's k is 2000, for 1.3 million images.
     """
 
     features: str | None = option(
         None, "a feature file, also a .npy or .npz made elsewhere; that of the run when not given", execution=True
     )
     keys: str | None = option(
-        None, "of features made elsewhere: a list of their pictures, one path a line, row by row", execution=True
+        None, "of features made elsewhere: a list of their images, one path a line, row by row", execution=True
     )
     data: str | None = option(
-        None, "the pictures whose features are clustered; those of the run when not given", execution=True
+        None, "the images whose features are clustered; those of the run when not given", execution=True
     )
     k: int = option(2000, "number of clusters", low=1)
     iterations: int = option(20, "at most so many; fewer if no label moves", low=1)
@@ -89,7 +89,7 @@ class ClusterConfig:
     seed: int = option(0, "the start is a function of it", low=0, high=SEED_LIMIT)
     stability: bool = option(False, "cluster again from another seed and record how far both agree; twice the time")
     quality_rows: int = option(2000, "rows whose silhouette and margin are recorded", low=1, high=20_000)
-    sheet: int = option(12, "clusters whose 16 nearest pictures are drawn (clusters.png); 0: none", low=0, high=100)
+    sheet: int = option(12, "clusters whose 16 nearest images are drawn (clusters.png); 0: none", low=0, high=100)
     engine: str = option(
         "auto",
         "exact: our own, on a GPU where there is one; faiss, faiss-float16: on all GPUs; auto: the faster here (groups "
@@ -105,7 +105,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class AssignConfig:
-    """Give each picture of the same or another data set its nearest centroid as pseudo-label.
+    """Give each image of the same or another data set its nearest centroid as pseudo-label.
 
     Clusters of one data set may label another, as in the paper.
     """
@@ -117,10 +117,10 @@ class AssignConfig:
         None, "a feature file, also a .npy or .npz made elsewhere; the one clustered when not given", execution=True
     )
     keys: str | None = option(
-        None, "of features made elsewhere: a list of their pictures, one path a line, row by row", execution=True
+        None, "of features made elsewhere: a list of their images, one path a line, row by row", execution=True
     )
     data: str | None = option(
-        None, "label these pictures instead (their features are extracted as the others were)", execution=True
+        None, "label these images instead (their features are extracted as the others were)", execution=True
     )
     engine: str = option(
         "auto",

@@ -48,10 +48,10 @@ def open_rows(
     """
     rows, room = planned_rows(features, projection, normalise, k, memory, label, extra, before)
     own = choose_engine(engine, room)
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return rows, own
     arrays: list[NDArray[Any]] = [] if projection is None else [*projection]
-    distributed.tell(
+    distributed.send_order(
         {
             "do": "open",
             "features": str(features.path.resolve()),
@@ -84,7 +84,7 @@ def planned_rows(
     """
     dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
     plan = plan_memory(features, k, dim, memory, extra, before)
-    processes = f"; so each of {distributed.count()} processes" if distributed.count() > 1 else ""
+    processes = f"; so each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
     say(f"{label}: {plan_line(plan)}{processes}")
     return rows_of(features, projection, normalise, plan.kept), plan.engine
 
@@ -106,21 +106,21 @@ def over_ranks(engine: Engine, rows: Rows) -> Engine:
             before, done = done, done + count
             tick(rows.count * done // part.count - rows.count * before // part.count)
 
-        distributed.tell({"do": "scan"}, np.ascontiguousarray(centroids, np.float32))
+        distributed.send_order({"do": "scan"}, np.ascontiguousarray(centroids, np.float32))
         found = _scan(engine, part, centroids, scaled)
         try:
-            sums = distributed.total(np.column_stack([found.sums, found.counts]))
+            sums = distributed.sum_to_leader(np.column_stack([found.sums, found.counts]))
             labels, distances = np.empty(rows.count, np.int32), np.empty(rows.count, np.float32)
             labels[: part.count], distances[: part.count] = found.labels, found.distances
-            distributed.collect(labels, rows.count)
-            distributed.collect(distances, rows.count)
+            distributed.gather_rows(labels, rows.count)
+            distributed.gather_rows(distances, rows.count)
         except MemoryError as error:  # the others are waiting for numbers, not for the end
-            raise distributed.Lost(
+            raise distributed.PeerLost(
                 "torchrun: the first process has no memory for the sums of all; give it more"
             ) from error
         return Pass(labels, distances, np.ascontiguousarray(sums[:, :-1]), sums[:, -1].astype(np.int64))
 
-    return Engine(f"{engine.name}, {distributed.count()} processes", engine.version, scan)
+    return Engine(f"{engine.name}, {distributed.world_size()} processes", engine.version, scan)
 
 
 def open_share(order: dict[str, Any]) -> None:
@@ -142,9 +142,9 @@ def scan_share(order: dict[str, Any]) -> None:
     assert _opened is not None
     part, engine = _opened
     found = _scan(engine, part, order["arrays"][0], lambda done: None)
-    distributed.total(np.column_stack([found.sums, found.counts]))
-    distributed.collect(found.labels, part.count)
-    distributed.collect(found.distances, part.count)
+    distributed.sum_to_leader(np.column_stack([found.sums, found.counts]))
+    distributed.gather_rows(found.labels, part.count)
+    distributed.gather_rows(found.distances, part.count)
 
 
 def _scan(engine: Engine, part: Rows, centroids: NDArray[np.float32], tick: Callable[[int], object]) -> Pass:

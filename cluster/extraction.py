@@ -1,4 +1,4 @@
-"""The extract stage: features of every picture, one pass, constant memory, resumable by rows."""
+"""The extract stage: features of every image, one pass, constant memory, resumable by rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -13,10 +13,10 @@ from ktransfer import distributed, networks
 from ktransfer.artifacts.features import create_or_resume
 from ktransfer.config import build
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.loader import Pictures, reasons
+from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.data.opening import open_dataset
-from ktransfer.data.ordered import in_turn
-from ktransfer.errors import Answer, StageError, UsageError
+from ktransfer.data.ordered import ordered_map
+from ktransfer.errors import Reply, StageError, UsageError
 from ktransfer.networks import Network, teachers
 from ktransfer.networks.teachers import Teacher
 from ktransfer.progress import bar, say
@@ -31,7 +31,7 @@ LIST = "list"
 
 
 def extract(run: str | Path, **options: Any) -> Path:
-    """Write the features of every picture of a data set to `run/features/NAME.h5` (docs/architecture.md).
+    """Write the features of every image of a data set to `run/features/NAME.h5` (docs/architecture.md).
 
     Args:
         run: the run folder.
@@ -65,12 +65,12 @@ def extract(run: str | Path, **options: Any) -> Path:
             "transform": f"short side {config.size}, centre square, normalised by {network.normalise}",
             "fingerprint": data.fingerprint,
         }
-        pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
+        images = ImageLoader(data, config.size, config.workers, cache="off", device=device)
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
         first = writer.rows_done
-        if distributed.count() > 1:
+        if distributed.world_size() > 1:
             order = {"do": "extract", "run": str(run.resolve()), "teacher": inputs["teacher"], "first": first}
-            distributed.tell(order | {"config": asdict(config), "dim": dim} | data_facts(data))
+            distributed.send_order(order | {"config": asdict(config), "dim": dim} | data_facts(data))
             distributed.agree(None)
         with bar(len(data), f"extract {config.layer}", done=first) as shown:
 
@@ -78,14 +78,14 @@ def extract(run: str | Path, **options: Any) -> Path:
                 writer.write(start, features, valid)
                 shown.update(len(valid))
 
-            in_turn(pictures, first, config.batch, compute, dim, take)
+            ordered_map(images, first, config.batch, compute, dim, take)
         found = reasons(data, writer.valid(), config.size)
         check_broken(found, len(data), config.max_broken, data)
         writer.finish()
         broken = [f"{data.keys[row]}: {reason}" for row, reason in found.items()]
         step.finish([file], broken=broken, result={"rows": len(data), "dim": dim})
         source = f"{config.layer} of {network.arch}"
-        say(f"extract: done; {len(data)} x {dim} from {source}; {len(broken)} broken pictures; {file}")
+        say(f"extract: done; {len(data)} x {dim} from {source}; {len(broken)} broken images; {file}")
         return file
 
 
@@ -99,8 +99,8 @@ def extract_share(order: dict[str, Any]) -> None:
             raise StageError(f"{teacher.weights}: is another file here than where the first process runs; copy it")
         device = choose_device(config)
         compute = _reader(teacher, config, device)
-        pictures = Pictures(data, config.size, config.workers, cache="off", device=device)
-    in_turn(pictures, order["first"], config.batch, compute, order["dim"], None)
+        images = ImageLoader(data, config.size, config.workers, cache="off", device=device)
+    ordered_map(images, order["first"], config.batch, compute, order["dim"], None)
 
 
 def check(
@@ -110,18 +110,18 @@ def check(
 
     Raises:
         UsageError: one line for what is wrong.
-        Answer: `--layer list` was given; it says which layers there are.
+        Reply: `--layer list` was given; it says which layers there are.
     """
     config = build(ExtractConfig, options, "extract")
     if config.layer == LIST:
         network = _teacher(run, config, pending).network
         with networks.fitting(network):
             model = networks.build(network, 0, "layers").eval()
-        raise Answer(teachers.listing(network, model))
+        raise Reply(teachers.listing(network, model))
     made = read_record(run, "pretext", "pretext")
     spec = config.data or (made and made["config"]["data"])
     if not spec:
-        raise UsageError("extract: no pictures given, and the run has none; name them with --data")
+        raise UsageError("extract: no images given, and the run has none; name them with --data")
     data = open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
@@ -158,7 +158,7 @@ def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None
 
 
 def _reader(teacher: Teacher, config: ExtractConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """(batch, 3, s, s) uint8 pictures -> (batch, d) features on the device."""
+    """(batch, 3, s, s) uint8 images -> (batch, d) features on the device."""
     return teachers.rows_reader(teacher, str(config.layer), config.token, config.pool, config.l2, config, device)
 
 

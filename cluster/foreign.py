@@ -26,7 +26,7 @@ BLOCK = 2**24  # numbers read at a time
 class AdoptConfig:
     """What the record of an adopted feature file says; `teacher` is the file that it was made of."""
 
-    data: str | None = option(None, "the pictures, where they are known", execution=True)
+    data: str | None = option(None, "the images, where they are known", execution=True)
     teacher: str = option("", "the file that was given", execution=True)
     keys: str | None = option(None, "the list of keys", execution=True)
     elsewhere: bool = option(True, "the teacher is not known")
@@ -62,10 +62,10 @@ def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
         features: a .npy of (n, d) floats, or a .npz that holds such an array as `features` (or nothing else of two
             dimensions) and maybe n strings as `keys`; nothing is unpickled.
         keys: a text file with one key a line, row by row; beats the `keys` of a .npz.
-        data: the pictures that the keys must name, None where they are not at hand.
+        data: the images that the keys must name, None where they are not at hand.
 
     Raises:
-        UsageError: unreadable, of another shape or type; keys that are missing, double, too many or no pictures of
+        UsageError: unreadable, of another shape or type; keys that are missing, double, too many or no images of
             `data`.
     """
     path = Path(features)
@@ -79,7 +79,7 @@ def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
     elif held is not None:
         names, where = _strings(path, held), f"{path}, keys"
     else:
-        raise UsageError(f"{path}: has no keys; give --keys FILE with one picture's path a line, row by row")
+        raise UsageError(f"{path}: has no keys; give --keys FILE with one image's path a line, row by row")
     if len(names) != len(rows):
         raise UsageError(f"{where}: {len(names)} keys for {len(rows)} rows of {path}; give one for each row")
     seen: set[str] = set()
@@ -92,7 +92,7 @@ def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
         strange = [name for name in names if name not in known]
         if strange:
             raise UsageError(
-                f"{where}: {len(strange)} of {len(names)} keys are no pictures of {data}, such as {strange[0]}; keys "
+                f"{where}: {len(strange)} of {len(names)} keys are no images of {data}, such as {strange[0]}; keys "
                 "are paths below the folder, with /"
             )
     return Foreign(rows, names)
@@ -108,7 +108,7 @@ def preview(features: str, keys: str | None, data: str | None) -> Features:
 def adopt(run: Path, features: str, keys: str | None, data: str | None, overwrite: bool, stage: str) -> Path:
     """Write a file of features into the run as `features/NAME.h5`, NAME being that of the file.
 
-    With `data`, row i is picture i of it, and pictures without a row are marked as not valid. Otherwise rows stay as
+    With `data`, row i is image i of it, and images without a row are marked as not valid. Otherwise rows stay as
     they are. float64 becomes float32.
 
     Raises:
@@ -150,7 +150,7 @@ def _write(file: Path, found: Foreign, source: Dataset | None, digest: str, dtyp
         places = np.array([row_of.get(key, -1) for key in source.keys])
         names, targets, fingerprint = list(source.keys), source.targets, source.fingerprint
     need_disk(file.parent, len(places) * dim * np.dtype(dtype).itemsize, f"{file.name} ({dim} numbers each)")
-    # The file itself is no part of it: rows of other pictures, made alike in a second file, can be assigned.
+    # The file itself is no part of it: rows of other images, made alike in a second file, can be assigned.
     attributes = {
         "teacher": "made elsewhere",
         "layer": "made elsewhere",

@@ -73,7 +73,7 @@ def quality(labels: NDArray[np.int32], targets: NDArray[np.int32], k: int) -> di
     """Sizes over all labelled rows; purity, NMI and ARI over those whose class is known.
 
     Args:
-        labels: (n,) int32 in [-1, k), -1 for a broken picture.
+        labels: (n,) int32 in [-1, k), -1 for a broken image.
         targets: (n,) int32, -1 where unknown.
         k: number of clusters.
 

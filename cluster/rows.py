@@ -69,7 +69,7 @@ def plan_memory(features: Features, k: int, dim: int, memory: float, extra: int 
     first, last = distributed.share(count)
     fixed = PROCESS_BYTES + CENTROID_BYTES * k * dim + (ROW_BYTES + 8 * (count < len(features.valid))) * count + extra
     fixed = max(fixed, PROCESS_BYTES + before)
-    free = available_bytes() // distributed.here()
+    free = available_bytes() // distributed.local_world_size()
     budget = int(memory * 1e9) if memory else max(free * 3 // 4, min(free, fixed))
     if fixed > budget:
         given = f"--memory {memory:g}" if memory else f"{free / 1e9:.2f} GB of memory are free"

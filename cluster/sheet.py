@@ -1,4 +1,4 @@
-"""Clusters for the eye: the pictures nearest to some centroids."""
+"""Clusters for the eye: the images nearest to some centroids."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ktransfer.artifacts.features import Features
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.sheets import SIDE, Strip, draw_sheet
 from ktransfer.data.sheets import save_sheet as save
@@ -41,10 +41,10 @@ def nearest_members(
     return members[np.argsort(distances[members], kind="stable")[:most]]
 
 
-def pictures_of(spec: str | None, features: Features) -> Dataset | None:
-    """The pictures behind the features, row for row; None where they cannot be had: a line says why."""
+def images_of(spec: str | None, features: Features) -> Dataset | None:
+    """The images behind the features, row for row; None where they cannot be had: a line says why."""
     if not spec:
-        reason = "it is not known which pictures the features were made of; --data names them"
+        reason = "it is not known which images the features were made of; --data names them"
     else:
         try:
             data = open_dataset(spec)
@@ -53,8 +53,8 @@ def pictures_of(spec: str | None, features: Features) -> Dataset | None:
         else:
             if data.fingerprint == features.attributes.get("fingerprint"):
                 return data
-            reason = f"{features.path} was not made of the pictures that {spec} holds now"
-    say(f"cluster: no picture sheet: {reason}")
+            reason = f"{features.path} was not made of the images that {spec} holds now"
+    say(f"cluster: no image sheet: {reason}")
     return None
 
 
@@ -67,23 +67,23 @@ def save_sheet(
     k: int,
     most: int,
 ) -> None:
-    """Write the `NEAREST` pictures of at most `most` clusters as PNG, whole or not at all.
+    """Write the `NEAREST` images of at most `most` clusters as PNG, whole or not at all.
 
     Args:
         path: the file.
-        data: all pictures.
-        places: (n,) int64, the picture of each clustered row.
+        data: all images.
+        places: (n,) int64, the image of each clustered row.
         labels: (n,) int32 in [0, k).
         distances: (n,) float32, of each row to the centroid of its label.
         k: number of clusters.
         most: at least 1.
     """
-    pictures = Pictures(data, SIDE, cache="off")
+    images = ImageLoader(data, SIDE, cache="off")
     sizes = np.bincount(labels, minlength=k)
     strips = []
     for cluster in spread_of_sizes(sizes, most):
-        pixels, valid = pictures.batch(torch.from_numpy(places[nearest_members(labels, distances, cluster)]))
+        pixels, valid = images.batch(torch.from_numpy(places[nearest_members(labels, distances, cluster)]))
         count = int(sizes[cluster])
-        caption = f"cluster {cluster}: {count:,} picture{'' if count == 1 else 's'}"
+        caption = f"cluster {cluster}: {count:,} image{'' if count == 1 else 's'}"
         strips.append(Strip(caption, pixels.numpy(), valid.numpy()))
     save(path, draw_sheet(strips, NEAREST))

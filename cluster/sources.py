@@ -1,4 +1,4 @@
-"""Which feature file a stage works on: the one given, or the one of the run that belongs to its pictures."""
+"""Which feature file a stage works on: the one given, or the one of the run that belongs to its images."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ SAME = ("teacher", "arch", "weights", "layer", "token", "pool", "size", "l2", "d
 
 
 def features_path(run: Path, config: ClusterConfig) -> Path | None:
-    """The feature file that is given, or that of the pictures in the run; None where it is still to be made.
+    """The feature file that is given, or that of the images in the run; None where it is still to be made.
 
     Raises:
         UsageError: the run's features come from a teacher that was trained anew since.
@@ -46,13 +46,13 @@ def features_path(run: Path, config: ClusterConfig) -> Path | None:
 
 
 def pretext_data(run: Path) -> str | None:
-    """The pictures that the teacher of the run learned from."""
+    """The images that the teacher of the run learned from."""
     record = read_record(run, "pretext", "pretext")
     return record["config"]["data"] if record else None
 
 
 def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
-    """The feature file whose pictures get labels, made where it is missing; `clustered` when none is named.
+    """The feature file whose images get labels, made where it is missing; `clustered` when none is named.
 
     Raises:
         UsageError: how the clustered features were made is not known.
@@ -65,11 +65,11 @@ def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
     if record is None:
         raise UsageError(
             f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
-            "known; extract these pictures alike and give the file with --features"
+            "known; extract these images alike and give the file with --features"
         )
     if record["config"].get("elsewhere"):
         raise UsageError(
-            f"assign --data {config.data}: {clustered} was made elsewhere; make the features of these pictures there "
+            f"assign --data {config.data}: {clustered} was made elsewhere; make the features of these images there "
             "too, and give them with --features and --keys"
         )
     data = open_dataset(config.data)
@@ -80,7 +80,7 @@ def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
 
 
 def data_of(run: Path, path: Path) -> str | None:
-    """The pictures of a feature file, None where it was not made in this run."""
+    """The images of a feature file, None where it was not made in this run."""
     record = read_record(run, "features", path.stem) if path.parent == run / "features" else None
     return record["config"]["data"] if record else None
 

@@ -38,7 +38,7 @@ from .projection import fit_projection
 from .quality import quality, sparkline, summary
 from .record import derived_seed, make_record, record_summary, survey, write_record
 from .rows import plan_memory
-from .sheet import pictures_of, save_sheet
+from .sheet import images_of, save_sheet
 from .sources import data_of, features_path, labelled_features, pretext_data, refuse_mismatch
 
 BALANCED_BYTES = 144  # of a row, beyond a plain assignment
@@ -49,7 +49,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
     """k-means on all features of the run; they are extracted first where they are missing (paper §3.2).
 
     Args:
-        run: the run folder; the stage writes `clusters.h5`, `quality.json` and, where it has the pictures,
+        run: the run folder; the stage writes `clusters.h5`, `quality.json` and, where it has the images,
             `clusters.png` below `run/clusters`.
         options: the fields of `ClusterConfig`.
 
@@ -91,10 +91,10 @@ def cluster(run: str | Path, **options: Any) -> Path:
         found = replace(clustered(seed=config.seed), start=start)
         write_centroids(file, found, projection, config.normalise, features)
         second = clustered(seed=derived_seed(config.seed), name="stability") if config.stability else None
-        judged = _judge(step.folder, config, features, rows, found, second)
+        evaluated = _evaluate(step.folder, config, features, rows, found, second)
         sizes = np.sort(found.counts)
         step.finish(
-            [file, *judged],
+            [file, *evaluated],
             result={
                 "points": f"trained on {found.points_used} of {found.points_total}",
                 "objective": found.objective,
@@ -121,7 +121,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
 
 
 def assign(run: str | Path, **options: Any) -> Path:
-    """Pseudo-labels: the nearest centroid of every picture of the same or another data set (jigsawpp.md §4).
+    """Pseudo-labels: the nearest centroid of every image of the same or another data set (jigsawpp.md §4).
 
     Args:
         run: the run folder; the stage writes `labels.csv`, `labels.h5` and `labels.bin` below `run/clusters`.
@@ -179,7 +179,7 @@ def assign(run: str | Path, **options: Any) -> Path:
 
 
 def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> ClusterConfig:
-    """Everything that can be found wrong before the work, k against the number of pictures first of all.
+    """Everything that can be found wrong before the work, k against the number of images first of all.
 
     Raises:
         UsageError: one line for what is wrong.
@@ -211,9 +211,9 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
     else:
         count = len(check_extract(run, {"data": config.data})[1])
     if config.k > count:
-        raise UsageError(f"--k {config.k}: more clusters than the {count} pictures; give a smaller --k")
+        raise UsageError(f"--k {config.k}: more clusters than the {count} images; give a smaller --k")
     if config.pca >= count:
-        raise UsageError(f"--pca {config.pca}: must be below the number of pictures, {count}; give a smaller one")
+        raise UsageError(f"--pca {config.pca}: must be below the number of images, {count}; give a smaller one")
     refuse_sizes(config.k, config.min_size, count)
     if path:
         dim = dim or columns
@@ -292,7 +292,7 @@ def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] 
     return config
 
 
-def _judge(
+def _evaluate(
     folder: Path,
     config: ClusterConfig,
     features: Features,
@@ -300,7 +300,7 @@ def _judge(
     found: Clustering,
     second: Clustering | None,
 ) -> list[Path]:
-    """Write the quality record, and the sheet where there are pictures; the files that were written."""
+    """Write the quality record, and the sheet where there are images; the files that were written."""
     seen = survey(rows, found, config.quality_rows)
     record = make_record(found, seen, second)
     written = [folder / "quality.json"]
@@ -308,11 +308,11 @@ def _judge(
     say(f"cluster: {record_summary(record)}; {written[0]}")
     if sys.stderr.isatty():
         say(f"cluster: sizes by doublings: {sparkline(record['sizes']['histogram'])}")
-    pictures = pictures_of(config.data, features) if config.sheet else None
-    if pictures is not None:
+    images = images_of(config.data, features) if config.sheet else None
+    if images is not None:
         written.append(folder / "clusters.png")
         places = np.flatnonzero(features.valid)
-        save_sheet(written[1], pictures, places, found.labels, seen.distances, len(found.counts), config.sheet)
+        save_sheet(written[1], images, places, found.labels, seen.distances, len(found.counts), config.sheet)
     return written
 
 

@@ -1,4 +1,4 @@
-"""Room 4: how good is a network: judged by named protocols, and compared."""
+"""Room 4: how good is a network: evaluated by named protocols, and compared."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The networks that are judged side by side: the run's own, those of other runs, random weights, and true labels."""
+"""The networks that are evaluated side by side: the run's own, those of other runs, random weights, and true labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ FINAL = (("retrain", "retrain"), ("pretext", "pretext"))
 
 @dataclass(frozen=True)
 class Arm:
-    """One network to be judged: its own weights, or fresh ones where `weights` is None.
+    """One network to be evaluated: its own weights, or fresh ones where `weights` is None.
 
-    `whole` is an AlexNet with the classifier that its weights hold, where it is judged on pictures of the size and with
-    the stride that this was trained for.
+    `whole` is an AlexNet with the classifier that its weights hold, where it is evaluated on images of the size and
+    with the stride that this was trained for.
     """
 
     name: str
@@ -100,7 +100,7 @@ def coming_network(run: Path, pending: Mapping[str, Any]) -> Network | None:
 
 
 def resized(network: Network, size: int, stride: int) -> Network:
-    """The network as it is judged: on pictures of `size`, an AlexNet with `stride`."""
+    """The network as it is evaluated: on images of `size`, an AlexNet with `stride`."""
     return networks.trunk(replace(network, size=size, stride=stride))
 
 

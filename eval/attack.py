@@ -11,16 +11,16 @@ REACH = 2.5
 
 
 def pgd(model: nn.Module, pixels: Tensor, targets: Tensor, rows: Tensor, eps: float, steps: int, seed: int) -> Tensor:
-    """Adversarial pictures after Madry et al. (ICLR 2018), untargeted.
+    """Adversarial images after Madry et al. (ICLR 2018), untargeted.
 
     From a random start in the ball, each step adds 2.5 eps / steps by the sign of the cross-entropy's gradient, and the
-    result is brought back into the ball and into 0..255. The last step's picture counts.
+    result is brought back into the ball and into 0..255. The last step's image counts.
 
     Args:
         model: (b, 3, s, s) float32 in 0..255 -> (b, classes) logits; in evaluation mode.
         pixels: (b, 3, s, s) uint8.
         targets: (b,) int64, the true classes.
-        rows: (b,) int64, the pictures' rows, which key the start.
+        rows: (b,) int64, the images' rows, which key the start.
         eps: radius in 0..255, > 0.
         steps: at least 1.
 

@@ -1,4 +1,4 @@
-"""Intervals of measures that have no formula for one: 95 % by the bootstrap over pictures."""
+"""Intervals of measures that have no formula for one: 95 % by the bootstrap over images."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,13 +24,13 @@ def resamples(count: int, seed: int, times: int = TIMES) -> Iterator[Places]:
 def with_intervals(
     measure: Callable[[Places], dict[str, float]], count: int, seed: int, low: float = 0.0, high: float = 1.0
 ) -> dict[str, Any]:
-    """Measures of all pictures, and 1.96 standard deviations over resampled pictures to either side, within low..high.
+    """Measures of all images, and 1.96 standard deviations over resampled images to either side, within low..high.
 
     Not the percentiles: what is drawn twice counts twice, so that measures of agreement are higher on every resample,
     and the percentiles may not even hold the value.
 
     Args:
-        measure: (m,) places of `count` pictures -> the measures on these, by name.
+        measure: (m,) places of `count` images -> the measures on these, by name.
 
     Returns:
         For each its value and, as "NAME_interval", [low, high].

@@ -17,14 +17,14 @@ from .table import cell_text, columns_of, footer, table, title, turned
 
 SCHEMA = 2
 NO_TREATMENT = ("seeds", "random")
-"""Settings that say how much was judged, not how."""
-PICTURES = ("train", "test", "subset")
-"""Inputs that are pictures, or lists of them."""
+"""Settings that say how much was evaluated, not how."""
+IMAGES = ("train", "test", "subset")
+"""Inputs that are images, or lists of them."""
 LEGEND = (
-    "±: half of the 95 % interval over the test pictures; (seeds S): the standard deviation between the seeds. "
+    "±: half of the 95 % interval over the test images; (seeds S): the standard deviation between the seeds. "
     "Bold: the best of a column. ≈: not told from the best at the 95 % level: the two differ by less than 1.96 "
     "standard errors of a difference, taken from both intervals and, with several seeds, from the deviations between "
-    "these. The test takes the pictures as drawn for each network anew, which is cautious, and does not allow for the "
+    "these. The test takes the images as drawn for each network anew, which is cautious, and does not allow for the "
     "number of rows."
 )
 
@@ -38,14 +38,14 @@ class Row(NamedTuple):
 
 
 def compare(runs: list[str | Path], show_published: bool = False) -> str:
-    """Markdown: for each protocol that any of the runs was judged by, one table a measure over all their networks.
+    """Markdown: for each protocol that any of the runs was evaluated by, one table a measure over all their networks.
 
     Args:
         runs: run folders; nothing is written.
         show_published: add what others have published (`published.csv`).
 
     Raises:
-        UsageError: a run holds no results, or two results of one protocol were made with other settings or pictures.
+        UsageError: a run holds no results, or two results of one protocol were made with other settings or images.
     """
     places = list({Path(run).resolve(): Path(run) for run in runs}.values())
     found = {place: _results(place) for place in places}
@@ -54,7 +54,7 @@ def compare(runs: list[str | Path], show_published: bool = False) -> str:
     differing = [line for name in names for line in _differences(name, by_name[name])]
     if differing:
         raise UsageError(
-            f"--compare: these were not made alike: {'; '.join(differing)}; judge them alike, or leave one out"
+            f"--compare: these were not made alike: {'; '.join(differing)}; evaluate them alike, or leave one out"
         )
     parts: list[str] = []
     for name in names:
@@ -64,7 +64,7 @@ def compare(runs: list[str | Path], show_published: bool = False) -> str:
             lines.append(f"Seeds: {', '.join(f'{count} in {place}' for place, count in seeds.items())}.")
         lacking = [str(place) for place in places if place not in by_name[name]]
         if lacking:
-            lines.append(f"Not judged by {name}: {', '.join(lacking)}.")
+            lines.append(f"Not evaluated by {name}: {', '.join(lacking)}.")
         parts += ["\n".join(lines), *([published(name)] if show_published else [])]
     return "\n\n".join([*(part.rstrip() for part in parts if part), LEGEND]) + "\n"
 
@@ -75,7 +75,7 @@ def within_noise(one: dict[str, Any], other: dict[str, Any], measure: str) -> bo
 
 
 def _error(cell: dict[str, Any], measure: str) -> float:
-    """The standard error: of the pictures, from the interval, and of the seeds."""
+    """The standard error: of the images, from the interval, and of the seeds."""
     low, high = cell[f"{measure}_interval"]
     seeds = cell.get(f"{measure}_seeds", [0.0])
     return math.hypot((high - low) / 2 / Z95, cell.get(f"{measure}_deviation", 0.0) / len(seeds) ** 0.5)
@@ -92,9 +92,9 @@ def _results(run: Path) -> dict[str, dict[str, Any]]:
             result = files.read_json(path)
             schema = result["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}: not a result of ktransfer eval ({error}); judge {run} again") from error
+            raise UsageError(f"{path}: not a result of ktransfer eval ({error}); evaluate {run} again") from error
         if schema != SCHEMA or "inputs" not in result:
-            raise UsageError(f"{path}: of another version of ktransfer; judge it again, with eval --overwrite")
+            raise UsageError(f"{path}: of another version of ktransfer; evaluate it again, with eval --overwrite")
         found[name] = result
     if not found:
         raise UsageError(f"--compare {run}: holds no results; make some first: ktransfer --run {run} eval")
@@ -110,8 +110,8 @@ def _differences(name: str, results: dict[Path, dict[str, Any]]) -> list[str]:
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 values = f"{key.replace('_', '-')} is {mine.get(key)!r} in {first} and {theirs.get(key)!r} in {other}"
-                pictures = f"the {key[5:]} pictures of {first} and {other} differ"
-                lines.append(f"{name}: {pictures if key.startswith('data ') else values}")
+                images = f"the {key[5:]} images of {first} and {other} differ"
+                lines.append(f"{name}: {images if key.startswith('data ') else values}")
     return lines
 
 
@@ -121,7 +121,7 @@ def _treatment(result: dict[str, Any]) -> dict[str, Any]:
     others = {field.name for field in fields(EvalConfig)} - read  # older results hold these too
     settings = {key: value for key, value in result["settings"].items() if key not in others.union(NO_TREATMENT)}
     shared = {key: value for key, value in result["inputs"].items() if " " not in key}
-    data = {f"data {key}" if key in PICTURES else key: value for key, value in shared.items()}
+    data = {f"data {key}" if key in IMAGES else key: value for key, value in shared.items()}
     return {"protocol": result["protocol"], **settings, **data}
 
 
@@ -165,13 +165,13 @@ def _marked(rows: list[Row], column: str, measure: str, best_of: Callable[..., A
 
 
 def _rows(results: dict[Path, dict[str, Any]]) -> list[Row]:
-    """Every network once; the run where it was judged is named where two networks would have the same label."""
+    """Every network once; the run where it was evaluated is named where two networks would have the same label."""
     rows: list[Row] = []
     for place, result in results.items():
         for name, arm in result["arms"].items():
             label = title(name, arm)
-            same = [row for row in rows if row.label == label or row.label.startswith(f"{label}, judged in ")]
+            same = [row for row in rows if row.label == label or row.label.startswith(f"{label}, evaluated in ")]
             if any(row.arm == arm for row in same):
                 continue
-            rows.append(Row(f"{label}, judged in {place}" if same else label, arm, result))
+            rows.append(Row(f"{label}, evaluated in {place}" if same else label, arm, result))
     return rows

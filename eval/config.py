@@ -28,7 +28,7 @@ FROZEN = ("knn", "lowshot", "svm", "logreg", "clusters", "retrieve")
 TUNED = ("nonlinear", "finetune")
 """Those that train networks."""
 LOCATED = ("detect", "segment")
-"""Those that train networks to find things in pictures."""
+"""Those that train networks to find things in images."""
 TRAINED = ("linear", "robust", *TUNED, *LOCATED)
 """Those that train anything in steps."""
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class EvalConfig(LoopOptions):
-    """Judge the run's network by named protocols, beside the same with random weights.
+    """Evaluate the run's network by named protocols, beside the same with random weights.
 
     Several protocols at once are separated by commas. docs/protocols.md says what each does.
     """
@@ -61,23 +61,25 @@ class EvalConfig(LoopOptions):
         " the run's if not given",
         execution=True,
     )
-    protocol: str = option("linear", f"how it is judged, separated by commas: {', '.join(PROTOCOLS)}", execution=True)
+    protocol: str = option(
+        "linear", f"how it is evaluated, separated by commas: {', '.join(PROTOCOLS)}", execution=True
+    )
     layers: str | None = option(
         None,
         "layers, separated by commas; conv1..conv5 of an AlexNet when not given",
         of=("linear", "nonlinear", "robust", *FROZEN),
     )
     beside: str | None = option(
-        None, "other runs, separated by commas, whose networks are judged in the same table", execution=True
+        None, "other runs, separated by commas, whose networks are evaluated in the same table", execution=True
     )
-    random: bool = option(True, "judge the same network with random weights beside it")
+    random: bool = option(True, "evaluate the same network with random weights beside it")
     supervised: bool = option(
-        False, "judge the same network trained on the true labels beside it; it is trained once", execution=True
+        False, "evaluate the same network trained on the true labels beside it; it is trained once", execution=True
     )
     supervised_epochs: int = option(90, "passes over the training part", low=1, of=("supervised",))
     size: int = option(
         0,
-        "side of the pictures in pixels; 0: as in the network's training",
+        "side of the images in pixels; 0: as in the network's training",
         low=0,
         high=2048,
         of=(*(name for name in PROTOCOLS if name not in LOCATED), "supervised"),
@@ -85,7 +87,7 @@ class EvalConfig(LoopOptions):
     stride: int = option(
         0, "stride of AlexNet's first convolution; 0: as in retraining, 4 after a puzzle", low=0, high=8
     )
-    seeds: int = option(1, "judge so many times, from so many seeds, and show means and deviations", low=1, high=100)
+    seeds: int = option(1, "evaluate so many times, from so many seeds, and show means and deviations", low=1, high=100)
     lrs: str = option(
         "",
         "learning rates to choose from, separated by commas; the protocol's own if empty",
@@ -112,7 +114,7 @@ class EvalConfig(LoopOptions):
         of=("linear", "robust"),
     )
     epochs: int = option(0, "passes over the training part; 0: the protocol's own", low=0, of=TRAINED)
-    batch: int = option(0, "pictures a step; 0: the protocol's own", low=0, of=TRAINED)
+    batch: int = option(0, "images a step; 0: the protocol's own", low=0, of=TRAINED)
     momentum: float = narrowed(LoopOptions, "momentum", TRAINED)
     weight_decay: float = option(-1.0, "weight decay; -1: the protocol's own", low=-1, of=TRAINED)
     schedule: str = narrowed(LoopOptions, "schedule", TRAINED)
@@ -122,16 +124,16 @@ class EvalConfig(LoopOptions):
     temperature: float = option(0.07, "a neighbour counts exp(similarity / this)", low=1e-3, high=1e3, of=("knn",))
     subset: str | None = option(
         None,
-        "a list of training pictures, one a line, whose labels are used; 1 % and 10 % when not given",
+        "a list of training images, one a line, whose labels are used; 1 % and 10 % when not given",
         execution=True,
         of=("lowshot",),
     )
-    crop: float = option(0.2, "smallest share of a picture's area in training", low=0.01, high=1, of=TUNED)
-    test_crops: int = option(10, "random squares of each test picture; 0: its centre", low=0, high=100, of=TUNED)
+    crop: float = option(0.2, "smallest share of an image's area in training", low=0.01, high=1, of=TUNED)
+    test_crops: int = option(10, "random squares of each test image; 0: its centre", low=0, high=100, of=TUNED)
     strategy: str = option("joint", "frozen, staged, joint, layerwise, separated by commas", of=("finetune",))
     rescale: bool = option(False, "first give all layers outputs of unit variance", of=("finetune",))
-    robust_pictures: int = option(
-        500, "test pictures that are corrupted and attacked, drawn by the seed; 0: all", low=0, of=("robust",)
+    robust_images: int = option(
+        500, "test images that are corrupted and attacked, drawn by the seed; 0: all", low=0, of=("robust",)
     )
     robust_eps: str = option("0.5,1,2,4", "radii of the attack, of 255, separated by commas", of=("robust",))
     robust_steps: int = option(10, "steps of the attack", low=1, high=1000, of=("robust",))
@@ -163,18 +165,18 @@ class EvalConfig(LoopOptions):
         "which a run without another network takes",
         of=LOCATED,
     )
-    threshold: float = option(0.05, "boxes of a lower score are no answers", low=0, high=1, of=("detect",))
-    canvas: int = option(320, "long side of the pictures in pixels", low=64, high=2048, of=LOCATED)
+    threshold: float = option(0.05, "boxes of a lower score are no predictions", low=0, high=1, of=("detect",))
+    canvas: int = option(320, "long side of the images in pixels", low=64, high=2048, of=LOCATED)
     jitter: str = option("0.8,1.2", "range of the scale in training", of=LOCATED)
     test_scales: str = option(
         "1",
-        "factors of the canvas at test, separated by commas; of others than 1 alone, pictures are mirrored too and "
-        "answers merged by NMS",
+        "factors of the canvas at test, separated by commas; of others than 1 alone, images are mirrored too and "
+        "predictions merged by NMS",
         of=("detect",),
     )
-    queries: str = option("8", "keys of test pictures, separated by commas, or so many drawn", of=("retrieve",))
+    queries: str = option("8", "keys of test images, separated by commas, or so many drawn", of=("retrieve",))
     compare: str | None = option(
-        None, "judge nothing; show the results of this run and of these, separated by commas", execution=True
+        None, "evaluate nothing; show the results of this run and of these, separated by commas", execution=True
     )
     published: bool = option(False, "show what others have published beside ours", execution=True)
     overwrite: bool = option(False, "make the stage again", execution=True)
@@ -183,7 +185,7 @@ class EvalConfig(LoopOptions):
         """Refuse what would be refused hours later."""
         super().__post_init__()
         if self.batch == 1:
-            raise UsageError("--batch 1: batch norm needs two pictures; give 0 (the protocol's own) or at least 2")
+            raise UsageError("--batch 1: batch norm needs two images; give 0 (the protocol's own) or at least 2")
         if -1 < self.weight_decay < 0:
             raise UsageError(f"--weight-decay {self.weight_decay:g}: below 0; give -1 (the protocol's own), 0 or more")
 

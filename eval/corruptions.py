@@ -1,12 +1,12 @@
-"""Fifteen common corruptions of pictures, five severities each: batched functions whose noise belongs to the picture.
+"""Fifteen common corruptions of images, five severities each: batched functions whose noise belongs to the image.
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR
 2019; reference selftraining.md §4.3): the same fifteen kinds, most of them with their strengths. Lengths are scaled
-with the picture (theirs are for 224 pixels) and noise with the root of that, so that small pictures are not drowned;
+with the image (theirs are for 224 pixels) and noise with the root of that, so that small images are not drowned;
 frost is drawn instead of photographed; snow, glass, elastic and pixelate have strengths of their own, each severity
 stronger than the one before. So numbers can be compared with each other, not with those of the stored ImageNet-C.
 
-One draw serves all five severities of a picture: they differ by strength alone.
+One draw serves all five severities of an image: they differ by strength alone.
 """
 
 import io
@@ -32,7 +32,7 @@ class Draws:
     """The random numbers of a batch for one kind of corruption: each a function of (seed, kind, name, row).
 
     Attributes:
-        side: of the pictures, in pixels.
+        side: of the images, in pixels.
         scale: side / 224.
     """
 
@@ -61,11 +61,11 @@ def severities(kind: str, pixels: Tensor, rows: Tensor, seed: int) -> Iterator[T
     Args:
         kind: one of `KINDS`.
         pixels: (batch, 3, side, side) uint8.
-        rows: (batch,) int64 on the same device, the pictures' rows, which key the draws.
+        rows: (batch,) int64 on the same device, the images' rows, which key the draws.
         seed: 0 <= seed < 2**32.
 
     Yields:
-        (batch, 3, side, side) uint8, on the device of `pixels`; a picture depends on the batch by no more than the
+        (batch, 3, side, side) uint8, on the device of `pixels`; an image depends on the batch by no more than the
         rounding of the device's sums.
     """
     draws = Draws(seed, kind, rows, pixels.shape[-1])
@@ -190,10 +190,10 @@ def pixelate(x: Tensor, draws: Draws, level: int) -> Tensor:
 
 
 def jpeg_compression(x: Tensor, draws: Draws, level: int) -> Tensor:
-    """Through a JPEG of low quality; encoded and decoded on the CPU, picture by picture."""
+    """Through a JPEG of low quality; encoded and decoded on the CPU, image by image."""
     quality = (25, 18, 15, 10, 7)[level]
     pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    coded = np.stack([_through_jpeg(picture, quality) for picture in pixels])
+    coded = np.stack([_through_jpeg(image, quality) for image in pixels])
     return torch.from_numpy(coded).to(x.device).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
@@ -220,10 +220,10 @@ KINDS: dict[str, Callable[[Tensor, Draws, int], Tensor]] = {
 """(batch, 3, side, side) float32 in 0..1, draws and a level in 0..4 -> the same, not yet clipped to 0..1."""
 
 
-def _through_jpeg(picture: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+def _through_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
     """(s, s, 3), encoded and decoded."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file))
 
 
@@ -268,7 +268,7 @@ def _streak(angle: Tensor, length: float, deviation: float) -> Tensor:
 
 
 def _displaced(x: Tensor, moved: Tensor, zoom: float = 1.0) -> Tensor:
-    """Each pixel from (b, s, s, 2) pixels (across, down) beside it, in a picture enlarged by `zoom`; bilinear."""
+    """Each pixel from (b, s, s, 2) pixels (across, down) beside it, in an image enlarged by `zoom`; bilinear."""
     side = x.shape[-1]
     at = (2 * torch.arange(side, device=x.device) + 1) / side - 1
     place = torch.stack([at.expand(side, side), at[:, None].expand(side, side)], dim=-1)
@@ -276,7 +276,7 @@ def _displaced(x: Tensor, moved: Tensor, zoom: float = 1.0) -> Tensor:
 
 
 def _plasma(draws: Draws, name: str, decay: float) -> Tensor:
-    """(b, 1, s, s) in 0..1, in each picture from 0 to 1: noise of halved cells, each octave weaker by `decay`."""
+    """(b, 1, s, s) in 0..1, in each image from 0 to 1: noise of halved cells, each octave weaker by `decay`."""
     total = torch.zeros(1, device=draws.rows.device)
     cells, octave = 2, 0
     while cells < draws.side:

@@ -17,10 +17,10 @@ def episodes(
     shots: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """(600,) right answers: 5 random classes, the mean of `shots` training pictures each; the nearest mean wins.
+    """(600,) right predictions: 5 random classes, the mean of `shots` training images each; the nearest mean wins.
 
-    Shares; squared Euclidean distance; 15 random test pictures of each class; of equal distances the first class wins.
-    Classes with fewer pictures are not drawn; (0,) where fewer than 5 are left. What is drawn depends on the labels and
+    Shares; squared Euclidean distance; 15 random test images of each class; of equal distances the first class wins.
+    Classes with fewer images are not drawn; (0,) where fewer than 5 are left. What is drawn depends on the labels and
     the seed alone, so that all networks and layers are asked the same.
     """
     count = 1 + int(max(train_labels.max(initial=-1), test_labels.max(initial=-1)))

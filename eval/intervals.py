@@ -10,14 +10,15 @@ Z95 = 1.959964
 
 
 def wilson(share: float, count: int) -> list[float]:
-    """[low, high] of a share of `count` answers, by Wilson's formula."""
+    """[low, high] of a share of `count` predictions, by Wilson's formula."""
     centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     return [centre - half, centre + half]
 
 
 def share_of(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
-    """The share of (m,) answers, 1 or True where right, with Wilson's interval: {measure: ..., measure_interval}."""
+    """The share of (m,) predictions, 1 or True where right, with Wilson's interval: {measure: ...,
+    measure_interval}."""
     share = float(hit.astype(np.float64).mean())
     return {measure: share, f"{measure}_interval": wilson(share, len(hit))}
 

@@ -1,7 +1,7 @@
 """Average precision by the rules of PASCAL VOC 2007, and how sure it is.
 
 The 11-point rule (VOC2007 development kit): the mean over recalls 0, 0.1, ..., 1 of the highest precision that is
-reached at that recall or more. Pictures of one score are counted together, so that the order of equal scores never
+reached at that recall or more. Images of one score are counted together, so that the order of equal scores never
 matters.
 """
 
@@ -24,7 +24,7 @@ def voc_ap(scores: NDArray[np.floating], wanted: NDArray[np.integer]) -> float:
         wanted: (n,), 1 yes, 0 no, -1 not counted.
 
     Returns:
-        0..1; not a number where no picture is a "yes".
+        0..1; not a number where no image is a "yes".
     """
     return float(_weighted_ap(scores, wanted, np.ones((1, len(scores)), np.int64))[0])
 
@@ -42,7 +42,7 @@ def voc_map(
     Args:
         scores: (n, classes).
         tags: (n, classes), 1 yes, 0 no, -1 not counted (`Dataset.tags`).
-        seed: of the bootstrap over pictures (percentiles 2.5 and 97.5 of `draws` repetitions; a class that a draw
+        seed: of the bootstrap over images (percentiles 2.5 and 97.5 of `draws` repetitions; a class that a draw
             leaves without a "yes" is left out of that draw's mean).
 
     Returns:
@@ -71,7 +71,7 @@ def _known(tags: NDArray[np.integer]) -> list[int]:
 def _weighted_ap(
     scores: NDArray[np.floating], wanted: NDArray[np.integer], weights: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """`voc_ap` for each of (draws, n) whole weights: how often each picture is counted. (draws,)"""
+    """`voc_ap` for each of (draws, n) whole weights: how often each image is counted. (draws,)"""
     counted = np.flatnonzero(wanted >= 0)
     order = counted[np.argsort(-scores[counted], kind="stable")]
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # the last of each run of equal scores

@@ -1,10 +1,10 @@
 """Other groups' settings of the linear probe: `linear --preset NAME`.
 
 deepcluster  (reference jigsawpp.md §8, Caron et al. 2018): average pools of fixed squares, no standardisation; in
-             training a random square of the stored picture (224 of 256) and its mirror image, at the test the mean
+             training a random square of the stored image (224 of 256) and its mirror image, at the test the mean
              probability over ten squares (corners and centre, and their mirror images); SGD with momentum, 90 epochs,
              batch 256, rate 0.01 / sqrt(1 + 0.01 x decay x step). Not followed: they report the best epoch on the test
-             part, we the last; their ten squares are of the whole picture, ours of its centre square; their decay
+             part, we the last; their ten squares are of the whole image, ours of its centre square; their decay
              differs by layer, of which conv3's 1e-7 is known and taken for all.
 fair         (§6.2, Goyal et al. 2019): conv1 keeps the stride 2 of the puzzle, average pools of fixed squares, channels
              standardised (their batch norm without scale and shift), centre square and mirror image; rate 0.01, a tenth
@@ -12,7 +12,7 @@ fair         (§6.2, Goyal et al. 2019): conv1 keeps the stride 2 of the puzzle,
              decay 5e-4. Not followed: their PCA noise on colours; mean and deviation are measured once, not per batch.
 
 In both a tenth of the training part is held out, on which the rate is chosen where `--lrs` has several. Both are for
-the layers conv1..conv5 of an AlexNet; on smaller pictures than theirs the grids are smaller.
+the layers conv1..conv5 of an AlexNet; on smaller images than theirs the grids are smaller.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks, rng
 from ktransfer.config import nearest
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
@@ -85,7 +85,7 @@ def with_schedule(config: EvalConfig) -> EvalConfig:
 
 
 def preset_layers(model: nn.Module, network: Network, config: EvalConfig) -> list[Layer]:
-    """The layers to judge, averaged as the preset says.
+    """The layers to evaluate, averaged as the preset says.
 
     Raises:
         UsageError: a layer that is unknown or has no pool in the preset, or maps smaller than their pool.
@@ -116,14 +116,14 @@ def preset_layers(model: nn.Module, network: Network, config: EvalConfig) -> lis
 
 
 class Crops:
-    """Maps of squares of pictures, computed when they are asked for; read as the training loop reads pictures.
+    """Maps of squares of images, computed when they are asked for; read as the training loop reads images.
 
-    A row is picture * views + view, and a view (y * places + x) * 2 + mirrored, 0 <= x, y < places.
+    A row is image * views + view, and a view (y * places + x) * 2 + mirrored, 0 <= x, y < places.
     """
 
-    def __init__(self, pooled: Pooled, pictures: Pictures, size: int) -> None:
-        self.pooled, self.pictures = pooled, pictures
-        self.places = pictures.size - size + 1
+    def __init__(self, pooled: Pooled, images: ImageLoader, size: int) -> None:
+        self.pooled, self.images = pooled, images
+        self.places = images.size - size + 1
         self.views = 2 * self.places**2
 
     def ten(self) -> Tensor:
@@ -133,14 +133,14 @@ class Crops:
         return torch.tensor([(y * self.places + x) * 2 + mirrored for y, x in corners for mirrored in (0, 1)])
 
     def drawn(self, order: Tensor, seed: int, epoch: int) -> Tensor:
-        """A random view of each picture of (steps, b) `order`, as rows of the same shape."""
+        """A random view of each image of (steps, b) `order`, as rows of the same shape."""
         view = rng.integers(seed, "eval/crop", epoch, order.flatten(), 1, self.views).view(order.shape)
         return order * self.views + view
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows -> (rows, (b, d) maps, (b,) valid, seconds waited); each picture is read once a batch."""
+        """(b,) rows -> (rows, (b, d) maps, (b,) valid, seconds waited); each image is read once a batch."""
         wanted = [(part, *(part // self.views).unique(return_inverse=True)) for part in rows]
-        read = self.pictures.batches(pictures for _, pictures, _ in wanted)
+        read = self.images.batches(images for _, images, _ in wanted)
         for (coded, _, places), (_, pixels, valid, wait) in zip(wanted, read, strict=True):
             yield coded, self.pooled(pixels[places], coded % self.views), valid[places], wait
 
@@ -152,7 +152,7 @@ def cropped_maps(
     config: EvalConfig,
     device: torch.device,
 ) -> Pooled:
-    """(b, 3, s, s) uint8 pictures and (b,) views of `Crops` -> (b, d) maps of those squares."""
+    """(b, 3, s, s) uint8 images and (b,) views of `Crops` -> (b, d) maps of those squares."""
     size, known = arm.network.size, networks.layers(arm.network, model)
     paths = {layer.name: known[layer.name] for layer in layers}
     averaged = partial(averaged_maps, model, arm.network, layers, paths, config, device)
@@ -160,8 +160,8 @@ def cropped_maps(
     def pooled(pixels: Tensor, views: Tensor) -> Tensor:
         places = pixels.shape[-1] - size + 1
         squares = [
-            picture[:, y : y + size, x : x + size].flip(-1) if mirrored else picture[:, y : y + size, x : x + size]
-            for picture, view in zip(pixels, views.tolist(), strict=True)
+            image[:, y : y + size, x : x + size].flip(-1) if mirrored else image[:, y : y + size, x : x + size]
+            for image, view in zip(pixels, views.tolist(), strict=True)
             for (y, x), mirrored in ((divmod(view // 2, places), view % 2),)
         ]
         return averaged(torch.stack(squares).to(device))
@@ -173,7 +173,7 @@ def ten_crop_predictions(
     probes: Probes, crops: Crops, rows: Tensor, batch: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(probes, m) int64 classes of the highest mean probability over ten squares, and the (m,) valid rows."""
-    answers: list[Any] = []
+    predictions: list[Any] = []
     kept: list[Tensor] = []
     ten = crops.ten()
     probes.eval()
@@ -184,6 +184,6 @@ def ten_crop_predictions(
             whole = valid.view(len(part), len(ten))[:, 0]
             outputs = probes(maps[valid].to(device))
             shares = [logits.float().softmax(1).view(-1, len(ten), logits.shape[1]).mean(1) for logits in outputs]
-            answers.append(torch.stack([share.argmax(1) for share in shares]).cpu())
+            predictions.append(torch.stack([share.argmax(1) for share in shares]).cpu())
             kept.append(part[whole])
-    return torch.cat(answers, dim=1), torch.cat(kept)
+    return torch.cat(predictions, dim=1), torch.cat(kept)

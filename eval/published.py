@@ -13,7 +13,7 @@ class Row(NamedTuple):
     """One number.
 
     Attributes:
-        protocol: of ours that judges in the same spirit.
+        protocol: of ours that evaluates in the same spirit.
         table: what was measured, on which data, in which unit.
         value: as printed.
     """

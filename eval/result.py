@@ -9,8 +9,8 @@ class Result(TypedDict):
     Attributes:
         scores: column of the table (a layer, a number of labels, ...) -> {measure: value, measure + "_interval": [low,
             high] of the 95 % interval, and whatever else belongs to it}. Shares lie in 0..1.
-        broken: pictures that could not be read, with the reason.
-        files: pictures that were drawn, names below the folder of the protocol in the run's eval/.
+        broken: images that could not be read, with the reason.
+        files: images that were drawn, names below the folder of the protocol in the run's eval/.
         hits: what `relate` needs, and takes out.
     """
 

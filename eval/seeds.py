@@ -1,4 +1,4 @@
-"""Several repetitions of one judgement as one: means, and how far they lie apart."""
+"""Several repetitions of one evaluation as one: means, and how far they lie apart."""
 
 import statistics
 from typing import Any

@@ -1,4 +1,4 @@
-"""The eval stage: networks and labelled pictures in, tables of what came across out."""
+"""The eval stage: networks and labelled images in, tables of what came across out."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ktransfer import files, networks
 from ktransfer.config import build, chosen, in_words, read_by, result_settings, settings_of
 from ktransfer.data.loader import typical_short_side
-from ktransfer.errors import Answer, UsageError
+from ktransfer.errors import Prediction, UsageError
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training.device import choose_device
@@ -23,12 +23,12 @@ from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
 
-PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of pictures
+PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of images
 PATHS = ("labelled", "beside", "subset")
 SCHEMA = 2
 
 
-class Judging(NamedTuple):
+class Evaluation(NamedTuple):
     """One protocol as it will be run."""
 
     protocol: str
@@ -40,12 +40,12 @@ class Judging(NamedTuple):
     """What `evaluate` is called with for this protocol alone."""
 
     def module(self) -> protocols.Module:
-        """What judges: the protocol's module, or that of detectors which are finished."""
+        """What evaluates: the protocol's module, or that of detectors which are finished."""
         as_they_are = self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
         return protocols.load("trained_detectors" if as_they_are else self.protocol)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the labelled pictures, by part, and of the list of those whose labels are used."""
+        """Of the labelled images, by part, and of the list of those whose labels are used."""
         found = {name: part.fingerprint for name, part in zip(("train", "test"), self.parts, strict=False)}
         if self.protocol == "lowshot" and self.config.subset:
             found["subset"] = files.sha256(Path(self.config.subset))
@@ -53,7 +53,7 @@ class Judging(NamedTuple):
 
 
 def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
-    """Judge the run's final network, the same with random weights, and those of other runs, by named protocols.
+    """Evaluate the run's final network, the same with random weights, and those of other runs, by named protocols.
 
     Args:
         run: the run folder; `run/eval/PROTOCOL.json`, `.csv` and `.md` are written.
@@ -66,17 +66,17 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
         UsageError, StageError: one line each.
     """
     run = Path(run)
-    return {judging.protocol: _evaluate(run, judging) for judging in check(run, options)}
+    return {evaluating.protocol: _evaluate(run, evaluating) for evaluating in check(run, options)}
 
 
-def _evaluate(run: Path, judging: Judging) -> Path:
-    name, config, parts, settings, _ = judging
-    protocol = judging.module()
+def _evaluate(run: Path, evaluating: Evaluation) -> Path:
+    name, config, parts, settings, _ = evaluating
+    protocol = evaluating.module()
     device = choose_device(config)
     if config.supervised:
         supervised.train(run, config, device)
     arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
-    inputs = judging.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
+    inputs = evaluating.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
     inputs |= protocol.inputs(arms, parts, config) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
     with begin(
@@ -84,17 +84,17 @@ def _evaluate(run: Path, judging: Judging) -> Path:
     ) as step:
         report = step.folder / names[0]
         if step.done:
-            print(_shown(files.read_json(report), judging))
+            print(_shown(files.read_json(report), evaluating))
             return report
         work = step.folder / f"work-{name}"
         result: dict[str, Any] = {
             "schema": SCHEMA,
-            "protocol": f"{protocol.PROTOCOL} {config.preset}" if _other_preset(judging) else protocol.PROTOCOL,
+            "protocol": f"{protocol.PROTOCOL} {config.preset}" if _other_preset(evaluating) else protocol.PROTOCOL,
             "title": protocol.TITLE,
             "measures": protocol.MEASURES,
             "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
             "chance": _chance(parts),
-            "command": _command(run, judging),
+            "command": _command(run, evaluating),
             "settings": result_settings(settings),
             "inputs": inputs,
             "versions": versions(),
@@ -105,15 +105,15 @@ def _evaluate(run: Path, judging: Judging) -> Path:
                 result[name_of.lower()] = getattr(protocol, name_of)
         broken: dict[str, None] = {}  # in order, each once
         drawn: list[str] = []
-        judged = [
-            {arm.name: _judged(protocol, arm, judging, seed, work, device) for arm in arms}
+        evaluated = [
+            {arm.name: _evaluated(protocol, arm, evaluating, seed, work, device) for arm in arms}
             for seed in range(config.seeds)
         ]
         if hasattr(protocol, "relate"):
-            for together in judged:
+            for together in evaluated:
                 protocol.relate(together, config)
         for arm in arms:
-            repetitions = [together[arm.name] for together in judged]
+            repetitions = [together[arm.name] for together in evaluated]
             broken |= dict.fromkeys(line for one in repetitions for line in one.pop("broken", []))
             drawn += [file for one in repetitions for file in one.pop("files", [])]
             result["arms"][arm.name] = merged(repetitions)
@@ -123,61 +123,61 @@ def _evaluate(run: Path, judging: Judging) -> Path:
         drawn = [f"{name}/{file}" for file in dict.fromkeys(drawn)]
         step.finish([step.folder / file for file in [*names, *drawn]], broken=list(broken))
         files.remove(work)
-        print(_shown(result, judging))
-        say(f"eval {name}: done; {len(broken)} broken pictures; {report}")
+        print(_shown(result, evaluating))
+        say(f"eval {name}: done; {len(broken)} broken images; {report}")
         return report
 
 
-def _command(run: Path, judging: Judging) -> str:
-    """The line that judges the same again: every setting that counts and is not the default, and the paths."""
-    names = [name for name in PATHS if hasattr(judging.settings, name)] + list(result_settings(judging.settings))
-    names += ["supervised", "supervised_epochs", "size"] if judging.config.supervised else []
-    own = {name: getattr(judging.config, name) for name in dict.fromkeys(names)}
+def _command(run: Path, evaluating: Evaluation) -> str:
+    """The line that evaluates the same again: every setting that counts and is not the default, and the paths."""
+    names = [name for name in PATHS if hasattr(evaluating.settings, name)] + list(result_settings(evaluating.settings))
+    names += ["supervised", "supervised_epochs", "size"] if evaluating.config.supervised else []
+    own = {name: getattr(evaluating.config, name) for name in dict.fromkeys(names)}
     changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
-    return in_words(run.resolve().name, "eval", {"protocol": judging.protocol} | changed)
+    return in_words(run.resolve().name, "eval", {"protocol": evaluating.protocol} | changed)
 
 
-def _shown(result: dict[str, Any], judging: Judging) -> str:
+def _shown(result: dict[str, Any], evaluating: Evaluation) -> str:
     """The tables for the screen."""
-    return to_markdown(result) + (f"\n{published(judging.protocol)}" if judging.config.published else "")
+    return to_markdown(result) + (f"\n{published(evaluating.protocol)}" if evaluating.config.published else "")
 
 
-def _other_preset(judging: Judging) -> bool:
+def _other_preset(evaluating: Evaluation) -> bool:
     """Whether it is the linear probe as others do it."""
-    return judging.protocol == "linear" and judging.config.preset != "zhang"
+    return evaluating.protocol == "linear" and evaluating.config.preset != "zhang"
 
 
 def _chance(parts: Any) -> float:
-    """What guessing reaches: one class of all; of several labels a picture, the share of pictures that have one."""
+    """What guessing reaches: one class of all; of several labels an image, the share of images that have one."""
     if (tags := getattr(parts[1], "tags", None)) is None:
         return 1 / len(parts[0].classes)
     return float((tags == 1).sum() / (tags >= 0).sum())
 
 
-def _judged(
-    protocol: protocols.Module, arm: Arm, judging: Judging, repetition: int, work: Path, device: Any
+def _evaluated(
+    protocol: protocols.Module, arm: Arm, evaluating: Evaluation, repetition: int, work: Path, device: Any
 ) -> dict[str, Any]:
-    """What the protocol says of one network, from the file where it was judged before an interruption."""
-    place = work / (arm.name if judging.config.seeds == 1 else f"{arm.name}-seed{repetition}")
+    """What the protocol says of one network, from the file where it was evaluated before an interruption."""
+    place = work / (arm.name if evaluating.config.seeds == 1 else f"{arm.name}-seed{repetition}")
     kept = place.with_name(f"{place.name}.json")
     if not kept.is_file():
-        config = replace(judging.config, seed=judging.config.seed + repetition)
-        files.write_json(kept, protocol.judge(arm, judging.parts, config, place, device))
-    files.remove(place)  # not before: killed in between, the whole network would be judged again
+        config = replace(evaluating.config, seed=evaluating.config.seed + repetition)
+        files.write_json(kept, protocol.evaluate(arm, evaluating.parts, config, place, device))
+    files.remove(place)  # not before: killed in between, the whole network would be evaluated again
     found: dict[str, Any] = files.read_json(kept)
     return found
 
 
-def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> list[Judging]:
-    """Everything that can be found wrong before the work; for each protocol its settings resolved, and its pictures.
+def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> list[Evaluation]:
+    """Everything that can be found wrong before the work; for each protocol its settings resolved, and its images.
 
     Raises:
-        Answer: `--compare` was given; it holds the tables.
+        Prediction: `--compare` was given; it holds the tables.
         UsageError: one line for what is wrong.
     """
     given = build(EvalConfig, options, "eval")
     if given.compare:
-        raise Answer(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
+        raise Prediction(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
     choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
@@ -186,19 +186,19 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     ready = "detect" in names and trained_detectors.wanted(run, given, pending or {})
     read = {name: _read(name, ready and name == "detect", given) for name in names}
     _refuse_unread(given, read, ready)
-    found: list[Judging] = []
+    found: list[Evaluation] = []
     for name in names:
         as_it_is = ready and name == "detect"
         alone = {key: value for key, value in options.items() if key.replace("-", "_") in read[name]}
         alone |= {"protocol": name}
         spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
         if not spec:
-            raise UsageError("eval: no labelled pictures given; name a root with train/ and val/ with --labelled")
+            raise UsageError("eval: no labelled images given; name a root with train/ and val/ with --labelled")
         parts = protocols.open_data(name, spec)
         if as_it_is:
             config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
             trained_detectors.check(run, config, parts, learned, pending or {})
-            found.append(Judging(name, config, parts, trained_detectors.settings(config), alone))
+            found.append(Evaluation(name, config, parts, trained_detectors.settings(config), alone))
             continue
         network = coming or networks.describe(final_network(run))
         size, stride = network.size, network.stride
@@ -211,7 +211,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         protocol.check([arm.network for arm in arms], parts, config, run)
         if hasattr(protocol, "check_arms"):
             protocol.check_arms(arms, config)
-        found.append(Judging(name, config, parts, settings_of(config, name), alone))
+        found.append(Evaluation(name, config, parts, settings_of(config, name), alone))
     if given.supervised:
         supervised.check(run, coming or networks.describe(final_network(run)), [one.config for one in found])
     return found

@@ -1,8 +1,8 @@
 """The arm that learns the true labels: the same architecture, trained from scratch on the labelled training part.
 
-Its recipe is that of `retrain --labels classes` (random parts of a picture of 0.08 of its area at least, mirrored half
+Its recipe is that of `retrain --labels classes` (random parts of an image of 0.08 of its area at least, mirrored half
 the time; SGD 0.01 with momentum 0.9, weight decay 5e-4, batches of 256, a warm-up over 5 % of the steps and a cosine;
-90 epochs, or `--supervised-epochs`), at the size and stride at which the networks beside it are judged. Where pictures
+90 epochs, or `--supervised-epochs`), at the size and stride at which the networks beside it are evaluated. Where images
 have several labels it learns them by sigmoids. It is a step of its own, `supervised` in run/eval, made once for all
 protocols.
 """
@@ -44,7 +44,7 @@ class Recipe(TrainOptions):
     width: float = option(1.0, "as the network beside it")
     stride: int = option(4, "as the network beside it")
     size: int = option(224, "as the network beside it")
-    crop: float = option(0.08, "smallest share of a picture's area that a random crop shows")
+    crop: float = option(0.08, "smallest share of an image's area that a random crop shows")
 
 
 SHARED = ("seed", "precision", *(field.name for field in fields(LoopOptions) if field.metadata["execution"]))
@@ -52,7 +52,7 @@ SHARED = ("seed", "precision", *(field.name for field in fields(LoopOptions) if 
 
 
 def supervised_network(network: Network, classes: int) -> Network:
-    """What the arm's weights hold, for a network as it is judged; a VGG's trunk stays one (see `heads.WithHead`)."""
+    """What the arm's weights hold, for a network as it is evaluated; a VGG's trunk stays one (see `heads.WithHead`)."""
     kept = 0 if network.arch in TRUNKS[2:] and not network.classes else classes
     return replace(network, classes=kept, normalise="imagenet", task="classes")
 
@@ -62,10 +62,10 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
 
     Args:
         network: the run's own, as it was trained.
-        configs: those of the protocols, with pictures, size and stride resolved.
+        configs: those of the protocols, with images, size and stride resolved.
 
     Raises:
-        UsageError: two protocols take networks of different looks, the pictures have no class each, or the arm is there
+        UsageError: two protocols take networks of different looks, the images have no class each, or the arm is there
             and was made otherwise, and `--overwrite` was not given.
     """
     looks = {(config.size, config.stride): config.protocol for config in configs}
@@ -73,7 +73,7 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
         told = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
         raise UsageError(
             f"--supervised: one network is trained for all protocols, and these take several ({told}); name --size and "
-            "--stride, or judge them in runs of their own"
+            "--stride, or evaluate them in runs of their own"
         )
     try:
         _, recipe, inputs, _ = _planned(network, configs[0])
@@ -89,7 +89,7 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
     """Train the arm, go on with it, or find it done; `--overwrite` makes it again only where it would be another.
 
     Args:
-        config: with pictures, size and stride resolved.
+        config: with images, size and stride resolved.
 
     Returns:
         Its weights.
@@ -110,25 +110,25 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
 
 
 def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dict[str, str], Network]:
-    """The pictures, the recipe, the inputs of the step, and what is trained, for the run's own network."""
+    """The images, the recipe, the inputs of the step, and what is trained, for the run's own network."""
     assert config.labelled is not None
     data, _ = open_parts(config.labelled)
-    judged = resized(network, config.size, config.stride)
+    evaluated = resized(network, config.size, config.stride)
     shared = {name: getattr(config, name) for name in SHARED}
-    look = {name: getattr(judged, name) for name in ("arch", "width", "stride", "size")}
+    look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size")}
     recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
-    made = supervised_network(judged, len(data.classes))
+    made = supervised_network(evaluated, len(data.classes))
     seen = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
     return data, recipe, {"train": data.fingerprint} | seen, made
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:
     part = Labelled(data, network, recipe, device)
-    rows = readable(part.pictures, torch.arange(len(data)), recipe.max_broken)
+    rows = readable(part.images, torch.arange(len(data)), recipe.max_broken)
     model = with_classes(network, len(data.classes), recipe.seed, "eval/supervised")
     loss: Any = partial(_loss, part=part, network=network, recipe=recipe)
     batches = partial(loop.epoch_batches, rows, recipe.batch, recipe.seed)
-    loop.fit(model, loss, part.pictures, batches, recipe, weights.parent, device, SUPERVISED)
+    loop.fit(model, loss, part.images, batches, recipe, weights.parent, device, SUPERVISED)
     networks.save(weights, model.state_dict(), network)
     return part.broken()
 

@@ -38,11 +38,9 @@ def to_markdown(result: dict[str, Any]) -> str:
 def footer(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     data = result["data"]
-    seen = {
-        cell["pictures"] for arm in result["arms"].values() for cell in arm["scores"].values() if "pictures" in cell
-    }
-    judged = f" ({max(seen)} of them judged)" if seen and max(seen) < data["test"] else ""
-    counts = f"{data['train']} pictures to train, {data['test']} to test{judged}, {data['classes']} classes, "
+    seen = {cell["images"] for arm in result["arms"].values() for cell in arm["scores"].values() if "images" in cell}
+    evaluated = f" ({max(seen)} of them evaluated)" if seen and max(seen) < data["test"] else ""
+    counts = f"{data['train']} images to train, {data['test']} to test{evaluated}, {data['classes']} classes, "
     note = result.get("note", f"{counts}chance {result['chance']:.1%}.").replace("{counts}", counts)
     return f"{result['protocol']}: {note}"
 

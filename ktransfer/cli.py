@@ -19,7 +19,7 @@ import click
 
 from ktransfer import __version__
 from ktransfer.config import build, kind, read_toml
-from ktransfer.errors import Answer, KTransferError, Stopped, UsageError
+from ktransfer.errors import KTransferError, Reply, Stopped, UsageError
 from ktransfer.stages import (
     STAGES,
     Call,
@@ -54,7 +54,7 @@ def cli(run_folder: Path | None, file: Path | None, recipe: str | None, debug: b
     Stages chain in one line, each taking from the run what it is not given:
 
     \b
-      ktransfer --run runs/mine  pretext --data PICTURES  cluster --k 200  retrain --arch alexnet  eval --labelled ROOT
+      ktransfer --run runs/mine  pretext --data IMAGES  cluster --k 200  retrain --arch alexnet  eval --labelled ROOT
     """
 
 
@@ -76,7 +76,7 @@ def carry_out(
     from ktransfer import distributed
 
     with distributed.joined():
-        if not distributed.leads():
+        if not distributed.is_leader():
             return distributed.serve(servant)
         with distributed.leading():
             _carry_out(wanted, run_folder, file, recipe)
@@ -90,11 +90,9 @@ def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: s
     inherit_data(wanted)
     wanted = complete(wanted, run_folder, tables)
     for stage, given in wanted:
-        pictures = Path(given.get("data") or ".")
-        if given.get("data") and pictures.is_dir() and run_folder.resolve().is_relative_to(pictures.resolve()):
-            raise UsageError(
-                f"--run {run_folder}: lies inside the pictures of {stage}, {pictures}; choose another folder"
-            )
+        images = Path(given.get("data") or ".")
+        if given.get("data") and images.is_dir() and run_folder.resolve().is_relative_to(images.resolve()):
+            raise UsageError(f"--run {run_folder}: lies inside the images of {stage}, {images}; choose another folder")
     line = plan(wanted, run_folder)
     refuse_changes(line, run_folder)
     from ktransfer.run import FOLDERS, locked, read_record
@@ -208,9 +206,9 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="An empty or new folder.")
-@click.option("--images", default=2000, show_default=True, help="Pictures of the training part; val gets a quarter.")
-@click.option("--size", default=128, show_default=True, help="Side of a picture in pixels.")
-@click.option("--seed", default=0, show_default=True, help="The pictures are a function of it.")
+@click.option("--images", default=2000, show_default=True, help="Images of the training part; val gets a quarter.")
+@click.option("--size", default=128, show_default=True, help="Side of an image in pixels.")
+@click.option("--seed", default=0, show_default=True, help="The images are a function of it.")
 def scenes(out: Path, images: int, size: int, seed: int) -> None:
     """Write the embedded data set as class folders and as COCO json with boxes and polygons."""
     from ktransfer.data.scenes import write_scenes
@@ -220,7 +218,7 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
 
 
 @cli.command()
-@click.option("--data", required=True, help="Pictures: a folder, a list of paths (.txt, .csv), a pack, or scenes:.")
+@click.option("--data", required=True, help="Images: a folder, a list of paths (.txt, .csv), a pack, or scenes:.")
 @click.option("--size", default=256, show_default=True, help="Short side in pixels; nothing is enlarged or cropped.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The file, *.h5.")
 @click.option("--raw", is_flag=True, help="Store uint8 pixels instead of JPEGs: larger, but nothing to decode.")
@@ -231,10 +229,10 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
     default=0.01,
     type=click.FloatRange(0, 1),
     show_default=True,
-    help="Largest share of broken pictures that is borne; their rows stay.",
+    help="Largest share of broken images that is borne; their rows stay.",
 )
 def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, workers: int, max_broken: float) -> None:
-    """Make all pictures small once, into one file that every --data takes; interrupted, it goes on where it was."""
+    """Make all images small once, into one file that every --data takes; interrupted, it goes on where it was."""
     from ktransfer.data.pack import pack as make
 
     make(data, out, size, raw, quality, workers, max_broken)
@@ -250,21 +248,21 @@ class _Alone(click.Command):
 
 @cli.command(cls=_Alone)
 @click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
-@click.option("--data", help="Pictures: a folder, a list of paths, a pack, or scenes:; made JPEGs when not given.")
+@click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; made JPEGs when not given.")
 @click.option("--arch", help="The network.  [default: vgg16; retrain: alexnet]")
 @click.option("--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Scales all channels.")
 @click.option("--size", default=0, type=click.IntRange(0, 2048), help="Side in pixels; 0: the stage's usual one.")
-@click.option("--batch", default=0, type=click.IntRange(0), help="Pictures a step; 0: 256, without a GPU 16.")
+@click.option("--batch", default=0, type=click.IntRange(0), help="Images a step; 0: 256, without a GPU 16.")
 @click.option("--task", default="jigsawpp", show_default=True, help="The pretext task of data and step.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
-@click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read pictures; 0: one a core.")
+@click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")
 @click.option("--seconds", default=5.0, type=click.FloatRange(0.1), show_default=True, help="For each measurement.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write all numbers here.")
 def bench(part: str, **given: Any) -> None:
-    """Measure a part of the way from pictures to gradients, alone and together, beside what the machine could do.
+    """Measure a part of the way from images to gradients, alone and together, beside what the machine could do.
 
-    decode: pictures to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
+    decode: images to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
     step of the target network. Nothing is written but --json.
     """
     from ktransfer.bench.measure import command
@@ -280,7 +278,7 @@ def study(recipe: Path, run: Path) -> None:
     from ktransfer import distributed
     from ktransfer.retrain.selftrain.study import study as carry_out
 
-    if distributed.leads():
+    if distributed.is_leader():
         carry_out(recipe, run)
 
 
@@ -295,7 +293,7 @@ def doctor() -> None:
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option(
-    "--images", default=2000, type=click.IntRange(100), show_default=True, help="Pictures of the training part."
+    "--images", default=2000, type=click.IntRange(100), show_default=True, help="Images of the training part."
 )
 def demo(out: Path, images: int) -> None:
     """The whole chain on the embedded data set, with a table at the end: about ten minutes on two cores."""
@@ -316,9 +314,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
-    except Answer as answer:
-        click.echo(str(answer))
-        return answer.exit_code
+    except Reply as reply:
+        click.echo(str(reply))
+        return reply.exit_code
     except KTransferError as error:
         show()
         return _fail(str(error), error.exit_code)
@@ -337,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(message: str, code: int) -> int:
     from ktransfer import distributed
 
-    if not distributed.leads():
+    if not distributed.is_leader():
         time.sleep(LAST_WORDS)
         return code
     for line in message.splitlines():

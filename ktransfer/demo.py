@@ -29,7 +29,7 @@ def run_demo(out: Path, images: int = 2000) -> None:
 
     Args:
         out: folder of the runs `transfer`, `direct` and `supervised`; an interrupted demo goes on there.
-        images: pictures of the training part, more than CLUSTERS.
+        images: images of the training part, more than CLUSTERS.
 
     Raises:
         UsageError, StageError: as the stages do.

@@ -3,7 +3,7 @@
 The leader alone reads settings, holds the lock, writes and prints; what the others do for it is sent to them as orders,
 each of which ends with all processes knowing whether one has failed. So a stage needs no second version for many
 processes, and nothing can drift apart between them. Messages and numbers travel by gloo through the processes' main
-memory, whatever device they compute on; only what a training sums up in each step takes `Bonds` of its own.
+memory, whatever device they compute on; only what a training sums up in each step takes `StepGroup` of its own.
 """
 
 import json
@@ -24,11 +24,11 @@ _group: Any = None
 _sharing_gpus = False  # more processes on this machine than GPUs
 
 
-class Lost(StageError):
+class PeerLost(StageError):
     """Another process of the command ended without a word."""
 
 
-class Told(StageError):
+class PeerFailed(StageError):
     """A failure that all processes know of; the leader's message is the one for people."""
 
 
@@ -41,34 +41,34 @@ def started() -> int:
     return _number("WORLD_SIZE", 1)
 
 
-def leads() -> bool:
+def is_leader() -> bool:
     """Whether this process is the one that writes and prints: the first, or the only one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes that work together within `joined`; 1 outside."""
     import torch.distributed as dist
 
     return 1 if _group is None else int(dist.get_world_size(_group))
 
 
-def number() -> int:
+def rank() -> int:
     """This one's, from 0; 0 leads."""
     import torch.distributed as dist
 
     return 0 if _group is None else int(dist.get_rank(_group))
 
 
-def here() -> int:
+def local_world_size() -> int:
     """Processes of this command on this machine."""
     return _number("LOCAL_WORLD_SIZE", started()) if _group is not None else 1
 
 
 def share(rows: int, of: int | None = None) -> tuple[int, int]:
     """[first, last) of the contiguous rows that process `of` (this one when not given) works on."""
-    who = number() if of is None else of
-    return rows * who // count(), rows * (who + 1) // count()
+    who = rank() if of is None else of
+    return rows * who // world_size(), rows * (who + 1) // world_size()
 
 
 @contextmanager
@@ -113,36 +113,36 @@ def leading() -> Iterator[None]:
     code = 0
     try:
         yield
-    except (Lost, Stopped):  # nobody to talk to, or in the middle of a talk: closed connections say enough
+    except (PeerLost, Stopped):  # nobody to talk to, or in the middle of a talk: closed connections say enough
         raise
     except Exception as error:
         code = error.exit_code if isinstance(error, KTransferError) else 1
-        with suppress(Lost):
+        with suppress(PeerLost):
             _end(code)
         raise
     _end(code)
 
 
 def _end(code: int) -> None:
-    if count() > 1:
-        tell({"do": "end", "code": code})
+    if world_size() > 1:
+        send_order({"do": "end", "code": code})
 
 
-def tell(message: dict[str, Any], *arrays: NDArray[Any]) -> None:
+def send_order(message: dict[str, Any], *arrays: NDArray[Any]) -> None:
     """The leader sends a message (JSON) and arrays to all others."""
     message = message | {"arrays": [(array.shape, array.dtype.str) for array in arrays]}
     data = np.frombuffer(json.dumps(message).encode(), np.uint8).copy()
-    spread(np.array([len(data)]))
-    spread(data)
+    broadcast(np.array([len(data)]))
+    broadcast(data)
     for array in arrays:
-        spread(np.ascontiguousarray(array))
+        broadcast(np.ascontiguousarray(array))
 
 
-def hear() -> dict[str, Any]:
+def receive_order() -> dict[str, Any]:
     """Another process waits for the leader's next message; its arrays are in the list `arrays`."""
-    length = spread(np.zeros(1, np.int64))
-    found: dict[str, Any] = json.loads(spread(np.zeros(int(length[0]), np.uint8)).tobytes())
-    found["arrays"] = [spread(np.empty(shape, dtype)) for shape, dtype in found["arrays"]]
+    length = broadcast(np.zeros(1, np.int64))
+    found: dict[str, Any] = json.loads(broadcast(np.zeros(int(length[0]), np.uint8)).tobytes())
+    found["arrays"] = [broadcast(np.empty(shape, dtype)) for shape, dtype in found["arrays"]]
     return found
 
 
@@ -153,12 +153,12 @@ def serve(servant: Callable[[str], Callable[[dict[str, Any]], None]]) -> int:
         servant: the word behind "do" in an order -> the function that carries it out.
     """
     while True:
-        order = hear()
+        order = receive_order()
         if order["do"] == "end":
             if order["code"]:
-                rest()
+                outlast_leader()
             return int(order["code"])
-        with suppress(Told):  # all know; the leader decides what comes next
+        with suppress(PeerFailed):  # all know; the leader decides what comes next
             servant(order["do"])(order)
 
 
@@ -173,13 +173,13 @@ def opening() -> Iterator[None]:
         agree(None)
 
 
-def rest() -> None:
+def outlast_leader() -> None:
     """Outlast the leader: torchrun stops all others when one fails, and the leader is to say why before."""
-    with suppress(Lost):
-        hear()
+    with suppress(PeerLost):
+        receive_order()
 
 
-def spread(array: NDArray[Any], source: int = 0) -> NDArray[Any]:
+def broadcast(array: NDArray[Any], source: int = 0) -> NDArray[Any]:
     """The array of process `source` for all; the others' are filled in place. Contiguous."""
     import torch
     import torch.distributed as dist
@@ -189,38 +189,38 @@ def spread(array: NDArray[Any], source: int = 0) -> NDArray[Any]:
     return array
 
 
-def total(part: NDArray[np.float64]) -> NDArray[np.float64]:
+def sum_to_leader(part: NDArray[np.float64]) -> NDArray[np.float64]:
     """The sum of all processes' arrays, whole in the leader only; always added in the order of their numbers."""
     import torch
     import torch.distributed as dist
 
     # Each process adds up one piece of the array; so no link carries more than twice the array.
-    size = -(-part.size // count())
-    sent = torch.zeros(count() * size, dtype=torch.float64)
+    size = -(-part.size // world_size())
+    sent = torch.zeros(world_size() * size, dtype=torch.float64)
     sent[: part.size] = torch.from_numpy(part.reshape(-1))
     came = torch.empty_like(sent)
     with _connection():
         dist.all_to_all_single(came, sent, group=_group)
-    first, *others = came.view(count(), size).unbind()
+    first, *others = came.view(world_size(), size).unbind()
     for other in others:
         first += other
-    pieces = list(sent.view(count(), size).unbind()) if number() == 0 else None
+    pieces = list(sent.view(world_size(), size).unbind()) if rank() == 0 else None
     with _connection():
         dist.gather(first, pieces, dst=0, group=_group)
     return sent[: part.size].numpy().reshape(part.shape)
 
 
-def collect(array: NDArray[Any], rows: int) -> None:
+def gather_rows(array: NDArray[Any], rows: int) -> None:
     """The others send their `share` of `rows` to the leader, who holds an array of all of them."""
     import torch
     import torch.distributed as dist
 
     with _connection():
-        if number():
+        if rank():
             if len(array):
                 dist.send(torch.from_numpy(array), 0, group=_group)
             return
-        for other in range(1, count()):
+        for other in range(1, world_size()):
             first, last = share(rows, other)
             if first < last:
                 dist.recv(torch.from_numpy(array[first:last]), other, group=_group)
@@ -231,12 +231,12 @@ def agree(error: Exception | None) -> None:
 
     Raises:
         UsageError, StageError: in the leader, the failure of the lowest number.
-        Told: in the others.
+        PeerFailed: in the others.
     """
-    exchange((), error)
+    all_gather((), error)
 
 
-def exchange(values: Sequence[int], error: Exception | None = None) -> list[list[int]]:
+def all_gather(values: Sequence[int], error: Exception | None = None) -> list[list[int]]:
     """All processes learn some numbers of each, and whether one of them failed.
 
     Args:
@@ -249,7 +249,7 @@ def exchange(values: Sequence[int], error: Exception | None = None) -> list[list
     Raises:
         As `agree`; where there is one process alone, the error itself.
     """
-    if count() == 1:
+    if world_size() == 1:
         if error is not None:
             raise error
         return [list(values)]
@@ -259,20 +259,20 @@ def exchange(values: Sequence[int], error: Exception | None = None) -> list[list
     line = b""
     if error is not None:
         said = str(error) if isinstance(error, KTransferError) else f"{type(error).__name__}: {error}"
-        line = (f"process {number()}: {said}" if number() else said).encode()
+        line = (f"process {rank()}: {said}" if rank() else said).encode()
     code = 0 if error is None else error.exit_code if isinstance(error, KTransferError) else 1
-    states = torch.zeros(count(), 3 + len(values), dtype=torch.int64)
-    own = torch.tensor([[code, isinstance(error, Lost), len(line), *values]])
+    states = torch.zeros(world_size(), 3 + len(values), dtype=torch.int64)
+    own = torch.tensor([[code, isinstance(error, PeerLost), len(line), *values]])
     with _connection():
         dist.all_gather(list(states.split(1)), own, group=_group)
     failed = [(lost, who) for who, (code, lost, *_) in enumerate(states.tolist()) if code]
     if failed:
         who = min(failed)[1]
         code, _, length, *_ = states[who].tolist()
-        text = np.frombuffer(line, np.uint8).copy() if who == number() else np.zeros(length, np.uint8)
-        said = spread(text, who).tobytes().decode()
-        if number():
-            raise Told(said) from error
+        text = np.frombuffer(line, np.uint8).copy() if who == rank() else np.zeros(length, np.uint8)
+        said = broadcast(text, who).tobytes().decode()
+        if rank():
+            raise PeerFailed(said) from error
         raise (UsageError if code == UsageError.exit_code else StageError)(said) from error
     return [row[3:] for row in states.tolist()]
 
@@ -296,11 +296,11 @@ def receive(array: NDArray[Any], source: int) -> NDArray[Any]:
     return array
 
 
-class Bonds:
+class StepGroup:
     """What all processes sum up on their devices: by NCCL where each has a GPU of its own, else by gloo.
 
-    They can be cut: the others, waiting for this one's numbers, then get Lost, and can still be told why. Made and used
-    by all processes at the same time.
+    One that fails can leave it: the others, waiting for its numbers, then get PeerLost, and can still be told why. Made
+    and used by all processes at the same time.
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -331,7 +331,7 @@ def _connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Lost(
+        raise PeerLost(
             "torchrun: another process of this command ended in the middle of the work (killed, or out of memory?); "
             "nothing is lost: give the same command again"
         ) from error

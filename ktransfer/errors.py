@@ -17,7 +17,7 @@ class StageError(KTransferError):
     """A stage failed while it ran (exit code 1): what earlier stages wrote stays whole."""
 
 
-class Answer(KTransferError):
+class Reply(KTransferError):
     """No error: what was asked for is the message, which goes to stdout, and nothing else is done (exit code 0)."""
 
     exit_code = 0
@@ -29,5 +29,5 @@ class Stopped(KTransferError):
     exit_code = 130
 
 
-class BrokenPicture(KTransferError):
-    """One picture cannot be read; the message is the reason that is recorded for it."""
+class BrokenImage(KTransferError):
+    """One image cannot be read; the message is the reason that is recorded for it."""

@@ -12,13 +12,13 @@ from ktransfer import distributed
 T = TypeVar("T")
 
 
-def bar(total: int, label: str, unit: str = "pictures", done: int = 0) -> "tqdm[Any]":
+def bar(total: int, label: str, unit: str = "images", done: int = 0) -> "tqdm[Any]":
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
     look = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
-    return tqdm(total=total, initial=done, desc=label, disable=not distributed.leads(), **look)
+    return tqdm(total=total, initial=done, desc=label, disable=not distributed.is_leader(), **look)
 
 
-def track(items: Iterable[T], total: int, label: str, unit: str = "pictures") -> Iterator[T]:
+def track(items: Iterable[T], total: int, label: str, unit: str = "images") -> Iterator[T]:
     """Iterate with a bar."""
     with bar(total, label, unit) as shown:
         for item in items:
@@ -34,5 +34,5 @@ def say_once(line: str) -> None:
 
 def say(line: str) -> None:
     """One line for people, above any bar."""
-    if distributed.leads():
+    if distributed.is_leader():
         tqdm.write(line, file=sys.stderr)

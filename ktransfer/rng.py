@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw is a pure function of (seed, purpose, epoch, index of the picture).
+"""Randomness as a function: every draw is a pure function of (seed, purpose, epoch, index of the image).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations, so
 that CPU and GPU, any batch size, any number of workers and a resumed run all draw the same numbers.
@@ -33,14 +33,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def words(seed: int, purpose: str, epoch: int, index: Tensor, count: int) -> Tensor:
-    """`count` random 32-bit words for each picture.
+    """`count` random 32-bit words for each image.
 
     Args:
         seed: 0 <= seed < 2**32.
         purpose: names the choice ("pretext/jitter"), so that a new choice never shifts the draws of another.
         epoch: 0 <= epoch < 2**32.
-        index: (batch,) int64, the pictures' rows in their dataset.
-        count: words per picture.
+        index: (batch,) int64, the images' rows in their dataset.
+        count: words per image.
 
     Returns:
         (batch, count) int64 in [0, 2**32), on the device of `index`.
@@ -64,12 +64,12 @@ def integers(seed: int, purpose: str, epoch: int, index: Tensor, count: int, hig
 
 
 def shuffles(seed: int, purpose: str, epoch: int, index: Tensor, count: int) -> Tensor:
-    """(batch, count) int64: for each picture an independent permutation of 0..count-1 (arguments as for `words`)."""
+    """(batch, count) int64: for each image an independent permutation of 0..count-1 (arguments as for `words`)."""
     return words(seed, purpose, epoch, index, count).argsort(dim=1, stable=True)
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    """(size,) int64: the order in which an epoch visits `size` pictures, a pure function of (seed, epoch)."""
+    """(size,) int64: the order in which an epoch visits `size` images, a pure function of (seed, epoch)."""
     high, low = words(seed, "order", epoch, torch.arange(size), 2).unbind(1)
     return ((high << 31) ^ low).argsort(stable=True)
 

@@ -178,7 +178,7 @@ def with_table(stage: str, table: dict[str, Any], given: dict[str, Any]) -> dict
 
 
 def inherit_data(wanted: list[Call]) -> None:
-    """Pictures named once in a line serve the stages after."""
+    """Images named once in a line serve the stages after."""
     latest: str | None = None
     for stage, given in wanted:
         if given.get("data"):
@@ -210,7 +210,7 @@ def complete(wanted: list[Call], run: Path, tables: dict[str, dict[str, Any]]) -
 
 
 def _outdated(run: Path, data: str | None) -> bool:
-    """Whether the run's features of these pictures come from an older teacher than its own."""
+    """Whether the run's features of these images come from an older teacher than its own."""
     from ktransfer.data.opening import open_dataset
     from ktransfer.run import read_record
 
@@ -223,7 +223,7 @@ def _outdated(run: Path, data: str | None) -> bool:
 
 
 def _assigned(run: Path) -> bool:
-    """Whether the run's pseudo-labels, of whatever pictures, belong to its centroids."""
+    """Whether the run's pseudo-labels, of whatever images, belong to its centroids."""
     from ktransfer.run import input_hash, read_record
 
     made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"

@@ -1,4 +1,4 @@
-"""Room 1: pictures -> a teacher that solves a pretext task."""
+"""Room 1: images -> a teacher that solves a pretext task."""
 
 from typing import TYPE_CHECKING
 

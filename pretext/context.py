@@ -1,10 +1,10 @@
-"""Context: where does one patch of a picture lie beside another? (Doersch, Gupta and Efros, ICCV 2015.)
+"""Context: where does one patch of an image lie beside another? (Doersch, Gupta and Efros, ICCV 2015.)
 
 As released: patches of 96 pixels in a grid with gaps of 48 that starts at random, each moved by at most 7 pixels in
-each direction, in pictures of 150,000 to 450,000 pixels; of each patch one colour channel is kept (lenses shift red and
-blue against green towards the border of a picture, which would tell where a patch comes from), less its mean, and the
+each direction, in images of 150,000 to 450,000 pixels; of each patch one colour channel is kept (lenses shift red and
+blue against green towards the border of an image, which would tell where a patch comes from), less its mean, and the
 others become noise of half a grey level; each patch is scaled by its own deviation. The paper's other remedy against
-lenses is to project green against magenta away. Not done: blurring a third of the patches, resizing pictures at random.
+lenses is to project green against magenta away. Not done: blurring a third of the patches, resizing images at random.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class ContextConfig:
     """How patches are cut.
 
     Attributes:
-        tile: side of a patch in pixels; 0 takes 2/9 of the picture's, which makes the picture what one of 432x432
+        tile: side of a patch in pixels; 0 takes 2/9 of the image's, which makes the image what one of 432x432
             (187,000 pixels) is to patches of 96.
         colour: "dropped" keeps one channel of each patch, "projected" takes green against magenta out of both.
     """
@@ -42,22 +42,22 @@ class ContextConfig:
     def __post_init__(self) -> None:
         """Raise UsageError for a value out of range."""
         if self.tile < 0:
-            raise UsageError(f"tile {self.tile}: give its side in pixels, or 0 for 2/9 of the picture's")
+            raise UsageError(f"tile {self.tile}: give its side in pixels, or 0 for 2/9 of the image's")
         if self.colour not in COLOURS:
             raise UsageError(f"colour {self.colour!r}: choose one of {', '.join(COLOURS)}")
 
     def geometry(self, size: int) -> tuple[int, int, int]:
-        """Side of a patch, gap between neighbours and largest jitter in pixels for pictures of size x size.
+        """Side of a patch, gap between neighbours and largest jitter in pixels for images of size x size.
 
         Raises:
-            UsageError: three patches with their gaps are wider than the picture.
+            UsageError: three patches with their gaps are wider than the image.
         """
         tile = self.tile or 2 * size // 9
         if span(tile) > size:
             most = max((side for side in range(tile) if span(side) <= size), default=0)
             raise UsageError(
-                f"tile {tile}: three patches of {tile} pixels with their gaps are wider than pictures of {size}: "
-                f"take a tile of at most {most} or pictures of at least {span(tile)}"
+                f"tile {tile}: three patches of {tile} pixels with their gaps are wider than images of {size}: "
+                f"take a tile of at most {most} or images of at least {span(tile)}"
             )
         return tile, _gap(tile), _jitter(tile)
 
@@ -76,7 +76,7 @@ def _jitter(tile: int) -> int:
 
 
 class Pairs(NamedTuple):
-    """Two patches of each of b pictures.
+    """Two patches of each of b images.
 
     Attributes:
         tiles: (b, 2, 3, t, t) float32, as the network sees them: the one in the middle, and its neighbour.
@@ -92,10 +92,10 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(pixels: Tensor, rows: Tensor, config: ContextConfig, seed: int, epoch: int) -> Pairs:
-    """Cut a patch and one of its eight neighbours out of each picture.
+    """Cut a patch and one of its eight neighbours out of each image.
 
-    The grid lies anywhere in the picture where all nine places fit, so that the first patch alone tells nothing. What
-    becomes of a picture depends on (seed, epoch, row) and the picture alone, not on the rest of the batch.
+    The grid lies anywhere in the image where all nine places fit, so that the first patch alone tells nothing. What
+    becomes of an image depends on (seed, epoch, row) and the image alone, not on the rest of the batch.
 
     Args:
         pixels: (b, 3, S, S) uint8, RGB.
@@ -105,7 +105,7 @@ def make_pairs(pixels: Tensor, rows: Tensor, config: ContextConfig, seed: int, e
         epoch: 0 <= epoch < 2**32.
 
     Raises:
-        UsageError: the patches do not fit into the pictures.
+        UsageError: the patches do not fit into the images.
     """
     size, batch = pixels.shape[-1], len(pixels)
     tile, gap, jitter = config.geometry(size)
@@ -121,8 +121,8 @@ def make_pairs(pixels: Tensor, rows: Tensor, config: ContextConfig, seed: int, e
     corner = grid + moved + place * (tile + gap)
     kept = integers("channel", 2, 3)
 
-    picture = torch.arange(batch, device=pixels.device)[:, None].expand(-1, 2)
-    patches = gather(pixels, picture, corner[:, :, None].expand(-1, -1, 3, -1), tile)
+    image = torch.arange(batch, device=pixels.device)[:, None].expand(-1, 2)
+    patches = gather(pixels, image, corner[:, :, None].expand(-1, -1, 3, -1), tile)
     if config.colour == "projected":
         coloured = recolour(patches, torch.full_like(kept, PROJECTED))
     else:

@@ -1,4 +1,4 @@
-"""What a task makes of pictures, for the eye: as the network sees it, and solved."""
+"""What a task makes of images, for the eye: as the network sees it, and solved."""
 
 from pathlib import Path
 
@@ -26,13 +26,13 @@ _LEAST = 56  # pixels, so that the captions fit above small tiles
 def puzzle_sheet(puzzles: Puzzles) -> Image.Image:
     """Draw puzzles, two in a row: on the left as the network sees them, on the right the solution.
 
-    Tiles of the other picture have an orange frame; the cells that they hide are hatched in the solution.
+    Tiles of the other image have an orange frame; the cells that they hide are hatched in the solution.
 
     Args:
         puzzles: b >= 1 of them, on any device. Tiles are normalised, so each is stretched to its own 0..255.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     tiles = puzzles.tiles.float().cpu()
     shown = max(puzzles.tiles.shape[-1], _LEAST)
@@ -53,26 +53,26 @@ def puzzle_sheet(puzzles: Puzzles) -> Image.Image:
         for cell in range(SLOTS):
             _hatch(pen, *_place(solution, top, cell, step), shown)
         for slot in range(SLOTS):
-            picture = _enlarged(tiles[index][slot], shown)
+            image = _enlarged(tiles[index][slot], shown)
             x, y = _place(left, top, slot, step)
-            sheet.paste(picture, (x, y))
+            sheet.paste(image, (x, y))
             if occluded[index][slot]:
                 pen.rectangle(
                     (x - gap // 2, y - gap // 2, x + shown + gap // 2, y + shown + gap // 2), None, _FRAME, gap
                 )
             else:
-                sheet.paste(picture, _place(solution, top, source[index][slot], step))
+                sheet.paste(image, _place(solution, top, source[index][slot], step))
     return sheet
 
 
 def rotation_sheet(rotations: Rotations) -> Image.Image:
-    """Draw the four rotations of each picture in a row, as the network sees them; the captions are the solution.
+    """Draw the four rotations of each image in a row, as the network sees them; the captions are the solution.
 
     Args:
-        rotations: of b >= 1 pictures, on any device.
+        rotations: of b >= 1 images, on any device.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     side = max(rotations.tiles.shape[-1], _LEAST)
     step = side + _MARGIN
@@ -92,7 +92,7 @@ def pair_sheet(pairs: Pairs) -> Image.Image:
         pairs: b >= 1 of them, on any device.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
     shown = max(pairs.tiles.shape[-1], _LEAST)
     gap = shown // 2

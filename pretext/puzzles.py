@@ -1,4 +1,4 @@
-"""Jigsaw++ puzzles: batches of uint8 pictures in, normalised tiles and labels out, on the device of the pictures.
+"""Jigsaw++ puzzles: batches of uint8 images in, normalised tiles and labels out, on the device of the images.
 
 Facts and their sources: reference/jigsawpp.md §1 (Jigsaw++), §7 (Jigsaw), §10 (where paper and released code differ).
 """
@@ -19,7 +19,7 @@ GRID = 3
 SLOTS = GRID * GRID
 
 COLOURS = {"paper": (0.7, 0.0), "released": (0.5, 0.25), "jigsaw": (0.3, 0.0), "plain": (0.0, 0.0)}
-"""Share of pictures in grey and share under the colour projection; the rest keeps its colours."""
+"""Share of images in grey and share under the colour projection; the rest keeps its colours."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PuzzleConfig:
     Attributes:
         tile: side of a tile in pixels; 0 takes three quarters of a cell, rounded (64 of 85).
         shift: largest offset of one colour channel against the others in pixels, in each direction; limited to a
-            quarter of what a tile leaves of its cell, so that small pictures keep their jitter.
+            quarter of what a tile leaves of its cell, so that small images keep their jitter.
         occlusions: largest number of occluding tiles, 0..8.
         colour: a key of `COLOURS`.
     """
@@ -51,19 +51,19 @@ class PuzzleConfig:
             raise UsageError(f"colour {self.colour!r}: choose one of {', '.join(COLOURS)}")
 
     def geometry(self, size: int) -> tuple[int, int, int]:
-        """Side of a cell, side of a tile and largest channel shift in pixels for pictures of size x size.
+        """Side of a cell, side of a tile and largest channel shift in pixels for images of size x size.
 
         Raises:
-            UsageError: the pictures are smaller than the grid, or the tile is larger than a cell.
+            UsageError: the images are smaller than the grid, or the tile is larger than a cell.
         """
         cell = size // GRID
         if cell < 1:
-            raise UsageError(f"pictures of {size} pixels cannot be cut into {GRID}x{GRID} cells: make them larger")
+            raise UsageError(f"images of {size} pixels cannot be cut into {GRID}x{GRID} cells: make them larger")
         tile = self.tile or (3 * cell + 2) // 4
         if tile > cell:
             raise UsageError(
                 f"tile {tile} is larger than a cell of {cell} pixels (a third of {size}): "
-                f"take a tile of at most {cell} or pictures of at least {GRID * tile}"
+                f"take a tile of at most {cell} or images of at least {GRID * tile}"
             )
         return cell, tile, min(self.shift, (cell - tile) // 4)
 
@@ -76,7 +76,7 @@ PUZZLES = {
     ("jigsaw", "paper"): JIGSAW,
     ("jigsaw", "released"): PuzzleConfig(shift=0, occlusions=0, colour="plain"),
 }
-"""Task and `--colour` -> how it is cut; the released Jigsaw neither greys pictures nor shifts their channels."""
+"""Task and `--colour` -> how it is cut; the released Jigsaw neither greys images nor shifts their channels."""
 
 
 class Draws(NamedTuple):
@@ -84,10 +84,10 @@ class Draws(NamedTuple):
 
     Attributes:
         label: (b,) int64, the row of the permutation.
-        occluded: (b, 9) bool, whether a slot shows the other picture.
-        source: (b, 9) int64, the cell that a slot shows, of the picture or, where occluded, of the other one.
+        occluded: (b, 9) bool, whether a slot shows the other image.
+        source: (b, 9) int64, the cell that a slot shows, of the image or, where occluded, of the other one.
         corner: (b, 9, 3, 2) int64, upper left pixel (y, x) of each slot's tile in each channel.
-        colour: (b, 9) int64, PLAIN, GREY or PROJECTED; the same for all slots that show the same picture.
+        colour: (b, 9) int64, PLAIN, GREY or PROJECTED; the same for all slots that show the same image.
     """
 
     label: Tensor
@@ -118,16 +118,16 @@ def make_puzzles(
     seed: int,
     epoch: int,
 ) -> Puzzles:
-    """Make one puzzle of each picture; all tensors on one device.
+    """Make one puzzle of each image; all tensors on one device.
 
-    The puzzle of a picture depends on (seed, epoch, row) and the two pictures alone, not on the rest of the batch. For
-    held-out pictures, an epoch that stays the same gives the same puzzles at every evaluation.
+    The puzzle of an image depends on (seed, epoch, row) and the two images alone, not on the rest of the batch. For
+    held-out images, an epoch that stays the same gives the same puzzles at every evaluation.
 
     Args:
         pixels: (b, 3, S, S) uint8, RGB.
-        others: (b, 3, S, S) uint8, for each picture the one that occluding tiles are taken from.
+        others: (b, 3, S, S) uint8, for each image the one that occluding tiles are taken from.
         rows: (b,) int64, rows of `pixels` in their dataset.
-        other_ok: (b,) bool, whether there is another picture; without one no slot is occluded.
+        other_ok: (b,) bool, whether there is another image; without one no slot is occluded.
         permutations: (n, 9) int64, values 0..8: slot i of a puzzle with label l shows cell permutations[l, i].
         config: how to cut.
         seed: 0 <= seed < 2**32.
@@ -137,7 +137,7 @@ def make_puzzles(
         The puzzles, tiles normalised by `normalise`.
 
     Raises:
-        UsageError: the tile is larger than a cell, or the pictures are smaller than the grid.
+        UsageError: the tile is larger than a cell, or the images are smaller than the grid.
     """
     size = pixels.shape[-1]
     drawn = draw(rows, other_ok, permutations, config, size, seed, epoch)
@@ -160,7 +160,7 @@ def draw(
     seed: int,
     epoch: int,
 ) -> Draws:
-    """Every random choice, each under a purpose of its own for pictures of `size` pixels (see `make_puzzles`)."""
+    """Every random choice, each under a purpose of its own for images of `size` pixels (see `make_puzzles`)."""
     cell, tile, shift = config.geometry(size)
     batch = len(rows)
 
@@ -173,7 +173,7 @@ def draw(
     foreign = rng.shuffles(seed, "pretext/foreign", epoch, rows, SLOTS)
     source = torch.where(occluded, foreign, permutations[label])
 
-    # An occluded slot's own picture is not seen, so the slot's jitter is free to serve the foreign tile.
+    # An occluded slot's own image is not seen, so the slot's jitter is free to serve the foreign tile.
     jitter = integers("offset", SLOTS * 2, cell - tile - shift + 1).view(batch, SLOTS, 1, 2)
     extra = integers("shift", SLOTS * 6, shift + 1).view(batch, SLOTS, 3, 2)
     place = torch.stack([source // GRID, source % GRID], dim=-1)
@@ -186,6 +186,6 @@ def draw(
 
 
 def cut(pixels: Tensor, others: Tensor, draws: Draws, tile: int) -> Tensor:
-    """The tiles as they are in the pictures: (b, 9, 3, tile, tile) uint8."""
-    picture = torch.arange(len(pixels), device=pixels.device)[:, None] + len(pixels) * draws.occluded
-    return gather(torch.cat([pixels, others]), picture, draws.corner, tile)
+    """The tiles as they are in the images: (b, 9, 3, tile, tile) uint8."""
+    image = torch.arange(len(pixels), device=pixels.device)[:, None] + len(pixels) * draws.occluded
+    return gather(torch.cat([pixels, others]), image, draws.corner, tile)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ktransfer import rng
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.errors import StageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
@@ -32,7 +32,7 @@ def new_network(config: PretextConfig, task: Task) -> tuple[Network, TaskNet]:
 
 
 def loss(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy over the examples; `count` and what the log divides by it are of pictures, which rotation turns
+    """Cross-entropy over the examples; `count` and what the log divides by it are of images, which rotation turns
     into four examples each.
     """
     made = task.make(batch)
@@ -44,9 +44,9 @@ def loss(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, dict[str, 
 
 
 def accuracy(
-    model: nn.Module, task: Task, pictures: Pictures, rows: Tensor, config: PretextConfig, device: torch.device
+    model: nn.Module, task: Task, images: ImageLoader, rows: Tensor, config: PretextConfig, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy on the held-out pictures, overall and by `task.group`; nothing where none can be read."""
+    """Accuracy on the held-out images, overall and by `task.group`; nothing where none can be read."""
     following = rows.roll(-1)
     batches = [
         torch.cat([part, after[len(after) - task.following :]])
@@ -55,7 +55,7 @@ def accuracy(
     ]
     hits: list[Tensor] = []
     groups: list[Tensor] = []
-    for chosen, pixels, valid, _ in pictures.batches(iter(batches)):
+    for chosen, pixels, valid, _ in images.batches(iter(batches)):
         if not _own(valid, task).any():
             continue
         made = task.make(Batch(chosen.to(device), pixels.to(device), valid.to(device), HELD_OUT_EPOCH))
@@ -75,12 +75,12 @@ def accuracy(
 def summary(result: dict[str, float], task: Task) -> str:
     """The outcome in words."""
     if not result:
-        return "no pictures were held out"
+        return "no images were held out"
     return f"{result['held_out_accuracy']:.1%} of held-out {task.noun} solved (chance {1 / task.classes:.1%})"
 
 
 def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tensor, device: torch.device) -> None:
-    """Whether the network can learn what the task makes of the pictures in one epoch by heart; nothing is written.
+    """Whether the network can learn what the task makes of the images in one epoch by heart; nothing is written.
 
     Raises:
         StageError: it cannot.
@@ -88,7 +88,7 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
     config = replace(config, batch=len(rows), epochs=OVERFIT_STEPS)
     model = new_network(config, task)[1].to(device)
     rows = torch.cat([rows, rows[: task.following]])
-    pixels, valid = Pictures(data, config.size, config.workers).batch(rows)
+    pixels, valid = ImageLoader(data, config.size, config.workers).batch(rows)
     batch = Batch(rows.to(device), pixels.to(device), valid.to(device), 0)
     made = task.make(batch)
     optimiser = loop.sgd(model, config, device)
@@ -120,5 +120,5 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
 
 
 def _own(valid: Tensor, task: Task) -> Tensor:
-    """Of a batch's (b + following,) flags those of the pictures that examples are made of."""
+    """Of a batch's (b + following,) flags those of the images that examples are made of."""
     return valid[: len(valid) - task.following]

@@ -1,4 +1,4 @@
-"""The pretext stage: pictures in, a teacher that solves a task out."""
+"""The pretext stage: images in, a teacher that solves a task out."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ktransfer import distributed, networks, rng
 from ktransfer.config import build
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, cache_place, typical_short_side
+from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
@@ -23,15 +23,15 @@ from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import choose_device
 from ktransfer.training.memory import tell_plan
-from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
+from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
 from . import solving
 from .config import PretextConfig
 from .preview import save_sheet
-from .tasks import PICTURES, Task, open_task, refuse_foreign, usual_size
+from .tasks import IMAGES, Task, open_task, refuse_foreign, usual_size
 
 LEAST_TILE = 8
-LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of pictures whose tiles are that large
+LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of images whose tiles are that large
 
 
 def pretext(run: str | Path, **options: Any) -> Path:
@@ -59,29 +59,29 @@ def pretext(run: str | Path, **options: Any) -> Path:
 
     inputs = {"data": data.fingerprint, **task.inputs}
     inputs |= seen_by_batch_norm(config, lambda: solving.new_network(config, task)[1])
-    outputs = ("model.safetensors", *sorted(set(PICTURES.values())), "metrics.jsonl", "checkpoint", "events")
+    outputs = ("model.safetensors", *sorted(set(IMAGES.values())), "metrics.jsonl", "checkpoint", "events")
     with begin(run, "pretext", "pretext", config, inputs, outputs, config.overwrite, str(device)) as step:
-        weights, sheet = step.folder / "model.safetensors", step.folder / PICTURES[config.task]
+        weights, sheet = step.folder / "model.safetensors", step.folder / IMAGES[config.task]
         if step.done:
             return weights
-        pictures = Pictures(data, config.size, config.workers, cache=config.cache_pictures, device=device)
-        used = readable_by_all(pictures, torch.cat([rows, held_out]), config.max_broken)
+        images = ImageLoader(data, config.size, config.workers, cache=config.cache_images, device=device)
+        used = readable_by_all(images, torch.cat([rows, held_out]), config.max_broken)
         rows, held_out = (part[torch.isin(part, used)] for part in (rows, held_out))
         network, model = solving.new_network(config, task)
-        _preview(sheet, pictures, rows, task, device)
-        evaluate = partial(solving.accuracy, task=task, pictures=pictures, rows=held_out, config=config, device=device)
-        tell_plan(model, partial(solving.loss, task=task), pictures, rows, config, device, "pretext", task.following)
-        if distributed.count() > 1:
+        _preview(sheet, images, rows, task, device)
+        evaluate = partial(solving.accuracy, task=task, images=images, rows=held_out, config=config, device=device)
+        tell_plan(model, partial(solving.loss, task=task), images, rows, config, device, "pretext", task.following)
+        if distributed.world_size() > 1:
             order = {"do": "pretext", "config": asdict(config), "inputs": task.inputs} | data_facts(data)
-            distributed.tell(order, rows.numpy())
+            distributed.send_order(order, rows.numpy())
             distributed.agree(None)
-        _train(config, task, model, pictures, rows, device, step.folder, evaluate)
+        _train(config, task, model, images, rows, device, step.folder, evaluate)
         networks.save(weights, model.weights(), network)
         result = loop.evaluated(model, evaluate)
-        broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights, sheet], result=result, broken=broken)
         loop.remove_checkpoint(step.folder)
-        say(f"pretext: done; {solving.summary(result, task)}; {len(broken)} broken pictures; {weights}")
+        say(f"pretext: done; {solving.summary(result, task)}; {len(broken)} broken images; {weights}")
         return weights
 
 
@@ -93,17 +93,17 @@ def train_along(order: dict[str, Any]) -> None:
         task = open_task(config, device)
         if task.inputs != order["inputs"]:
             raise StageError(f"{config.permutation_file}: is another file here than where the first process runs")
-        pictures = kept_pictures(order)
+        images = kept_images(order)
         model = solving.new_network(config, task)[1]
     rows = torch.from_numpy(order["arrays"][0])
-    _train(config, task, model, pictures, rows, device, Path(), None)
+    _train(config, task, model, images, rows, device, Path(), None)
 
 
 def _train(
     config: PretextConfig,
     task: Task,
     model: nn.Module,
-    pictures: Pictures,
+    images: ImageLoader,
     rows: Tensor,
     device: torch.device,
     folder: Path,
@@ -112,7 +112,7 @@ def _train(
     loop.fit(
         model,
         partial(solving.loss, task=task),
-        pictures,
+        images,
         lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch, task.following),
         config,
         folder,
@@ -136,17 +136,17 @@ def check(
     refuse_foreign(config.task, options)
     networks.check_arch(config.arch, trunk=True)
     if config.data is None:
-        raise UsageError("pretext: no pictures given; name them with --data")
+        raise UsageError("pretext: no images given; name them with --data")
     data = open_dataset(config.data)
     if len(data) < 4 or (config.overfit and len(data) < config.overfit):
         raise UsageError(
-            f"--data {config.data}: {len(data)} pictures are too few; give at least {max(4, config.overfit)}"
+            f"--data {config.data}: {len(data)} images are too few; give at least {max(4, config.overfit)}"
         )
     if 0 < config.limit < 4:
-        raise UsageError(f"--limit {config.limit}: too few pictures to learn from; give 0 (all) or at least 4")
+        raise UsageError(f"--limit {config.limit}: too few images to learn from; give 0 (all) or at least 4")
     device = choose_device(config)
     size = config.size or usual_size(config.task, typical_short_side(data))
-    cache_place(config.cache_pictures, len(data), size, device)
+    cache_place(config.cache_images, len(data), size, device)
     task = open_task(replace(config, size=size))
     if task.side < LEAST_TILE and config.tile:
         raise UsageError(f"--tile {config.tile}: too small for any network; give at least {LEAST_TILE}")
@@ -170,8 +170,8 @@ def _split(data: Dataset, config: PretextConfig) -> tuple[Tensor, Tensor]:
     return order[held_out:], order[:held_out]
 
 
-def _preview(path: Path, pictures: Pictures, rows: Tensor, task: Task, device: torch.device) -> None:
-    """What becomes of the first eight pictures in the first epoch."""
+def _preview(path: Path, images: ImageLoader, rows: Tensor, task: Task, device: torch.device) -> None:
+    """What becomes of the first eight images in the first epoch."""
     chosen = torch.cat([rows[:8], (rows[8:9] if len(rows) > 8 else rows[:1])[: task.following]])
-    pixels, valid = pictures.batch(chosen)
+    pixels, valid = images.batch(chosen)
     save_sheet(path, task.sheet(task.make(Batch(chosen.to(device), pixels.to(device), valid.to(device), 0))))

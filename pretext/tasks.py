@@ -1,4 +1,4 @@
-"""The tasks by name: what each makes of a batch of pictures, and what the stage has to know about it."""
+"""The tasks by name: what each makes of a batch of images, and what the stage has to know about it."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _OF_PUZZLES = ("tile", "colour", "permutations", "min_distance", "permutation_fi
 SETTINGS = {"jigsawpp": _OF_PUZZLES, "jigsaw": _OF_PUZZLES, "rotation": ("tile",), "context": ("tile", "colour")}
 """Task -> those of its settings that not every task has."""
 
-PICTURES = {"jigsawpp": "puzzles.png", "jigsaw": "puzzles.png", "rotation": "rotation.png", "context": "context.png"}
+IMAGES = {"jigsawpp": "puzzles.png", "jigsaw": "puzzles.png", "rotation": "rotation.png", "context": "context.png"}
 """Task -> the file that shows what the network sees."""
 
 _CONTEXT_COLOURS = {"paper": "dropped", "projected": "projected"}
@@ -50,17 +50,17 @@ class Task:
     """What the stage has to know about a task.
 
     Attributes:
-        noun: what it makes of pictures, in the plural.
-        make: a batch -> examples, on its device; a broken picture makes none.
-        sheet: examples -> a picture of them with their solutions.
+        noun: what it makes of images, in the plural.
+        make: a batch -> examples, on its device; a broken image makes none.
+        sheet: examples -> an image of them with their solutions.
         group: examples -> (n,) int64, by which held-out accuracy is listed, and `groups` how such a number is written.
         classes: number of labels.
         tiles: tiles of an example, which the head sees together.
         side: of a tile, in pixels.
         stride: that of an AlexNet's conv1.
         normalise: how pixels are normalised (`networks.normalise`).
-        following: pictures that a batch has beyond its own, in the order of the epoch.
-        inputs: name -> SHA-256 of what it reads besides the pictures.
+        following: images that a batch has beyond its own, in the order of the epoch.
+        inputs: name -> SHA-256 of what it reads besides the images.
     """
 
     noun: str
@@ -103,7 +103,7 @@ def refuse_foreign(task: str, given: Mapping[str, Any]) -> None:
 
 
 def usual_size(task: str, short_side: int) -> int:
-    """The side of the pictures where none is given: the papers', or what they have if less, for puzzles in cells."""
+    """The side of the images where none is given: the papers', or what they have if less, for puzzles in cells."""
     return min(255, short_side // 3 * 3) if task in ("jigsawpp", "jigsaw") else min(256, short_side)
 
 
@@ -160,9 +160,9 @@ def _open_context(config: PretextConfig, device: torch.device) -> Task:
 
 
 def _puzzles(batch: Batch, permutations: Tensor, puzzle: PuzzleConfig, seed: int) -> Puzzles:
-    """Puzzles of all but the last picture; each takes its foreign tiles from the one that follows it.
+    """Puzzles of all but the last image; each takes its foreign tiles from the one that follows it.
 
-    A broken picture makes no puzzle, and lends no tiles.
+    A broken image makes no puzzle, and lends no tiles.
     """
     kept = slice(None) if batch.whole else batch.valid[:-1]
     return make_puzzles(

@@ -1,4 +1,4 @@
-"""Tiles of pictures: what the pretext tasks share, as batched functions on the device of the pictures."""
+"""Tiles of images: what the pretext tasks share, as batched functions on the device of the images."""
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,12 @@ _SIXTHS = (
 _EPSILON = (6 * 0.1) ** 2
 
 
-def gather(pixels: Tensor, picture: Tensor, corner: Tensor, tile: int) -> Tensor:
-    """Cut tiles out of pictures.
+def gather(pixels: Tensor, image: Tensor, corner: Tensor, tile: int) -> Tensor:
+    """Cut tiles out of images.
 
     Args:
         pixels: (n, 3, S, S) uint8.
-        picture: (b, s) int64, which of the n pictures each tile is cut from.
+        image: (b, s) int64, which of the n images each tile is cut from.
         corner: (b, s, 3, 2) int64, upper left pixel (y, x) of the tile in each channel.
         tile: its side in pixels.
 
@@ -34,7 +34,7 @@ def gather(pixels: Tensor, picture: Tensor, corner: Tensor, tile: int) -> Tensor
         (b, s, 3, tile, tile) uint8.
     """
     _, channels, size, _ = pixels.shape
-    plane = picture[:, :, None] * channels + torch.arange(channels, device=pixels.device)
+    plane = image[:, :, None] * channels + torch.arange(channels, device=pixels.device)
     y, x = corner.unbind(-1)
     first = (plane * size + y) * size + x
     starts = first[..., None] + size * torch.arange(tile, device=pixels.device)

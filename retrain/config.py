@@ -13,19 +13,19 @@ class RetrainConfig(TrainOptions):
     The paper's is a standard AlexNet, its settings are not known.
     """
 
-    data: str | None = option(None, "pictures; those that were labelled when not given", execution=True)
+    data: str | None = option(None, "images; those that were labelled when not given", execution=True)
     labels: str | None = option(
         None,
         "a label file (.csv, .h5, .bin), or classes: the folder's own classes; the run's pseudo-labels if not given",
     )
     arch: str = option("alexnet", "alexnet, alexnet_bn, or any classifier of torchvision by name; list shows them")
     width: float = option(1.0, "scales all channels (alexnet, alexnet_bn)", low=0.05, high=4)
-    stride: int = option(4, "stride of AlexNet's first convolution; 2 suits pictures under 128 pixels", low=1, high=8)
+    stride: int = option(4, "stride of AlexNet's first convolution; 2 suits images under 128 pixels", low=1, high=8)
     size: int = option(
-        0, "side of the network's input in pixels; 0: 224, or what the pictures have if less", low=0, high=2048
+        0, "side of the network's input in pixels; 0: 224, or what the images have if less", low=0, high=2048
     )
-    crop: float = option(0.08, "smallest share of a picture's area that a random crop shows", low=0.01, high=1)
-    uniform: bool = option(False, "draw clusters, not pictures, equally often")
+    crop: float = option(0.08, "smallest share of an image's area that a random crop shows", low=0.01, high=1)
+    uniform: bool = option(False, "draw clusters, not images, equally often")
     overwrite: bool = option(False, "make the stage again", execution=True)
 
 
@@ -35,7 +35,7 @@ RATES = {"detect": 0.32, "instance": 0.32, "segment": 0.08}
 
 @dataclass(frozen=True)
 class SelftrainConfig(TrainOptions):
-    """Train a detector on labelled pictures, let it label others, and train a student on both.
+    """Train a detector on labelled images, let it label others, and train a student on both.
 
     After Zoph et al.: batch, rate, size and the detector's constants are theirs, for COCO and 350 epochs; backbone,
     normalisation and length are not (docs/choices.md).
@@ -47,15 +47,13 @@ class SelftrainConfig(TrainOptions):
     weight_decay: float = option(1e-4, "weight decay; none on biases and norms", low=0)
 
     labelled: str | None = option(
-        None, "pictures with boxes: a root with COCO files or a VOCdevkit, one COCO file, or scenes:", execution=True
+        None, "images with boxes: a root with COCO files or a VOCdevkit, one COCO file, or scenes:", execution=True
     )
-    fraction: float = option(1.0, "share of the labelled training pictures whose boxes are used", low=0.0001, high=1)
+    fraction: float = option(1.0, "share of the labelled training images whose boxes are used", low=0.0001, high=1)
     stratified: bool = option(False, "keep the mix of classes in that share")
-    ids: str | None = option(
-        None, "a JSON list of picture ids, whose boxes are used instead of a share", execution=True
-    )
+    ids: str | None = option(None, "a JSON list of image ids, whose boxes are used instead of a share", execution=True)
     unlabelled: str | None = option(
-        None, "pictures for pseudo-boxes; those that --fraction or --ids leaves when not given", execution=True
+        None, "images for pseudo-boxes; those that --fraction or --ids leaves when not given", execution=True
     )
     task: str = option(
         "detect",
@@ -97,13 +95,13 @@ class SelftrainConfig(TrainOptions):
     augment: str = option("S1", "strength of the augmentation", choices=("none", "S1", "S2", "S3", "S4"))
     methods: str = option(
         "self",
-        "what the unlabelled pictures are for, separated by commas. self: pseudo-boxes; joint: the classes that their "
+        "what the unlabelled images are for, separated by commas. self: pseudo-boxes; joint: the classes that their "
         "folders give them are learned together with the boxes",
         execution=True,
     )
     teacher: str | None = option(None, "a detector that a selftrain step made, instead of a new one", execution=True)
     pseudo: str | None = option(
-        None, "a COCO file with boxes of the unlabelled pictures, instead of the teacher's", execution=True
+        None, "a COCO file with boxes of the unlabelled images, instead of the teacher's", execution=True
     )
     threshold: float = option(
         0.5,
@@ -114,23 +112,23 @@ class SelftrainConfig(TrainOptions):
     )
     scales: str = option(
         "1",
-        "of --task segment: scales at which the teacher looks at a picture and its mirror image, by commas; the "
+        "of --task segment: scales at which the teacher looks at an image and its mirror image, by commas; the "
         "paper's are 0.5,0.75,1,1.25,1.5,1.75, which take nine times as long",
         of=("pseudo",),
     )
     jitter_filter: float = option(
         0.0,
-        "leave out pseudo-boxes whose sides move by more than this share of the box when the teacher sees the picture "
+        "leave out pseudo-boxes whose sides move by more than this share of the box when the teacher sees the image "
         "smaller or mirrored; 0: none",
         low=0,
         of=("pseudo",),
     )
     adaptive: bool = option(
         False,
-        "raise the threshold of a class until it has no more boxes a picture than the labelled ones have",
+        "raise the threshold of a class until it has no more boxes an image than the labelled ones have",
         of=("student",),
     )
-    empty: str = option("keep", "pictures in which the teacher sees nothing", choices=("keep", "drop"), of=("student",))
+    empty: str = option("keep", "images in which the teacher sees nothing", choices=("keep", "drop"), of=("student",))
     rounds: int = option(1, "how often a student becomes the next teacher", low=1, high=20, of=("rounds",))
     balance: str = option(
         "normalised",
@@ -149,28 +147,28 @@ class SelftrainConfig(TrainOptions):
     )
     samples: int = option(
         0,
-        "labelled pictures that each training sees in all, so that small shares train as long as large ones, but for a "
+        "labelled images that each training sees in all, so that small shares train as long as large ones, but for a "
         "student with --student-epochs; 0: --epochs passes",
         low=0,
     )
     student_epochs: int = option(
-        0, "passes of the student over the labelled pictures; 0: as the teacher", low=0, of=("student", "joint")
+        0, "passes of the student over the labelled images; 0: as the teacher", low=0, of=("student", "joint")
     )
     patience: int = option(
         0,
-        "stop when average precision on held-out labelled pictures has not grown for so many passes, and take the best "
+        "stop when average precision on held-out labelled images has not grown for so many passes, and take the best "
         "weights; 0: never",
         low=0,
         of=("teacher", "student", "joint"),
     )
     held_out: float = option(
         0.1,
-        "of --patience: share of the labelled pictures that judges, and is not learned from",
+        "of --patience: share of the labelled images that evaluates, and is not learned from",
         low=0.0001,
         high=0.9,
         of=("teacher", "student", "joint"),
     )
-    test_threshold: float = option(0.05, "least score of a box that is judged", low=0, high=1, of=("scores",))
+    test_threshold: float = option(0.05, "least score of a box that is evaluated", low=0, high=1, of=("scores",))
     overwrite: bool = option(
         False, "make the steps again: from the first one that was made otherwise on, else all", execution=True
     )

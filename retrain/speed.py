@@ -37,7 +37,7 @@ def work(wanted: Wanted) -> Work:
     networks.check_arch(config.arch, config.width)
     network = Network(config.arch, config.width, config.stride, config.size, CLASSES)
     model = networks.build(network, config.seed, "bench")
-    labels = torch.zeros(wanted.pictures, dtype=torch.int64, device=device)
+    labels = torch.zeros(wanted.images, dtype=torch.int64, device=device)
     step = training(model, partial(_loss, labels=labels, network=network, config=config), config, device)
 
     def alone(crops: Tensor) -> None:

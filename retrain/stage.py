@@ -17,7 +17,7 @@ from ktransfer.artifacts.labels import read_labels
 from ktransfer.config import build
 from ktransfer.data.augment import random_resized_crop
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, cache_place, typical_short_side
+from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -28,11 +28,11 @@ from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import choose_device
 from ktransfer.training.memory import tell_plan
-from ktransfer.training.reading import data_facts, kept_pictures, readable_by_all
+from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
 from .config import RetrainConfig
 
-MARGIN = 8 / 7  # pictures are kept at 256 pixels for an input of 224
+MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 CLASSES = "classes"
 
 
@@ -67,20 +67,20 @@ def retrain(run: str | Path, **options: Any) -> Path:
             return weights
         model = networks.build(network, config.seed, "retrain")
         side = round(config.size * MARGIN)
-        pictures = Pictures(data, side, config.workers, cache=config.cache_pictures, device=device)
-        rows = readable_by_all(pictures, rows, config.max_broken)
+        images = ImageLoader(data, side, config.workers, cache=config.cache_images, device=device)
+        rows = readable_by_all(images, rows, config.max_broken)
         loss = partial(_loss, labels=labels.to(device), network=network, config=config)
-        tell_plan(model, loss, pictures, rows, config, device, "retrain")
-        if distributed.count() > 1:
+        tell_plan(model, loss, images, rows, config, device, "retrain")
+        if distributed.world_size() > 1:
             order = {"do": "retrain", "config": asdict(config), "network": asdict(network)} | data_facts(data)
-            distributed.tell(order, labels.numpy(), rows.numpy())
+            distributed.send_order(order, labels.numpy(), rows.numpy())
             distributed.agree(None)
-        _train(config, network, model, pictures, labels, rows, device, step.folder)
+        _train(config, network, model, images, labels, rows, device, step.folder)
         networks.save(weights, model.state_dict(), network)
-        broken = [f"{data.keys[row]}: {reason}" for row, reason in pictures.broken.items()]
-        step.finish([weights], broken=broken, result={"classes": classes, "pictures": len(rows)})
+        broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
+        step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)})
         loop.remove_checkpoint(step.folder)
-        say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} pictures; {weights}")
+        say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} images; {weights}")
         return weights
 
 
@@ -89,17 +89,17 @@ def train_along(order: dict[str, Any]) -> None:
     with distributed.opening():
         config, network = RetrainConfig(**order["config"]), Network(**order["network"])
         device = choose_device(config)
-        pictures = kept_pictures(order)
+        images = kept_images(order)
         model = networks.build(network, config.seed, "retrain")
     labels, rows = (torch.from_numpy(array) for array in order["arrays"])
-    _train(config, network, model, pictures, labels, rows, device, Path())
+    _train(config, network, model, images, labels, rows, device, Path())
 
 
 def _train(
     config: RetrainConfig,
     network: Network,
     model: nn.Module,
-    pictures: Pictures,
+    images: ImageLoader,
     labels: Tensor,
     rows: Tensor,
     device: torch.device,
@@ -108,7 +108,7 @@ def _train(
     loop.fit(
         model,
         partial(_loss, labels=labels.to(device), network=network, config=config),
-        pictures,
+        images,
         partial(_batches, rows, labels, config),
         config,
         folder,
@@ -133,14 +133,14 @@ def check(
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
-    cache_place(config.cache_pictures, len(data), round(size * MARGIN), device)
+    cache_place(config.cache_images, len(data), round(size * MARGIN), device)
     config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
     if config.labels or not {"cluster", "assign"} & set(pending or ()):
         _labels(run, config, data)
     network = Network(config.arch, config.width, config.stride, config.size, 2)
-    with networks.fitting(network), torch.no_grad():  # batch norm learns from two pictures at least
+    with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
         networks.build(network, 0, "check")(torch.zeros(2, 3, config.size, config.size))
     return config, data
 
@@ -152,7 +152,7 @@ def _data_spec(run: Path, config: RetrainConfig) -> str:
         record = read_record(run, stage, name)
         if record and record["config"].get("data"):
             return str(record["config"]["data"])
-    raise UsageError("retrain: no pictures given, and the run has none; name them with --data")
+    raise UsageError("retrain: no images given, and the run has none; name them with --data")
 
 
 def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str]:
@@ -169,14 +169,14 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
     digest = input_hash(path)
     if found.keys is None:
         if len(found.labels) != len(data):
-            raise UsageError(f"{path}: {len(found.labels)} labels for {len(data)} pictures of {data.spec}")
+            raise UsageError(f"{path}: {len(found.labels)} labels for {len(data)} images of {data.spec}")
         labels = torch.from_numpy(found.labels.astype(np.int64))
     else:
         place = {key: row for row, key in enumerate(data.keys)}
         missing = [key for key in found.keys if key not in place]
         if missing:
             raise UsageError(
-                f"{path}: {len(missing)} of {len(found.keys)} keys are not pictures of {data.spec}, such as "
+                f"{path}: {len(missing)} of {len(found.keys)} keys are not images of {data.spec}, such as "
                 f"{missing[0]}; give the --data that was labelled"
             )
         labels = torch.full((len(data),), -1)
@@ -187,7 +187,7 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
 
 
 def _batches(rows: Tensor, labels: Tensor, config: RetrainConfig, epoch: int) -> Tensor:
-    """The batches of an epoch; with `uniform`, each drawn by cluster first, then by picture within it."""
+    """The batches of an epoch; with `uniform`, each drawn by cluster first, then by image within it."""
     if config.uniform:
         by_label = rows[labels[rows].argsort(stable=True)]
         _, sizes = labels[by_label].unique_consecutive(return_counts=True)
@@ -208,7 +208,7 @@ def _loss(
 
 
 def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:
-    """What the network sees of a batch: a random crop of each valid picture, (n, 3, size, size) float32, normalised."""
+    """What the network sees of a batch: a random crop of each valid image, (n, 3, size, size) float32, normalised."""
     rows, pixels = batch.rows[batch.kept], batch.pixels[batch.kept]
     finish = partial(networks.normalise, how=network.normalise)
     return random_resized_crop(pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop, finish)

@@ -42,7 +42,7 @@ def run(taught, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """24 JPEGs in two classes, one of the files broken and one no picture: row 5 is `a/05.jpg`."""
+    """24 JPEGs in two classes, one of the files broken and one no image: row 5 is `a/05.jpg`."""
     import numpy as np
     from PIL import Image
 
@@ -54,7 +54,7 @@ def folder(tmp_path):
         coarse = rng.integers(0, 256, (5, 6, 3)).astype(np.uint8)
         Image.fromarray(coarse).resize((60, 50), Image.Resampling.BICUBIC).save(path)
     (root / "a" / "05.jpg").write_bytes(b"\xff\xd8 not a jpeg")
-    (root / "README.txt").write_text("not a picture")
+    (root / "README.txt").write_text("not an image")
     return root
 
 

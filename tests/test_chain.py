@@ -81,7 +81,7 @@ def test_command_line_and_python_do_the_same(tmp_path, capsys):
     assert results(again) == before
 
 
-def test_a_folder_with_a_broken_picture_and_other_files(tmp_path, folder):
+def test_a_folder_with_a_broken_image_and_other_files(tmp_path, folder):
     root = tmp_path / "root"
     shutil.copytree(folder, root / "train")
     shutil.copytree(folder, root / "val")
@@ -98,14 +98,14 @@ def test_a_folder_with_a_broken_picture_and_other_files(tmp_path, folder):
     records = {stage: json.loads((run / stage / "stage.json").read_text()) for stage in STEPS | {"features": 0}}
     assert len(records["pretext"]["pretext"]["broken"]) == 1
     assert records["features"]["pics"]["broken"][0].startswith("a/05.jpg: ")
-    assert records["retrain"]["retrain"]["result"] == {"classes": 4, "pictures": 23}
+    assert records["retrain"]["retrain"]["result"] == {"classes": 4, "images": 23}
     data = json.loads((run / "eval" / "linear.json").read_text())["data"]
     assert data == {"train": 24, "test": 24, "classes": 2}
 
 
 def test_a_k_that_is_too_large_is_found_before_the_first_stage(tmp_path, capsys):
     assert main(line(tmp_path / "run", SCENES, k=41)) == 2
-    assert "--k 41: more clusters than the 40 pictures" in capsys.readouterr().err
+    assert "--k 41: more clusters than the 40 images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -115,13 +115,13 @@ def test_labels_of_a_second_data_set_are_what_retrain_takes(tmp_path, run, folde
     assert main(["--run", str(run), "retrain", "--arch", "alexnet_bn", *TINY, "--stride", "2"]) == 0
     record = json.loads((run / "retrain" / "stage.json").read_text())["retrain"]
     assert record["config"]["data"] == str(folder)
-    assert record["result"]["pictures"] == 23
+    assert record["result"]["images"] == 23
     # Clustered anew, the labels are out of date, and retrain does not take them.
     assert main(["--run", str(run), "cluster", "--k", "4", "--overwrite"]) == 0
     assert main(["--run", str(run), "retrain", "--arch", "alexnet_bn", *TINY, "--overwrite"]) == 2
 
 
-def test_real_pictures(tmp_path):
+def test_real_images(tmp_path):
     home = os.environ.get("KTRANSFER_DATA")
     if not home or not (Path(home) / "caltech101" / "train").is_dir():
         pytest.skip("KTRANSFER_DATA names no folder that holds caltech101 (shared/data/unpack makes one)")
@@ -154,7 +154,7 @@ def test_every_recipe_is_valid():
 
 
 def test_a_run_without_a_pretext_stage(tmp_path, run):
-    """A teacher from elsewhere: the pictures are named once, for the whole run."""
+    """A teacher from elsewhere: the images are named once, for the whole run."""
     teacher = ["--teacher", str(run / "pretext" / "model.safetensors")]
     new = ["--run", str(tmp_path / "new")]
     assert main([*new, "extract", "--data", SCENES, *teacher, "cluster", "--k", "3"]) == 0

@@ -41,13 +41,13 @@ def draw(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with labelled pictures, flat ones, and a whole run made by one line of the chain."""
+    """A folder with labelled images, flat ones, and a whole run made by one line of the chain."""
     root = tmp_path_factory.mktemp("cli")
     for number in range(24):
-        draw(root / "pictures/train" / f"class{number % 2}" / f"{number}.jpg", number)
+        draw(root / "images/train" / f"class{number % 2}" / f"{number}.jpg", number)
         draw(root / "flat" / f"{number}.jpg", 100 + number)
     for number in range(8):
-        draw(root / "pictures/val" / f"class{number % 2}" / f"{number}.jpg", 200 + number)
+        draw(root / "images/val" / f"class{number % 2}" / f"{number}.jpg", 200 + number)
     (root / "empty").mkdir()
     (root / "note.txt").write_text("not what you think\n")
     permutations.write(root / "four.bin", permutations.generate(3, 2, tiles=4))
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def whole(root: Path) -> list[str]:
-    data = str(root / "pictures")
+    data = str(root / "images")
     return ["--run", str(root / "run"), *PUZZLE, "--data", data, "cluster", "--k", "4", *TARGET, *PROBE]
 
 
@@ -113,20 +113,20 @@ def test_help_lists_every_setting(capsys):
 
 
 MISUSES = [
-    (["--run", "new", "pretext"], "no pictures given; name them with --data"),
-    (["--run", "new", "extract"], "no pictures given"),
+    (["--run", "new", "pretext"], "no images given; name them with --data"),
+    (["--run", "new", "extract"], "no images given"),
     (["--run", "new", "extract", "--data", "flat"], "pretext is missing; make it first"),
     (["--run", "new", "retrain"], "cluster is missing; make it first"),
-    (["--run", "new", "eval"], "no labelled pictures given"),
-    (["--run", "new", "cluster"], "no pictures given"),
+    (["--run", "new", "eval"], "no labelled images given"),
+    (["--run", "new", "cluster"], "no images given"),
     (["--run", "new", "assign"], "cluster is missing; make it first"),
     (["pretext", "--data", "flat"], "no run folder given; name one: ktransfer --run"),
-    (["--run", "new", "pretext", "--data", "empty"], "no pictures in"),
+    (["--run", "new", "pretext", "--data", "empty"], "no images in"),
     (["--run", "new", "pretext", "--data", "picturse"], "did you mean"),
-    (["--run", "new", "pretext", "--data", "note.txt"], "1 pictures are too few"),
+    (["--run", "new", "pretext", "--data", "note.txt"], "1 images are too few"),
     (["--run", "new", "pretext", "--data", "run/pretext/puzzles.png"], "neither a folder, nor a list"),
-    (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "25"], "--k 25: more clusters than the 24 pictures"),
-    (["--run", "run", "cluster", "--k", "25", "--overwrite"], "--k 25: more clusters than the 24 pictures"),
+    (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "25"], "--k 25: more clusters than the 24 images"),
+    (["--run", "run", "cluster", "--k", "25", "--overwrite"], "--k 25: more clusters than the 24 images"),
     (["--run", "run", "cluster", "--pca", "100000", "--k", "4", "--overwrite"], "--pca 100000"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--tile", "17"], "17"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--size", "12"], "--size 12: tiles of 3 pixels are too small"),
@@ -160,12 +160,12 @@ MISUSES = [
     (["--run", "new", *TARGET, "--data", "flat", "--labels", "flat/1.jpg"], "labels are read from"),
     (["--run", "new", *TARGET, "--data", "flat", "--labels", "nowhere.csv"], "no such label file"),
     (["--run", "new", *TARGET, "--data", "flat", "--labels", "run/clusters/clusters.h5"], "not a label file"),
-    (["--run", "new", *TARGET, "--data", "flat", "--labels", "run/clusters/labels.csv"], "are not pictures of flat"),
+    (["--run", "new", *TARGET, "--data", "flat", "--labels", "run/clusters/labels.csv"], "are not images of flat"),
     (["--run", "new", *TARGET, "--data", "flat", "--labels", "classes"], "flat has no class folders"),
-    (["--run", "new", *TARGET, "--data", "pictures", "--labels", "classes", "--arch", "alexnot"], "did you mean"),
-    (["--run", "new", "retrain", "--data", "pictures", "--labels", "classes", "--arch", "resnet18", "--width", "0.5"],
+    (["--run", "new", *TARGET, "--data", "images", "--labels", "classes", "--arch", "alexnot"], "did you mean"),
+    (["--run", "new", "retrain", "--data", "images", "--labels", "classes", "--arch", "resnet18", "--width", "0.5"],
      "only alexnet and alexnet_bn can be scaled"),
-    (["--run", "new", *TARGET, "--data", "pictures", "--labels", "classes", "--size", "4"], "give a larger --size"),
+    (["--run", "new", *TARGET, "--data", "images", "--labels", "classes", "--size", "4"], "give a larger --size"),
     (["--run", "new", "retrain", "--arch", "list"], "valid: alexnet, alexnet_bn, vgg16, vgg16_bn, "),
     (["--run", "run", "eval", "--labelled", "flat", "--overwrite"], "flat has no folder train"),
     (["--run", "run", *PROBE, "--lrs", "fast", "--overwrite"], "--lrs fast: must be positive numbers"),
@@ -175,23 +175,23 @@ MISUSES = [
     (["--run", "run", *PROBE, "--beside", "nowhere", "--overwrite"], "--run nowhere: holds no finished network"),
     (["--run", "run", *PROBE, "--learning-rate", "0.1", "--overwrite"], "No such option '--learning-rate'"),
     (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "4", *TARGET, *PROBE], "flat has no folder train"),
-    (["--run", "new", *PUZZLE, "--data", "pictures", "cluster", "--k", "4", *TARGET, *PROBE, "--layers", "conv6"],
+    (["--run", "new", *PUZZLE, "--data", "images", "cluster", "--k", "4", *TARGET, *PROBE, "--layers", "conv6"],
      "--layers conv6: alexnet_bn has no such layer"),
-    (["--run", "new", *PUZZLE, "--data", "pictures", "cluster", "--k", "4", *TARGET, *PROBE, "--beside", "nowhere"],
+    (["--run", "new", *PUZZLE, "--data", "images", "cluster", "--k", "4", *TARGET, *PROBE, "--beside", "nowhere"],
      "--run nowhere: holds no finished network"),
     (["--run", "note.txt", *PUZZLE, "--data", "flat"], "--run note.txt: cannot be written"),
     (["--run", "note.txt/run", *PUZZLE, "--data", "flat"], "--run note.txt/run: cannot be written"),
     (["--run", "run", *PUZZLE, "--data", "flat"], "data changed. Give pretext --overwrite"),
-    (["--run", "run", *PUZZLE, "--lr", "0.5", "--data", "pictures"], "lr was 0.01, is 0.5. Give pretext --overwrite"),
+    (["--run", "run", *PUZZLE, "--lr", "0.5", "--data", "images"], "lr was 0.01, is 0.5. Give pretext --overwrite"),
     (["--run", "run", "cluster", "--k", "3"], "k was 4, is 3"),
-    (["--run", "run", "extract", "--data", "pictures", "--pool", "2"], "pool was 4, is 2. Give extract --overwrite"),
+    (["--run", "run", "extract", "--data", "images", "--pool", "2"], "pool was 4, is 2. Give extract --overwrite"),
     (["--run", "run", *TARGET, "--crop", "0.5"], "crop was 0.08, is 0.5"),
     (["--run", "run", *PROBE, "--epochs", "2"], "epochs was 1, is 2. Give eval --overwrite"),
     (["--config", "nowhere.toml", "--run", "new", "pretext"], "--config nowhere.toml: No such file or directory"),
     (["--config", "flat", "--run", "new", "pretext"], "--config flat: Is a directory"),
     (["--config", "note.txt", "--run", "new", "pretext"], "not valid TOML"),
     (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: valid: laptop, paper"),
-    (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: lies inside the pictures of pretext"),
+    (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: lies inside the images of pretext"),
     (["--run", "run", "extract", "--data", "flat", "--name", "../x"], "--name ../x: must be a plain file name"),
     (["--run", "new", "pretext", "--data", "flat", "--arch", "alexnet", "--size", "33"], "give a larger --size"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--permutation-file", "four.bin"], "3 permutations of 4 tiles"),
@@ -220,7 +220,7 @@ def test_torchrun_is_not_mistaken(refused, monkeypatch):
 
 def test_no_gpu(refused, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    for line in ([*PUZZLE, "--data", "flat"], [*TARGET, "--data", "pictures", "--labels", "classes"]):
+    for line in ([*PUZZLE, "--data", "flat"], [*TARGET, "--data", "images", "--labels", "classes"]):
         assert "this machine has 0 CUDA devices" in refused("--run", "new", *line, "--device", "cuda")
 
 
@@ -312,7 +312,7 @@ def test_a_teacher_made_anew_in_the_line_is_read_anew(made, tmp_path):
 
 def test_overwritten_teacher_does_not_pass_for_the_old_one(made, tmp_path, capsys):
     run = copied(made, tmp_path)
-    data = str(made / "pictures")
+    data = str(made / "images")
     line = ["--run", str(run), *PUZZLE, "--seed", "1", "--data", data, "--overwrite"]
     assert cli.main(line) == 0
     capsys.readouterr()
@@ -332,15 +332,15 @@ LATER = [
 def test_changes_of_later_stages_are_refused_before_the_first_one_works(refused, made, later, why):
     """The pretext stage would be made again, with the same outcome; nothing may happen to it."""
     if not (made / "other").exists():
-        shutil.copytree(made / "pictures", made / "other")
+        shutil.copytree(made / "images", made / "other")
         draw(made / "other/val/class0/new.jpg", 7)
         draw(made / "other/train/class0/new.jpg", 7)
-    line = ["--run", "run", *PUZZLE, "--data", "pictures", "--overwrite"]
+    line = ["--run", "run", *PUZZLE, "--data", "images", "--overwrite"]
     assert why in refused(*line, *later)
 
 
 REMADE = [
-    ([*PUZZLE, "--seed", "1", "--data", "pictures", "--overwrite", "cluster", "--k", "4"],
+    ([*PUZZLE, "--seed", "1", "--data", "images", "--overwrite", "cluster", "--k", "4"],
      "cluster in run was made otherwise: this line makes the extract stage anew. Give cluster --overwrite"),
     (["cluster", "--k", "3", "--overwrite", *TARGET], "retrain in run was made otherwise: this line makes the assign"),
     ([*TARGET, "--lr", "0.5", "--overwrite", *PROBE], "this line makes the retrain stage anew. Give eval --overwrite"),
@@ -373,7 +373,7 @@ def test_a_self_test_is_no_change(made, capsys):
 def test_overwrite_stays_in_the_command_after_ctrl_c_where_it_is_still_to_be_done(made, tmp_path, capsys, monkeypatch):
     """Stopped in any stage of a line that makes all again, the command that is printed ends where the line would."""
     options = ["--seed", "1", "--overwrite"]
-    data = ["--data", str(made / "pictures")]
+    data = ["--data", str(made / "images")]
     stages = [[*PUZZLE, *data], ["cluster", "--k", "3"], TARGET, PROBE]
     wanted = ["--run", str(tmp_path / "whole"), *(word for stage in stages for word in (*stage, *options))]
     assert cli.main(wanted) == 0
@@ -427,7 +427,7 @@ def test_flags_beat_the_config_and_the_config_beats_the_recipe(made, tmp_path):
     assert (features["layer"], features["pool"]) == ("conv2_1", 1)
 
 
-def test_too_many_broken_pictures(tmp_path, capsys):
+def test_too_many_broken_images(tmp_path, capsys):
     for number in range(20):
         draw(tmp_path / "some" / f"{number}.png", number)
     for number in range(3):
@@ -436,11 +436,11 @@ def test_too_many_broken_pictures(tmp_path, capsys):
     for _ in range(2):  # the same command again must not pass
         assert cli.main(line) == 1
         said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("ktransfer: 3 of 20 pictures") and "raise --max-broken" in said
+        assert said.startswith("ktransfer: 3 of 20 images") and "raise --max-broken" in said
     assert json.loads((tmp_path / "run/pretext/stage.json").read_text())["pretext"]["state"] == "failed"
     assert not (tmp_path / "run/pretext/model.safetensors").exists()
     assert cli.main([*line, "--max-broken", "0.2"]) == 0
-    assert "3 broken pictures" in capsys.readouterr().err
+    assert "3 broken images" in capsys.readouterr().err
 
 
 def test_perms(tmp_path, capsys):

@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 Launch = Callable[..., int]
 
 STAGES = {
-    "pretext": ("pretext", "--data", "../pictures", "--arch", "vgg16_bn", "--size", "48", "--permutations", "6"),
+    "pretext": ("pretext", "--data", "../images", "--arch", "vgg16_bn", "--size", "48", "--permutations", "6"),
     "extract": ("extract", "--batch", "8"),
     "cluster": ("cluster", "--k", "5", "--pca", "6"),
     "assign": ("assign",),
     "retrain": ("retrain", "--arch", "alexnet_bn", "--stride", "2", "--size", "40"),
-    "eval": ("eval", "--labelled", "../pictures", "--layers", "conv2,conv4", "--lrs", "0.001,0.01"),
+    "eval": ("eval", "--labelled", "../images", "--layers", "conv2,conv4", "--lrs", "0.001,0.01"),
 }
 TRAINING = {
     "pretext": ("--width", "0.05", "--epochs", "4", "--batch", "8", "--max-broken", "0.1"),
@@ -76,23 +76,23 @@ def draw(path: Path, kind: int, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, 36 pictures to train (one of them broken) and 16 to test; runs lie two folders below."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, 36 images to train (one of them broken) and 16 to test; runs lie two folders below."""
     root = tmp_path_factory.mktemp("interruption")
     for part, count in (("train", 18), ("val", 8)):
         for kind, name in enumerate(("round", "square")):
             for number in range(count):
-                draw(root / "pictures" / part / name / f"{number:02d}.jpg", kind, hash((part == "val", kind, number)))
-    (root / "pictures/train/round/07.jpg").write_bytes(b"no picture")
+                draw(root / "images" / part / name / f"{number:02d}.jpg", kind, hash((part == "val", kind, number)))
+    (root / "images/train/round/07.jpg").write_bytes(b"no image")
     return root
 
 
 @pytest.fixture(scope="module")
-def launch(pictures: Path) -> Iterator[Launch]:
-    """Run a command line in a fork, below `pictures`; the log of the last one is `pictures / "log"`."""
+def launch(images: Path) -> Iterator[Launch]:
+    """Run a command line in a fork, below `images`; the log of the last one is `images / "log"`."""
     script = Path(__file__).with_name("forker.py")
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    cache = {"XDG_CACHE_HOME": str(pictures / "cache")}
+    cache = {"XDG_CACHE_HOME": str(images / "cache")}
     forker = subprocess.Popen(
         [sys.executable, str(script)],
         stdin=subprocess.PIPE,
@@ -103,8 +103,8 @@ def launch(pictures: Path) -> Iterator[Launch]:
     assert forker.stdin and forker.stdout
 
     def run(folder: str, argv: list[str], **order: Any) -> int:
-        (pictures / folder).mkdir(exist_ok=True)
-        order |= {"argv": argv, "log": str(pictures / "log"), "cwd": str(pictures / folder)}
+        (images / folder).mkdir(exist_ok=True)
+        order |= {"argv": argv, "log": str(images / "log"), "cwd": str(images / folder)}
         forker.stdin.write(json.dumps(order) + "\n")
         forker.stdin.flush()
         return int(json.loads(forker.stdout.readline())["status"])
@@ -115,11 +115,11 @@ def launch(pictures: Path) -> Iterator[Launch]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pictures: Path, launch: Launch) -> dict[str, bytes]:
+def undisturbed(images: Path, launch: Launch) -> dict[str, bytes]:
     """The final files of a run that was never stopped."""
     code = launch("whole", chain())
-    assert code == 0, (pictures / "log").read_text()
-    found = artefacts(pictures / "whole/mine")
+    assert code == 0, (images / "log").read_text()
+    found = artefacts(images / "whole/mine")
     assert set(found) == set(FINAL)
     return found
 
@@ -142,31 +142,31 @@ def seconds_of(run: Path, stage: str) -> float:
     return float(json.loads((run / folder / "stage.json").read_text())[STEPS.get(stage, stage)]["seconds"])
 
 
-def test_killed_before_and_after_every_step(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
+def test_killed_before_and_after_every_step(images: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
     dice = random.Random(1)
     for stage in STAGES:
         for rule in instants(stage, dice):
             status = launch("killed", chain(), kill=rule)
-            assert status == -signal.SIGKILL, (rule, (pictures / "log").read_text())
+            assert status == -signal.SIGKILL, (rule, (images / "log").read_text())
     assert launch("killed", chain()) == 0
-    assert differing(pictures / "killed/mine", undisturbed) == []
+    assert differing(images / "killed/mine", undisturbed) == []
 
 
-def test_killed_at_any_time(pictures: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
+def test_killed_at_any_time(images: Path, launch: Launch, undisturbed: dict[str, bytes]) -> None:
     dice = random.Random(2)
     landed = 0
     for stage, words in STAGES.items():
         line = ["--run", "mine", *words, *TRAINING.get(stage, ())]
-        longest = seconds_of(pictures / "whole/mine", stage)
+        longest = seconds_of(images / "whole/mine", stage)
         for _ in range(3):
             rule = {"step": STEPS.get(stage, stage), "seconds": dice.uniform(0, 0.6 * longest)}
             status = launch("timed", line, kill=rule)
             # How far it comes in that time is the machine's affair: it may also have ended before.
-            assert status in (0, -signal.SIGKILL), (pictures / "log").read_text()
+            assert status in (0, -signal.SIGKILL), (images / "log").read_text()
             landed += status != 0
         assert launch("timed", line) == 0
     assert landed >= 6
-    assert differing(pictures / "timed/mine", undisturbed) == []
+    assert differing(images / "timed/mine", undisturbed) == []
 
 
 @pytest.mark.parametrize(
@@ -180,30 +180,30 @@ def test_killed_at_any_time(pictures: Path, launch: Launch, undisturbed: dict[st
     ],
 )
 def test_ctrl_c_says_how_to_go_on(
-    pictures: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str, instant: dict[str, Any]
+    images: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str, instant: dict[str, Any]
 ) -> None:
     folder = f"stopped-{stage}"
     rule = instant | {"step": STEPS.get(stage, stage), "signal": signal.SIGINT}
     assert launch(folder, chain(), kill=rule) == 130
-    said = (pictures / "log").read_text()
+    said = (images / "log").read_text()
     assert "Traceback" not in said
     last = said.splitlines()[-1]
     assert last.startswith("ktransfer: stopped;") and last.endswith(f"ktransfer {' '.join(chain())}"), said
     assert launch(folder, chain()) == 0
-    assert differing(pictures / folder / "mine", undisturbed) == []
+    assert differing(images / folder / "mine", undisturbed) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_full_disk(pictures: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str) -> None:
-    folder = pictures / f"full-{stage}"
-    shutil.copytree(pictures / "whole/mine", folder / "mine")
+def test_full_disk(images: Path, launch: Launch, undisturbed: dict[str, bytes], stage: str) -> None:
+    folder = images / f"full-{stage}"
+    shutil.copytree(images / "whole/mine", folder / "mine")
     for name in list(STAGES)[list(STAGES).index(stage) :]:
         forget(folder / "mine", name)
     before = artefacts(folder / "mine")
     assert len(before) == {"pretext": 0, "extract": 2, "cluster": 3, "assign": 6, "retrain": 9, "eval": 10}[stage]
     # No file but small ones can be written: that is how a full disk looks from inside.
     assert launch(folder.name, chain(), largest=4000) == 1
-    said = (pictures / "log").read_text()
+    said = (images / "log").read_text()
     lines = [line for line in said.splitlines() if line.startswith("ktransfer: ")]
     assert len(lines) == 1 and "Traceback" not in said, said
     assert "File too large" in lines[0] and "make room and give the same command again" in lines[0], said

@@ -128,7 +128,7 @@ def test_shuffles_are_permutations_and_all_equally_frequent():
 
 @settings(max_examples=20, deadline=None)
 @given(WORD, st.integers(0, 1000), st.integers(1, 500))
-def test_epoch_order_visits_each_picture_once(seed, epoch, size):
+def test_epoch_order_visits_each_image_once(seed, epoch, size):
     order = rng.epoch_order(seed, epoch, size)
     assert torch.equal(order.sort().values, torch.arange(size))
     assert torch.equal(order, rng.epoch_order(seed, epoch, size))

@@ -36,7 +36,7 @@ def choose_engine(name: str, room: int | None = None, tell: Callable[[str], obje
     if chosen == "exact":
         if gpus:
             engine = device_engine("cuda", tell=tell)
-            if gpus > 1 and distributed.count() == 1:
+            if gpus > 1 and distributed.world_size() == 1:
                 reason += f"; one of {gpus} here: torchrun --nproc-per-node {gpus} -m -- ktransfer ... takes all"
         else:
             engine = exact_engine(room=room, tell=tell)

@@ -20,10 +20,10 @@ from ..arms import Arm, model_of
 from ..config import EvalConfig
 from ..protocols.linear import rates
 from .maps import FORWARD_BATCH, Layer, Views, cached_maps, choose_layers, reading
-from .probe import Probes, hold_out, optimiser, predictions, probe_loss
+from .probe import Probes, hold_out, optimiser, predict, probe_loss
 
 HELD_OUT = 0.1
-SAMPLE = 4096  # pictures on which the channels are standardised
+SAMPLE = 4096  # images on which the channels are standardised
 KINDS_OF_NOISE = ("uniform", "pair")
 
 
@@ -32,7 +32,7 @@ class Training(NamedTuple):
 
     Attributes:
         trunk: frozen, on the device.
-        views: the maps of all layers of the training pictures, and of their mirror images.
+        views: the maps of all layers of the training images, and of their mirror images.
         learning, held: (n,) rows to learn from, and to choose on.
     """
 
@@ -49,7 +49,7 @@ class Training(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The head that told most of the held-out pictures."""
+    """The head that told most of the held-out images."""
 
     layer: Layer
     rate: float
@@ -97,15 +97,15 @@ def prepare(arm: Arm, train: Dataset, config: EvalConfig, folder: Path, device: 
 
 
 def choose(training: Training) -> Chosen:
-    """Learn heads on all layers with all rates, as `linear` does, and take the best on the held-out pictures."""
+    """Learn heads on all layers with all rates, as `linear` does, and take the best on the held-out images."""
     _, _, layers, train, views, learning, held, config, _, device = training
     targets = torch.from_numpy(train.targets).long()
     found = rates(config)
     sample = _sample(views[0], learning[:SAMPLE], layers[-1])
     probes = Probes(layers, found, len(train.classes), sample).to(device)
     _learn(training, probes, probe_loss(targets.to(device), 2), views, "probe")
-    answers, rows = predictions(probes, Views(views[:1]), held, config.batch, device)
-    right = (answers == targets[rows]).double().mean(1)
+    predictions, rows = predict(probes, Views(views[:1]), held, config.batch, device)
+    right = (predictions == targets[rows]).double().mean(1)
     best = int(right.argmax())
     layer = layers[best // len(found)]
     head = Probes([_alone(layer)], [0.0], len(train.classes), None).to(device)
@@ -146,7 +146,7 @@ def noisy_labels(targets: Tensor, share: float, kind: str, classes: int, seed: i
 
 
 def _learn(training: Training, probes: Probes, loss: Loss, views: list[Features], name: str) -> None:
-    """Train heads, each picture or its mirror image in turn, as `linear` does."""
+    """Train heads, each image or its mirror image in turn, as `linear` does."""
     config = training.config
 
     def batches(epoch: int) -> Tensor:
@@ -165,7 +165,7 @@ def _alone(layer: Layer) -> Layer:
 
 
 def _sample(features: Features, rows: Tensor, last: Layer) -> Tensor:
-    """(m, d) float32 maps, up to the last layer, of those of (n,) rows whose pictures are not broken."""
+    """(m, d) float32 maps, up to the last layer, of those of (n,) rows whose images are not broken."""
     chosen = np.sort(rows.numpy()[features.valid[rows.numpy()]])
     found = torch.empty(len(chosen), last.stop)
     for at in range(0, len(chosen), FORWARD_BATCH):

@@ -1,4 +1,5 @@
-"""What the protocols on frozen features have in common: one vector a layer, layer by layer, each kept once judged."""
+"""What the protocols on frozen features have in common: one vector a layer, layer by layer, each kept once
+evaluated."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,37 +19,37 @@ from ..config import EvalConfig
 from ..result import Result
 from .maps import Frozen, Layer, choose_layers, frozen_maps
 
-JudgeLayer = Callable[[Frozen, Frozen, Layer], dict[str, Any]]
+EvaluateLayer = Callable[[Frozen, Frozen, Layer], dict[str, Any]]
 """(training part, test part, layer) -> one cell of `Result.scores`."""
 
 
 def check_frozen(
-    judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path, last: bool = False
+    evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path, last: bool = False
 ) -> None:
     """Find wrong layers, and how much disk the vectors of one network need.
 
     Raises:
         UsageError: one line.
     """
-    for network in judged:
+    for network in evaluated:
         layers = _layers(networks.build(network, 0, "check"), network, config, last)
         rows = sum(len(part) for part in parts)
         need_disk(run, layers[-1].stop * rows * (2 if config.dtype == "float16" else 4), "eval")
 
 
-def judge_layers(
+def evaluate_layers(
     arm: Arm,
     parts: tuple[Dataset, Dataset],
     config: EvalConfig,
     folder: Path,
     device: torch.device,
-    judge_layer: JudgeLayer,
+    evaluate_layer: EvaluateLayer,
     last: bool = False,
 ) -> Result:
-    """Judge an arm layer by layer on vectors: maps averaged to `--grid` x `--grid` numbers a channel.
+    """Evaluate an arm layer by layer on vectors: maps averaged to `--grid` x `--grid` numbers a channel.
 
     Args:
-        folder: for the vectors and what was judged before an interruption.
+        folder: for the vectors and what was evaluated before an interruption.
         last: the last layer alone, where `--layers` does not name others.
     """
     layers = _layers(model_of(arm, config.seed), arm.network, config, last)
@@ -57,7 +58,7 @@ def judge_layers(
     for layer in layers:
         kept = folder / f"{layer.name}.json"
         if not kept.is_file():
-            files.write_json(kept, {"numbers": layer.stop - layer.start} | judge_layer(train, test, layer))
+            files.write_json(kept, {"numbers": layer.stop - layer.start} | evaluate_layer(train, test, layer))
         found[layer.name] = files.read_json(kept)
     return {
         "task": arm.network.task,
@@ -69,7 +70,7 @@ def judge_layers(
 
 
 def labels_of(part: Frozen) -> NDArray[np.int64]:
-    """(m,) classes of the pictures that are not broken."""
+    """(m,) classes of the images that are not broken."""
     return part.features.targets[part.features.valid].astype(np.int64)
 
 

@@ -61,7 +61,7 @@ class Before(NamedTuple):
 
 
 def before(model: nn.Module, path: str, size: int) -> Before:
-    """What a network computes up to the output of the module at `path`, by watching it work on two pictures of `size`.
+    """What a network computes up to the output of the module at `path`, by watching it work on two images of `size`.
 
     A module whose output is there by then belongs to it with all that it holds. Of one that is still at work only its
     own weights do: those of a vision transformer's class token and positions, which come before its blocks.
@@ -120,7 +120,7 @@ def unit_variance(model: nn.Module, x: Tensor) -> None:
 
     The data-dependent scaling of Kraehenbuehl et al. ("Data-dependent Initializations of Convolutional Neural
     Networks", 2016), one number for a layer, so that the directions which it learned stay: weights and bias are divided
-    by the deviation of the layer's outputs over pictures, channels and places; layers in the order in which they work,
+    by the deviation of the layer's outputs over images, channels and places; layers in the order in which they work,
     so that each sees the scaled outputs of those before. A layer whose outputs do not differ stays as it is.
 
     Args:

@@ -25,7 +25,7 @@ def path(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    if len(np.unique(labels)) == 1:  # of a handful of pictures, a part may hold one class alone
+    if len(np.unique(labels)) == 1:  # of a handful of images, a part may hold one class alone
         model: Any = DummyClassifier(strategy="most_frequent")
     else:
         model = LogisticRegression(solver="lbfgs", max_iter=ITERATIONS, warm_start=True)
@@ -54,7 +54,7 @@ def right_by_decay(
     decays: Sequence[float],
     tick: Callable[[], object],
 ) -> NDArray[np.int64]:
-    """(decays,) how many of the pictures that are `held` out, (n,), each classifier of the others gets right."""
+    """(decays,) how many of the images that are `held` out, (n,), each classifier of the others gets right."""
     if not held.any() or held.all():
         return np.zeros(len(decays), np.int64)
     models = path(vectors[~held], labels[~held], decays, tick)
@@ -64,15 +64,15 @@ def right_by_decay(
 def last_best(right: NDArray[np.int64]) -> int:
     """The place of the highest number, the last of equals: there the smallest decay, as in the transfer study's code.
 
-    With one picture a class no decay gets any right of those held out, and large ones do not learn.
+    With one image a class no decay gets any right of those held out, and large ones do not learn.
     """
     return len(right) - 1 - int(right[::-1].argmax())
 
 
 def stratified_folds(labels: NDArray[np.int64], count: int, seed: int, purpose: str) -> NDArray[np.int64]:
-    """(n,) in 0..count-1: a fold for each picture, every class spread evenly over the folds in a seeded order."""
+    """(n,) in 0..count-1: a fold for each image, every class spread evenly over the folds in a seeded order."""
     place = place_in_class(labels, seed, purpose)
-    found: NDArray[np.int64] = (place + labels) % count  # classes of one picture do not all fall into the first fold
+    found: NDArray[np.int64] = (place + labels) % count  # classes of one image do not all fall into the first fold
     return found
 
 

@@ -17,9 +17,9 @@ from ktransfer.artifacts.features import Features, create_or_resume, open_featur
 from ktransfer.config import nearest
 from ktransfer.data.augment import centre_crop
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.loader import Pictures, reasons
+from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.data.opening import open_parts
-from ktransfer.data.ordered import in_turn
+from ktransfer.data.ordered import ordered_map
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import bar
@@ -33,7 +33,7 @@ GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang e
 NUMBERS = 9216  # about what those grids give; for all other layers
 FORWARD_BATCH = 64
 Pooled = Callable[[Tensor, Tensor], Tensor]
-"""(b, 3, s, s) uint8 pictures and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
+"""(b, 3, s, s) uint8 images and (b,) bool, whether each is mirrored -> (b, d) float32 maps on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,28 @@ class Layer:
 
 
 class Views:
-    """Rows of cached maps, read as the training loop reads pictures: `views[v]` holds view v of every picture."""
+    """Rows of cached maps, read as the training loop reads images: `views[v]` holds view v of every image."""
 
     def __init__(self, views: list[Features]) -> None:
         self.views = views
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
+        """(b,) rows coded as image * views + view -> (rows, (b, d) maps, (b,) valid, 0 seconds waited)."""
         count = len(self.views)
         for chosen in rows:
-            picture, view = (chosen // count).numpy(), (chosen % count).numpy()
+            image, view = (chosen // count).numpy(), (chosen % count).numpy()
             maps = np.empty((len(chosen), self.views[0].rows.shape[1]), np.float32)
             for number, features in enumerate(self.views):
-                maps[view == number] = features.rows[picture[view == number]]
-            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[picture]), 0.0
+                maps[view == number] = features.rows[image[view == number]]
+            yield chosen, torch.from_numpy(maps), torch.from_numpy(self.views[0].valid[image]), 0.0
 
 
 def choose_layers(model: nn.Module, network: Network, names: str | None, grid: int = 0) -> list[Layer]:
-    """The layers to judge, and the grid that their maps are averaged to: `grid` x `grid`, or that of linear/1 where 0.
+    """The layers to evaluate, and the grid that their maps are averaged to: `grid` x `grid`, or that of linear/1 where
+    0.
 
     Raises:
-        UsageError: an unknown layer, or pictures too small for the network.
+        UsageError: an unknown layer, or images too small for the network.
     """
     with networks.fitting(network):
         known = networks.layers(network, model)
@@ -89,8 +90,8 @@ def choose_layers(model: nn.Module, network: Network, names: str | None, grid: i
         raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
     device = next(model.parameters()).device
     with networks.fitting(network), torch.no_grad():
-        picture = torch.zeros(1, 3, network.size, network.size, device=device)
-        maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, picture)
+        image = torch.zeros(1, 3, network.size, network.size, device=device)
+        maps = networks.feature_maps(model.eval(), {name: known[name] for name in chosen}, image)
     layers: list[Layer] = []
     start = 0
     for name in chosen:
@@ -103,12 +104,12 @@ def choose_layers(model: nn.Module, network: Network, names: str | None, grid: i
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a frozen network makes of the pictures of one part.
+    """What a frozen network makes of the images of one part.
 
     Attributes:
         layers: whose columns stand in a row.
-        features: `rows` (n, d), `valid` (n,), `targets` (n,), picture by picture, broken ones included.
-        broken: "PART/PICTURE: reason" of those that could not be read.
+        features: `rows` (n, d), `valid` (n,), `targets` (n,), image by image, broken ones included.
+        broken: "PART/IMAGE: reason" of those that could not be read.
     """
 
     layers: list[Layer]
@@ -116,7 +117,7 @@ class Frozen:
     broken: list[str]
 
     def layer(self, layer: Layer) -> NDArray[np.float32]:
-        """(m, numbers) float32 of the pictures that are not broken."""
+        """(m, numbers) float32 of the images that are not broken."""
         return np.asarray(self.features.rows[:, layer.start : layer.stop], np.float32)[self.features.valid]
 
 
@@ -128,7 +129,7 @@ def frozen_maps(
     device: torch.device,
     layers: list[Layer],
 ) -> list[Frozen]:
-    """The maps of an arm's layers (as `choose_layers` gives them) for every picture of some parts; killed, it goes on.
+    """The maps of an arm's layers (as `choose_layers` gives them) for every image of some parts; killed, it goes on.
 
     Args:
         folder: for files named after the parts (`train.h5`, ...).
@@ -154,7 +155,7 @@ def reading(model: nn.Module, arm: Arm, layers: list[Layer], config: EvalConfig,
 
 
 def stored_side(arm: Arm) -> int:
-    """The side of the squares that pictures are read as, of which the network sees the centre."""
+    """The side of the squares that images are read as, of which the network sees the centre."""
     return round(arm.network.size * 8 / 7)
 
 
@@ -205,26 +206,26 @@ def cached_maps(
     config: EvalConfig,
     mirror: bool,
 ) -> Features:
-    """The maps of every picture of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
+    """The maps of every image of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
     if path.is_file():
         return open_features(path)
     data, side, numbers = parts[part], stored_side(arm), layers[-1].stop
     writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
     first = writer.rows_done
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         facts = {"network": asdict(arm.network), "weights": str(arm.weights.resolve()) if arm.weights else None}
         hashes = {"sha256": input_hash(arm.weights) if arm.weights else None, "fingerprint": data.fingerprint}
         work = {"do": "maps", "part": part, "mirror": mirror, "first": first, "layers": [asdict(one) for one in layers]}
-        distributed.tell(work | facts | hashes | {"config": asdict(config)})
+        distributed.send_order(work | facts | hashes | {"config": asdict(config)})
         distributed.agree(None)
-    pictures = Pictures(data, side, config.workers, cache="off")
+    images = ImageLoader(data, side, config.workers, cache="off")
     with bar(len(data), f"maps {path.parent.name} {path.stem}", done=first) as shown:
 
         def take(start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
             writer.write(start, features, valid)
             shown.update(len(valid))
 
-        in_turn(pictures, first, FORWARD_BATCH, partial(_seen, pooled, mirror), numbers, take)
+        ordered_map(images, first, FORWARD_BATCH, partial(_seen, pooled, mirror), numbers, take)
     check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
@@ -243,9 +244,9 @@ def map_share(order: dict[str, Any]) -> None:
         device = choose_device(config)
         layers = [Layer(**one | {"pool": one["pool"] and tuple(one["pool"])}) for one in order["layers"]]
         pooled = reading(model_of(arm, config.seed).to(device).eval(), arm, layers, config, device)
-        pictures = Pictures(data, stored_side(arm), config.workers, cache="off")
+        images = ImageLoader(data, stored_side(arm), config.workers, cache="off")
     numbers = layers[-1].stop
-    in_turn(pictures, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), numbers, None)
+    ordered_map(images, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), numbers, None)
 
 
 def _seen(pooled: Pooled, mirror: bool, pixels: Tensor) -> Tensor:
@@ -258,18 +259,18 @@ class Computed:
     They depend on what else is in a batch by no more than the rounding of the trunk's sums.
     """
 
-    def __init__(self, pooled: Pooled, pictures: Pictures, views: int, dtype: str) -> None:
-        self.pooled, self.pictures, self.count = pooled, pictures, views
+    def __init__(self, pooled: Pooled, images: ImageLoader, views: int, dtype: str) -> None:
+        self.pooled, self.images, self.count = pooled, images, views
         self.dtype = torch.float16 if dtype == "float16" else torch.float32
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-        """(b,) rows coded as picture * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
+        """(b,) rows coded as image * views + view -> (rows, (b, d) maps, (b,) valid, seconds waited).
 
         Raises:
             StageError: a number is not finite, or does not fit float16.
         """
         wanted = list(rows)
-        read = self.pictures.batches(part // self.count for part in wanted)
+        read = self.images.batches(part // self.count for part in wanted)
         for coded, (_, pixels, valid, wait) in zip(wanted, read, strict=True):
             maps = self.pooled(pixels, coded % self.count == 1).to(self.dtype).float()
             maps[~valid] = 0
@@ -282,5 +283,5 @@ class Computed:
 
 
 def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
-    """Bytes of the maps of all pictures: two views of the training part, one of the test part."""
+    """Bytes of the maps of all images: two views of the training part, one of the test part."""
     return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)

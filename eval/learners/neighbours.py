@@ -109,15 +109,15 @@ def vote(found: Neighbours, labels: NDArray[np.int64], classes: int, k: int, tem
     Args:
         labels: (count,) the references' classes, 0..classes - 1.
     """
-    answers = np.empty(len(found.places), np.int64)
-    for at in range(0, len(answers), QUERIES):
+    predictions = np.empty(len(found.places), np.int64)
+    for at in range(0, len(predictions), QUERIES):
         near = found.similarities[at : at + QUERIES, :k].astype(np.float64)
         # Relative to the nearest: the same order of votes, and no overflow at low temperatures.
         weights = np.exp((near - near[:, :1]) / temperature)
         cells = labels[found.places[at : at + QUERIES, :k]] + classes * np.arange(len(near))[:, None]
         votes = np.bincount(cells.ravel(), weights.ravel(), classes * len(near))
-        answers[at : at + QUERIES] = votes.reshape(-1, classes).argmax(axis=1)
-    return answers
+        predictions[at : at + QUERIES] = votes.reshape(-1, classes).argmax(axis=1)
+    return predictions
 
 
 def _take(

@@ -79,19 +79,17 @@ def optimiser(probes: Probes, momentum: float, weight_decay: float) -> torch.opt
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
-def predictions(
-    probes: Probes, source: Source, rows: Tensor, batch: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def predict(probes: Probes, source: Source, rows: Tensor, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(probes, m) int64 predicted classes and the (m,) rows they are for: the valid ones."""
-    answers: list[Tensor] = []
+    predictions: list[Tensor] = []
     kept: list[Tensor] = []
     probes.eval()
     with torch.no_grad():
         for chosen, maps, valid, _ in source.batches(iter(rows.split(batch))):
             outputs = probes(maps[valid].to(device))
-            answers.append(torch.stack([logits.argmax(1) for logits in outputs]).cpu())
+            predictions.append(torch.stack([logits.argmax(1) for logits in outputs]).cpu())
             kept.append(chosen[valid])
-    return torch.cat(answers, dim=1), torch.cat(kept)
+    return torch.cat(predictions, dim=1), torch.cat(kept)
 
 
 def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float | list[float]]:
@@ -101,7 +99,7 @@ def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float | list[float]]:
     counts = torch.bincount(wanted).double()
     rates = torch.bincount(wanted, weights=hit)[counts > 0] / counts[counts > 0]
     mean = float(rates.mean())
-    # Each class adds its variance; two answers are added to each, so that few pictures never make a class certain.
+    # Each class adds its variance; two predictions are added to each, so that few images never make a class certain.
     smooth = (rates * counts[counts > 0] + 1) / (counts[counts > 0] + 2)
     error = Z95 * float((smooth * (1 - smooth) / counts[counts > 0]).sum().sqrt()) / len(rates)
     return {

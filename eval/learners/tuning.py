@@ -1,7 +1,7 @@
 """Networks that learn the labels, whole or behind frozen layers: what `nonlinear` and `finetune` have in common.
 
-A tenth of the training part chooses the learning rate and is not learned from; the test part is judged once, by the
-network of the chosen rate, on the mean of its answers to `--test-crops` random squares of each picture.
+A tenth of the training part chooses the learning rate and is not learned from; the test part is evaluated once, by the
+network of the chosen rate, on the mean of its predictions to `--test-crops` random squares of each image.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ktransfer import files, networks
 from ktransfer.data.augment import centre_crop, random_resized_crop, random_square
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.errors import StageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
@@ -39,7 +39,7 @@ from .heads import Before, with_classes
 from .probe import hold_out, scores
 
 HELD_OUT = 0.1
-MARGIN = 8 / 7  # pictures are kept at 256 pixels for an input of 224
+MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %", "map": "VOC07 11-point mAP %"}
 
 
@@ -84,50 +84,50 @@ class Tuned(nn.Module):
 
 
 class Labelled:
-    """The pictures of one part, and the labels that are learned from them: one a picture, or several."""
+    """The images of one part, and the labels that are learned from them: one an image, or several."""
 
     def __init__(self, data: Dataset, network: Network, config: LoopOptions, device: torch.device) -> None:
         self.data = data
-        self.pictures = Pictures(data, round(network.size * MARGIN), config.workers, cache=config.cache_pictures)
+        self.images = ImageLoader(data, round(network.size * MARGIN), config.workers, cache=config.cache_images)
         self.several = data.tags is not None
         labels = data.targets if data.tags is None else data.tags
         self.labels = torch.from_numpy(labels.astype("int64")).to(device)
 
     def loss(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """Mean over pictures of the cross-entropy, or of the sum over classes of that of each class's sigmoid."""
+        """Mean over images of the cross-entropy, or of the sum over classes of that of each class's sigmoid."""
         wanted = self.labels[rows]
         if not self.several:
             return F.cross_entropy(logits.float(), wanted)
         by_class = F.binary_cross_entropy_with_logits(logits.float(), (wanted == 1).float(), reduction="none")
         return (by_class * (wanted >= 0)).sum() / len(rows)
 
-    def judged(self, answers: Tensor, rows: Tensor, seed: int) -> dict[str, Any]:
-        """The measures of (m, classes) answers for (m,) rows, both on the CPU, with intervals."""
+    def evaluated(self, predictions: Tensor, rows: Tensor, seed: int) -> dict[str, Any]:
+        """The measures of (m, classes) predictions for (m,) rows, both on the CPU, with intervals."""
         wanted = self.labels.cpu()[rows]
         if not self.several:
-            return dict(scores(answers.argmax(1), wanted))
-        return dict(voc_map(answers.numpy(), wanted.numpy(), seed))
+            return dict(scores(predictions.argmax(1), wanted))
+        return dict(voc_map(predictions.numpy(), wanted.numpy(), seed))
 
-    def reached(self, answers: Tensor, rows: Tensor) -> float:
-        """The measure that rates are chosen by, in 0..1: top-1 or mAP (arguments as for `judged`)."""
+    def reached(self, predictions: Tensor, rows: Tensor) -> float:
+        """The measure that rates are chosen by, in 0..1: top-1 or mAP (arguments as for `evaluated`)."""
         wanted = self.labels.cpu()[rows]
         if not self.several:
-            return float((answers.argmax(1) == wanted).double().mean())
-        return mean_ap(answers.numpy(), wanted.numpy())
+            return float((predictions.argmax(1) == wanted).double().mean())
+        return mean_ap(predictions.numpy(), wanted.numpy())
 
     def broken(self) -> list[str]:
         """What could not be read."""
-        return [f"{self.data.name}/{self.data.keys[row]}: {why}" for row, why in self.pictures.broken.items()]
+        return [f"{self.data.name}/{self.data.keys[row]}: {why}" for row, why in self.images.broken.items()]
 
 
-def check(judged: list[Network], classes: int, config: EvalConfig, run: Path) -> None:
-    """Find wrong rates, pictures that are too small, and how much disk the trainings need.
+def check(evaluated: list[Network], classes: int, config: EvalConfig, run: Path) -> None:
+    """Find wrong rates, images that are too small, and how much disk the trainings need.
 
     Raises:
         UsageError: one line.
     """
     tried = rates(config)
-    for network in judged:
+    for network in evaluated:
         with networks.fitting(network), torch.no_grad():
             model = with_classes(network, classes, 0, "check").eval()
             model(torch.zeros(1, 3, network.size, network.size))
@@ -137,7 +137,7 @@ def check(judged: list[Network], classes: int, config: EvalConfig, run: Path) ->
 
 
 def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
-    """How many pictures a batch norm learns from at once, where a network has one and they are not the whole batch."""
+    """How many images a batch norm learns from at once, where a network has one and they are not the whole batch."""
     classes = len(parts[0].classes)
     for arm in arms:
         if seen_by_batch_norm(config, partial(with_classes, arm.network, classes, 0, "check")):
@@ -145,7 +145,7 @@ def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) 
     return {}
 
 
-def judge_columns(
+def evaluate_columns(
     arm: Arm,
     columns: list[Column],
     parts: tuple[Dataset, Dataset],
@@ -153,22 +153,20 @@ def judge_columns(
     folder: Path,
     device: torch.device,
 ) -> Result:
-    """Train each column at each rate, choose the rate on the pictures held out, and judge the chosen network.
+    """Train each column at each rate, choose the rate on the images held out, and evaluate the chosen network.
 
     Args:
         folder: for what is written on the way; killed, it goes on.
     """
     train, test = (Labelled(data, arm.network, config, device) for data in parts)
     learning, held = hold_out(len(parts[0]), HELD_OUT, config.seed)
-    every = readable(train.pictures, torch.arange(len(parts[0])), config.max_broken)
+    every = readable(train.images, torch.arange(len(parts[0])), config.max_broken)
     sound = torch.zeros(len(parts[0]), dtype=torch.bool)
     sound[every] = True
     learning, held = learning[sound[learning]], held[sound[held]]
     if not len(held) or (train.several and not (train.labels.cpu()[held] == 1).any()):
-        raise StageError(
-            f"{parts[0].spec}: a tenth of it says nothing about learning rates; give more labelled pictures"
-        )
-    tested = readable(test.pictures, torch.arange(len(parts[1])), config.max_broken)
+        raise StageError(f"{parts[0].spec}: a tenth of it says nothing about learning rates; give more labelled images")
+    tested = readable(test.images, torch.arange(len(parts[1])), config.max_broken)
     tried, found = rates(config), dict[str, dict[str, Any]]()
     for column in columns:
         kept = folder / f"{column.name}.json"
@@ -183,9 +181,9 @@ def judge_columns(
                 raise StageError(f"{column.name}: the loss is not finite at any of --lrs {config.lrs}; give lower ones")
             model, _ = column.start()
             model.load_state_dict(load_file(folder / column.name / f"{best}.safetensors"))
-            answers = crop_answers(model.to(device), arm.network, test.pictures, tested, config, device)
+            predictions = crop_predictions(model.to(device), arm.network, test.images, tested, config, device)
             held_out = {str(rate): round(value, 4) if value >= 0 else None for rate, value in reached.items()}
-            cell = {"lr": best, "held_out": held_out, **test.judged(answers, tested, config.seed)}
+            cell = {"lr": best, "held_out": held_out, **test.evaluated(predictions, tested, config.seed)}
             files.write_json(kept, cell)
             files.remove(folder / column.name)
         found[column.name] = files.read_json(kept)
@@ -224,8 +222,8 @@ def _reached(
             value = -1.0
         else:
             networks.save(weights, model.state_dict(), arm.network)
-            answers = crop_answers(model, arm.network, train.pictures, held, config, device)
-            value = train.reached(answers, held)
+            predictions = crop_predictions(model, arm.network, train.images, held, config, device)
+            value = train.reached(predictions, held)
         files.write_json(kept, value)
         files.remove(place)
     return float(files.read_json(kept))
@@ -244,7 +242,7 @@ def tune(
     device: torch.device,
     label: str,
 ) -> None:
-    """Train a network in place, phase after phase, on random parts of the pictures; killed, it goes on.
+    """Train a network in place, phase after phase, on random parts of the images; killed, it goes on.
 
     Args:
         before: the part that the phases' factors are for.
@@ -264,7 +262,7 @@ def tune(
         loop.fit(
             tuned,
             partial(_loss, train=train, network=network, config=config),
-            train.pictures,
+            train.images,
             partial(loop.epoch_batches, rows, config.batch, config.seed),
             options,
             place,
@@ -310,21 +308,21 @@ def _loss(
 
 
 @torch.no_grad()
-def crop_answers(
-    model: nn.Module, network: Network, pictures: Pictures, rows: Tensor, config: EvalConfig, device: torch.device
+def crop_predictions(
+    model: nn.Module, network: Network, images: ImageLoader, rows: Tensor, config: EvalConfig, device: torch.device
 ) -> Tensor:
-    """The mean over the crops of each picture of softmax, or of sigmoids where labels are several.
+    """The mean over the crops of each image of softmax, or of sigmoids where labels are several.
 
     Args:
-        rows: (n,) int64; of each picture `--test-crops` random squares, or where that is 0 its centre.
+        rows: (n,) int64; of each image `--test-crops` random squares, or where that is 0 its centre.
 
     Returns:
         (n, classes) float32 on the CPU.
     """
-    squash = partial(torch.softmax, dim=1) if pictures.dataset.tags is None else torch.sigmoid
-    answers: list[Tensor] = []
+    squash = partial(torch.softmax, dim=1) if images.dataset.tags is None else torch.sigmoid
+    predictions: list[Tensor] = []
     model.eval()
-    for chosen, pixels, _, _ in pictures.batches(iter(rows.split(config.batch))):
+    for chosen, pixels, _, _ in images.batches(iter(rows.split(config.batch))):
         chosen, pixels = chosen.to(device), pixels.to(device)
         squares = [
             random_square(pixels, chosen, network.size, config.seed, number, "eval/test-crops")
@@ -332,5 +330,5 @@ def crop_answers(
         ] or [centre_crop(pixels, network.size)]
         with autocast(config, device):
             logits = [model(networks.normalise(square, network.normalise)) for square in squares]
-        answers.append(torch.stack([squash(one.float()) for one in logits]).mean(0).cpu())
-    return torch.cat(answers)
+        predictions.append(torch.stack([squash(one.float()) for one in logits]).mean(0).cpu())
+    return torch.cat(predictions)

@@ -1,13 +1,13 @@
 """How far k-means on a network's features finds the classes, and itself again.
 
 Protocol `clusters/1`. Features: maps averaged to `--grid` x `--grid`, scaled to length 1, layer by layer. k-means
-(faiss, 20 iterations, all training pictures, from `--clusters-starts` seeds) with `--clusters-k` clusters, by default
-as many as there are classes. Each picture of the test part goes to its nearest centroid; these clusters, of the first
+(faiss, 20 iterations, all training images, from `--clusters-starts` seeds) with `--clusters-k` clusters, by default
+as many as there are classes. Each image of the test part goes to its nearest centroid; these clusters, of the first
 seed, are held against the classes: NMI and AMI (arithmetic means), ARI, purity, and the accuracy after the best
 one-to-one match with the classes. `seeds`: the mean ARI between two of the seeds. `twice`: the AMI with 2 k clusters.
 
-A run that clustered these same pictures has its pseudo-labels (`clusters/labels.csv`) held against their classes too,
-column `pseudo-labels`; intervals: 95 % by the bootstrap over pictures. A network that learned them is asked for those
+A run that clustered these same images has its pseudo-labels (`clusters/labels.csv`) held against their classes too,
+column `pseudo-labels`; intervals: 95 % by the bootstrap over images. A network that learned them is asked for those
 of the test part (heldout.py): column `held-out pseudo-labels`, and the share told right with Wilson's interval.
 """
 
@@ -25,7 +25,7 @@ from ktransfer.artifacts.labels import read_labels
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_dataset
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
 from ktransfer.run import input_hash, read_record
@@ -33,11 +33,11 @@ from ktransfer.run import input_hash, read_record
 from ..arms import Arm
 from ..bootstrap import Places, with_intervals
 from ..config import EvalConfig
-from ..learners.frozen import check_frozen, judge_layers, labels_of
+from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
 from ..learners.neighbours import unit
 from ..result import Result
-from .heldout import answers, clusters_path, compared, find_source, heldout_labels
+from .heldout import clusters_path, compared, find_source, heldout_labels, predictions
 
 PROTOCOL = "clusters/1"
 TITLE = "clusters"
@@ -54,24 +54,24 @@ MEASURES = {
 NEITHER_IS_BETTER = ("heldout",)
 """Between runs: each has labels of its own to tell."""
 NOTE = (
-    "{counts}k-means on the first, measured on the second; column pseudo-labels: on the pictures that the run labelled."
+    "{counts}k-means on the first, measured on the second; column pseudo-labels: on the images that the run labelled."
 )
 ITERATIONS = 20
 PSEUDO = "pseudo-labels"
 HELDOUT = f"held-out {PSEUDO}"
 LEARNED = ("labels.csv", "clusters.h5")
 COMPARED, SIDE, ALIKE = 64, 16, 6.0
-"""Labelled pictures are known again by so many of them, at SIDE x SIDE pixels, where these differ by less than ALIKE of
+"""Labelled images are known again by so many of them, at SIDE x SIDE pixels, where these differ by less than ALIKE of
 255 in the mean: a pack's from its source by up to 3, any two of the same 364 slides of blood by 10 at least."""
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers and numbers of clusters, and how much disk the features need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(judged, parts, config, run)
+    check_frozen(evaluated, parts, config, run)
     numbers_of_clusters(config, parts[0])
 
 
@@ -79,21 +79,21 @@ def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
     """Those of `--clusters-k`.
 
     Raises:
-        UsageError: they are not whole numbers of which twice as many are at most the training pictures, or the
+        UsageError: they are not whole numbers of which twice as many are at most the training images, or the
             classes, which count where none are given, are not.
     """
     if config.clusters_k is None:
         if 2 * len(train.classes) > len(train):
             raise UsageError(
-                f"--protocol clusters: {len(train)} training pictures are too few for twice as many clusters as "
-                f"classes ({len(train.classes)}); give more pictures, or fewer clusters with --clusters-k"
+                f"--protocol clusters: {len(train)} training images are too few for twice as many clusters as "
+                f"classes ({len(train.classes)}); give more images, or fewer clusters with --clusters-k"
             )
         return [len(train.classes)]
     words = [part.strip() for part in config.clusters_k.split(",")]
     if not all(word.isdecimal() and 2 <= int(word) <= len(train) // 2 for word in words):
         raise UsageError(
             f"--clusters-k {config.clusters_k}: must be whole numbers from 2 to half of the {len(train)} training "
-            "pictures, separated by commas"
+            "images, separated by commas"
         )
     return [int(word) for word in words]
 
@@ -108,10 +108,12 @@ def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) 
     }
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
-    """Judge the clusters of one network's features, layer by layer, and the pseudo-labels of its run."""
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """Evaluate the clusters of one network's features, layer by layer, and the pseudo-labels of its run."""
     wanted = numbers_of_clusters(config, parts[0])
-    found = judge_layers(arm, parts, config, folder, device, partial(_of_layer, wanted, config))
+    found = evaluate_layers(arm, parts, config, folder, device, partial(_of_layer, wanted, config))
     cells: dict[str, dict[str, Any]] = {}
     for layer, cell in found["scores"].items():
         for k in wanted:
@@ -136,7 +138,7 @@ def _heldout(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) 
     labels = heldout_labels(source, test, config, device)
     known = labels >= 0
     cells = {HELDOUT: _against_classes(labels[known], test.targets[known].astype(np.int64), config.seed)}
-    return cells | compared(labels, answers(arm, test, config, device), len(source.centroids.centroids))
+    return cells | compared(labels, predictions(arm, test, config, device), len(source.centroids.centroids))
 
 
 def _against_classes(labels: Places, classes: Places, seed: int) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def clustered(learn: NDArray[np.float32], tell: NDArray[np.float32], k: int, see
 
 
 def sizes(clusters: Places) -> dict[str, float]:
-    """How many of the pictures fall into each cluster, of those into which any falls (`met`)."""
+    """How many of the images fall into each cluster, of those into which any falls (`met`)."""
     met = np.unique(clusters, return_counts=True)[1]
     return {"met": len(met), "min": int(met.min()), "median": float(np.median(met)), "max": int(met.max())}
 
@@ -248,10 +250,10 @@ def _pairs(counts: Places) -> float:
 
 
 def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset], name: str) -> tuple[Places, Places] | None:
-    """Pseudo-labels and classes of the labelled pictures, where they are all from one of the parts; else None.
+    """Pseudo-labels and classes of the labelled images, where they are all from one of the parts; else None.
 
     Args:
-        path: `clusters/labels.csv` of a run, whose record names the pictures: keys alone may be those of others.
+        path: `clusters/labels.csv` of a run, whose record names the images: keys alone may be those of others.
         name: of the run, for the line that says why there is nothing.
     """
     found = read_labels(path)
@@ -270,12 +272,12 @@ def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset], name: str) -> tupl
 
 
 def _others(path: Path, keys: list[str], part: Dataset) -> str:
-    """Why the pictures that were labelled are not those of a part with the same keys, "" where they are: looked up in
+    """Why the images that were labelled are not those of a part with the same keys, "" where they are: looked up in
     a sample, leniently, as one of the two may be a pack of the other."""
     record = read_record(path.parent.parent, "clusters", "assign")
     spec = record["config"].get("data") if record else None
     if not spec:
-        return "it is not known which pictures they are of"
+        return "it is not known which images they are of"
     try:
         data = open_dataset(spec)
     except UsageError as error:
@@ -285,7 +287,7 @@ def _others(path: Path, keys: list[str], part: Dataset) -> str:
     mine, theirs = ({key: row for row, key in enumerate(one.keys)} for one in (data, part))
     for key in keys[:: -(-len(keys) // COMPARED) or 1]:
         if key not in mine or not _alike(data, mine[key], part, theirs[key]):
-            return f"{key} of {spec} is another picture than that of {part.spec}"
+            return f"{key} of {spec} is another image than that of {part.spec}"
     return ""
 
 
@@ -295,6 +297,6 @@ def _alike(data: Dataset, row: int, other: Dataset, place: int) -> bool:
             square(np.asarray(one.read(at, 4 * SIDE)), SIDE).astype(np.float32)
             for one, at in ((data, row), (other, place))
         )
-    except BrokenPicture:
+    except BrokenImage:
         return False
     return bool(np.abs(pixels - others).mean() < ALIKE)

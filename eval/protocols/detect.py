@@ -2,14 +2,14 @@
 
 Protocol `detect/2`, after the detection of the paper and of the transfer studies (reference jigsawpp.md §6.1,
 selftraining.md §4.2), made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's convolutions, heads
-random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Pictures lie
+random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Images lie
 on squares of `--canvas` pixels, the long side resized, the rest padded; in training they are scaled by a factor drawn
 from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
 and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
 with it; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end: nothing is
-chosen by the test part, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes a picture.
+chosen by the test part, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
 AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
-resamplings of the test pictures. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
+resamplings of the test images. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ import torch
 from ktransfer import files, networks
 from ktransfer.config import chosen
 from ktransfer.data.dataset import check_broken
-from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.detection import canvas, detectors, losses, metrics, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
@@ -42,7 +42,7 @@ TITLE = "detection"
 MEASURES = {"AP": "AP %", "AP50": "AP50 %", "AP75": "AP75 %", "VOC07": "VOC07 mAP %"}
 NOTE = "{counts}detector, canvas, schedule and least score stand in its json."
 COLUMNS = ("frozen", "full")
-SAMPLED = 64  # boxes of a picture that the heads of Faster R-CNN learn from, as in Fast R-CNN
+SAMPLED = 64  # boxes of an image that the heads of Faster R-CNN learn from, as in Fast R-CNN
 PROPOSALS = 300
 
 
@@ -51,7 +51,7 @@ def open_data(spec: str) -> tuple[Detection, Detection]:
     return open_detection(spec)
 
 
-def check(judged: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
     """Find a missing extra, wrong options, and networks that are no trunks of detectors.
 
     Raises:
@@ -62,15 +62,15 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     test_scales(config)
     columns(config)
     losses.check_batches(config, config.norm, config.batch)
-    for network in judged:
+    for network in evaluated:
         trunks.build(network, None, neck(network, config), config.norm, 0)
 
 
-def judge(
+def evaluate(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What detectors on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_images, device) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
 
     def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
@@ -90,8 +90,8 @@ def by_column(
     """The columns of `--trunk`, each from its file where it was made before an interruption.
 
     Args:
-        broken: row and reason of the training pictures that cannot be read.
-        make: column and a folder for it -> its scores, and the broken pictures of the test part.
+        broken: row and reason of the training images that cannot be read.
+        make: column and a folder for it -> its scores, and the broken images of the test part.
     """
     scores: dict[str, dict[str, Any]] = {}
     lines = dict.fromkeys(_lines(parts[0], broken))
@@ -172,13 +172,13 @@ def _column(
     arm: Arm,
     column: str,
     parts: tuple[Detection, Detection],
-    sources: list[Pictures],
+    sources: list[ImageLoader],
     rows: torch.Tensor,
     config: EvalConfig,
     folder: Path,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Train one detector and judge it: its scores, and the broken pictures of the test part."""
+    """Train one detector and evaluate it: its scores, and the broken images of the test part."""
     train, test = parts
     trunk = trunks.build(arm.network, arm.weights, neck(arm.network, config), config.norm, config.seed)
     if column == "frozen":

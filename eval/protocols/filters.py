@@ -3,7 +3,7 @@
 Protocol `filters/2`. Each filter is drawn on its own scale, grey where it is 0. `colour`: the share of a filter's
 energy (squares) that is not common to its three colours; of random weights two thirds. `smooth`: the share at spatial
 frequencies of at most half the highest in both directions; of random weights of 11 x 11 pixels 21 %.
-Means over the filters that are not zero; intervals: normal, over these filters. No picture is looked at.
+Means over the filters that are not zero; intervals: normal, over these filters. No image is looked at.
 """
 
 from pathlib import Path
@@ -35,13 +35,13 @@ LEAST = 44  # pixels of a filter's side
 GAP = 3
 
 
-def check(judged: list[Network], parts: Any, config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: Any, config: EvalConfig, run: Path) -> None:
     """Find networks without a convolution of colours.
 
     Raises:
         UsageError: there is one.
     """
-    for network in judged:
+    for network in evaluated:
         first_filters(networks.build(network, 0, "check"), network)
 
 
@@ -58,7 +58,7 @@ def first_filters(model: nn.Module, network: Network) -> tuple[str, Tensor]:
     raise UsageError(f"--protocol filters: {network.arch} has no convolution of colours; choose another protocol")
 
 
-def judge(arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
     """Draw and measure the first filters of one network."""
     layer, weights = first_filters(model_of(arm, config.seed), arm.network)
     save_sheet(folder.parent.with_name("filters") / f"{arm.name}.png", draw(weights))
@@ -94,6 +94,6 @@ def draw(weights: Tensor) -> Image.Image:
     for place, tile in enumerate(weights):
         largest = tile.abs().max().clamp(min=1e-12)
         pixels: NDArray[np.uint8] = (127.5 + 127.5 * tile / largest).round().byte().permute(1, 2, 0).numpy()
-        picture = Image.fromarray(np.ascontiguousarray(pixels.repeat(times, 0).repeat(times, 1)))
-        sheet.paste(picture, (GAP + place % columns * step_x, GAP + place // columns * step_y))
+        image = Image.fromarray(np.ascontiguousarray(pixels.repeat(times, 0).repeat(times, 1)))
+        sheet.paste(image, (GAP + place % columns * step_x, GAP + place // columns * step_y))
     return sheet

@@ -1,4 +1,4 @@
-"""The whole network learns the labels: one label a picture, or several.
+"""The whole network learns the labels: one label an image, or several.
 
 Protocol `finetune/2`, after VOC07 classification (reference jigsawpp.md §6.1) and the strategies that practitioners
 tell apart (selftraining.md §4.1). The trunk (AlexNet: conv1 to conv5; others: all but the classifier) comes from the
@@ -10,10 +10,10 @@ joint      all learn at once
 layerwise  all learn at once, the trunk at a tenth of the rate
 
 One label: cross-entropy, top-1. Several: the sum over classes of a sigmoid's cross-entropy, and the 11-point mAP of
-VOC 2007 with an interval by bootstrap over pictures; labels that are not counted (VOC's difficult ones) are left out of
-both. Training: random parts of a picture, `--crop` of its area at least, mirrored half the time; SGD with momentum; the
+VOC 2007 with an interval by bootstrap over images; labels that are not counted (VOC's difficult ones) are left out of
+both. Training: random parts of an image, `--crop` of its area at least, mirrored half the time; SGD with momentum; the
 learning rate chosen on a tenth of the training part, which is not learned from; the test part used once, ten random
-squares of each picture. `--rescale` first gives each layer's outputs unit variance on 64 pictures (`heads.py`).
+squares of each image. `--rescale` first gives each layer's outputs unit variance on 64 images (`heads.py`).
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from ktransfer import networks
 from ktransfer.config import chosen
 from ktransfer.data.augment import centre_crop
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
@@ -49,23 +49,23 @@ STRATEGIES = {
     "joint": (Phase(1.0, 1.0),),
     "layerwise": (Phase(1.0, 0.1),),
 }
-SAMPLE = 64  # pictures on which weights are rescaled
+SAMPLE = 64  # images on which weights are rescaled
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
-    """Find wrong rates and strategies, and pictures that are too small.
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+    """Find wrong rates and strategies, and images that are too small.
 
     Raises:
         UsageError: one line.
     """
     strategies(config)
-    tuning.check(judged, len(parts[0].classes), config, run)
-    for network in judged if config.rescale else ():
+    tuning.check(evaluated, len(parts[0].classes), config, run)
+    for network in evaluated if config.rescale else ():
         if any(isinstance(module, NORMS) for module in networks.build(network, 0, "check").modules()):
             raise UsageError(
-                f"--rescale: {network.arch} has normalisation layers, which undo any scale; leave it out, or judge a "
-                "network without them"
+                f"--rescale: {network.arch} has normalisation layers, which undo any scale; leave it out, or evaluate "
+                "a network without them"
             )
 
 
@@ -78,16 +78,18 @@ def strategies(config: EvalConfig) -> list[str]:
     return chosen("--strategy", config.strategy, STRATEGIES, "strategy")
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
     """What one network reaches by each strategy; for each the learning rates that were tried."""
     sample = _sample(parts[0], arm.network, config) if config.rescale else None
     start = partial(_start, arm, len(parts[0].classes), config.seed, sample)
     columns = [tuning.Column(name, start, STRATEGIES[name]) for name in strategies(config)]
-    return tuning.judge_columns(arm, columns, parts, config, folder, device)
+    return tuning.evaluate_columns(arm, columns, parts, config, folder, device)
 
 
 def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn.Module, Before]:
-    """The arm's trunk under fresh layers, rescaled on (m, 3, size, size) pictures if any are given."""
+    """The arm's trunk under fresh layers, rescaled on (m, 3, size, size) images if any are given."""
     fresh = with_classes(arm.network, classes, seed, "eval/finetune")
     taken = trunk(fresh)
     model = copied(fresh, model_of(arm, seed), taken.names)
@@ -97,8 +99,8 @@ def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn
 
 
 def _sample(data: Dataset, network: Network, config: EvalConfig) -> Tensor:
-    """(m, 3, size, size) normalised centre squares of pictures that are learned from."""
+    """(m, 3, size, size) normalised centre squares of images that are learned from."""
     rows, _ = hold_out(len(data), tuning.HELD_OUT, config.seed)
-    pictures = Pictures(data, round(network.size * tuning.MARGIN), config.workers, cache="off")
-    rows = readable(pictures, rows[:SAMPLE], 1.0)
-    return networks.normalise(centre_crop(pictures.batch(rows)[0], network.size), network.normalise)
+    images = ImageLoader(data, round(network.size * tuning.MARGIN), config.workers, cache="off")
+    rows = readable(images, rows[:SAMPLE], 1.0)
+    return networks.normalise(centre_crop(images.batch(rows)[0], network.size), network.normalise)

@@ -1,9 +1,9 @@
-"""What a network that learned pseudo-labels reaches on pictures that neither it nor the clusters have seen.
+"""What a network that learned pseudo-labels reaches on images that neither it nor the clusters have seen.
 
-Those pictures get pseudo-labels as `assign` gives them, by the files of the run: the features that its teacher has of
+Those images get pseudo-labels as `assign` gives them, by the files of the run: the features that its teacher has of
 them, read as those that were clustered, and the nearest of its centroids (also where `--balanced` labelled the
-training pictures). Beside the network stand the share of the most frequent of these labels, which is the most that one
-and the same answer reaches, and chance.
+training images). Beside the network stand the share of the most frequent of these labels, which is the most that one
+and the same prediction reaches, and chance.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from torch import Tensor
 from ktransfer import networks
 from ktransfer.artifacts.centroids import Centroids, nearest, read_centroids
 from ktransfer.data.augment import centre_crop
-from ktransfer.data.dataset import Dataset, same_pictures
-from ktransfer.data.loader import Pictures
+from ktransfer.data.dataset import Dataset, same_images
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import teachers
@@ -38,7 +38,7 @@ Numbers = NDArray[np.int64]
 
 
 class Source(NamedTuple):
-    """Where pseudo-labels of new pictures come from; `extracted` are the settings of the features."""
+    """Where pseudo-labels of new images come from; `extracted` are the settings of the features."""
 
     centroids: Centroids
     teacher: Teacher
@@ -55,7 +55,7 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     """What the pseudo-labels were made with that the network of a run learned.
 
     Raises:
-        UsageError: it is not there any more, not known, or pictures of `test` were learned from or clustered.
+        UsageError: it is not there any more, not known, or images of `test` were learned from or clustered.
     """
     assert arm.weights is not None
     run = arm.weights.parent.parent
@@ -74,9 +74,9 @@ def find_source(arm: Arm, test: Dataset) -> Source:
         raise UsageError("the features that were clustered were not made in the run, or made anew since")
     for what, step in (("network learned from", learned), ("clusters hold", made)):
         if step["inputs"].get("data") == test.fingerprint:
-            raise UsageError(f"the {what} these very pictures")
+            raise UsageError(f"the {what} these very images")
         if seen := _seen(open_dataset(step["config"]["data"]), test):
-            raise UsageError(f"the {what} {seen} of the {len(test)} test pictures")
+            raise UsageError(f"the {what} {seen} of the {len(test)} test images")
     extracted, centroids = made["config"], read_centroids(centroids_path)
     if extracted["teacher"]:
         teacher = teachers.find(*(extracted[name] for name in ("teacher", "arch", "weights", "size")))
@@ -89,12 +89,12 @@ def find_source(arm: Arm, test: Dataset) -> Source:
 
 
 def _seen(data: Dataset, test: Dataset) -> int:
-    """How many pictures of `test` are in `data`: one path ends with the other, and the pixels are equal."""
+    """How many images of `test` are in `data`: one path ends with the other, and the pixels are equal."""
     mine, theirs = ({key: row for row, key in enumerate(part.keys)} for part in (data, test))
     pairs = {(row, theirs[end]) for key, row in mine.items() for end in _ends(key) if end in theirs}
     pairs |= {(mine[end], row) for key, row in theirs.items() for end in _ends(key) if end in mine}
     chosen = sorted(pairs)
-    return len({row for (_, row), same in zip(chosen, same_pictures(data, test, chosen), strict=True) if same})
+    return len({row for (_, row), same in zip(chosen, same_images(data, test, chosen), strict=True) if same})
 
 
 def _ends(key: str) -> list[str]:
@@ -104,7 +104,7 @@ def _ends(key: str) -> list[str]:
 
 
 def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
-    """(n,) the nearest centroid of each picture, -1 of a broken one."""
+    """(n,) the nearest centroid of each image, -1 of a broken one."""
     how = source.extracted
     options = MachineOptions(precision=how["precision"])
     read = teachers.rows_reader(source.teacher, how["layer"], how.get("token"), how["pool"], how["l2"], options, device)
@@ -113,12 +113,12 @@ def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: to
         stored = read(pixels).cpu().numpy().astype(how["dtype"]).astype(np.float32)  # as the feature file rounds
         return torch.from_numpy(nearest(source.centroids, stored))
 
-    pictures = Pictures(test, source.teacher.network.size, config.workers, cache="off", device=device)
-    return _told(pictures, label, "pseudo-labels")
+    images = ImageLoader(test, source.teacher.network.size, config.workers, cache="off", device=device)
+    return _told(images, label, "pseudo-labels")
 
 
-def answers(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
-    """(n,) the pseudo-label that the run's network tells of the centre square of each picture, -1 of a broken one."""
+def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
+    """(n,) the pseudo-label that the run's network tells of the centre square of each image, -1 of a broken one."""
     assert arm.weights is not None
     network = networks.describe(arm.weights)
     model = networks.load(arm.weights, network).to(device).eval()
@@ -128,15 +128,15 @@ def answers(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -
         with autocast(config, device):
             return model(squares).argmax(1).cpu()  # type: ignore[no-any-return]
 
-    pictures = Pictures(test, round(network.size * 8 / 7), config.workers, cache="off", device=device)
-    return _told(pictures, told, f"answers {arm.name}")
+    images = ImageLoader(test, round(network.size * 8 / 7), config.workers, cache="off", device=device)
+    return _told(images, told, f"predictions {arm.name}")
 
 
 def compared(labels: Numbers, told: Numbers, k: int) -> dict[str, dict[str, Any]]:
     """The columns of the table: of the network, of the most frequent label alone, and of chance.
 
     Args:
-        labels, told: (n,) of the same pictures; those below 0 do not count.
+        labels, told: (n,) of the same images; those below 0 do not count.
         k: number of clusters.
     """
     known = (labels >= 0) & (told >= 0)
@@ -153,11 +153,11 @@ def compared(labels: Numbers, told: Numbers, k: int) -> dict[str, dict[str, Any]
 
 
 @torch.no_grad()
-def _told(pictures: Pictures, tell: Callable[[Tensor], Tensor], label: str) -> Numbers:
-    count = len(pictures.dataset)
+def _told(images: ImageLoader, tell: Callable[[Tensor], Tensor], label: str) -> Numbers:
+    count = len(images.dataset)
     found = np.full(count, -1, np.int64)
     with bar(count, label) as shown:
-        for rows, pixels, valid, _ in pictures.batches(iter(torch.arange(count).split(FORWARD_BATCH))):
+        for rows, pixels, valid, _ in images.batches(iter(torch.arange(count).split(FORWARD_BATCH))):
             if valid.any():
                 found[rows[valid].numpy()] = tell(pixels[valid.to(pixels.device)]).numpy()
             shown.update(len(rows))

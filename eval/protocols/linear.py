@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ktransfer import networks, rng
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, readable, reasons
+from ktransfer.data.loader import ImageLoader, readable, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
@@ -25,7 +25,7 @@ from ktransfer.training.batch import Source
 from ..arms import Arm, model_of
 from ..config import EvalConfig
 from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading, stored_side
-from ..learners.probe import Probes, hold_out, optimiser, predictions, probe_loss, scores
+from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from ..result import Result
 
@@ -33,10 +33,10 @@ PROTOCOL = "linear/1"
 TITLE = "linear probe"
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %"}
 HELD_OUT = 0.1
-SAMPLE = 4096  # pictures on which the channels are standardised
+SAMPLE = 4096  # images on which the channels are standardised
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates and layers, and how much disk the maps need.
 
     Raises:
@@ -44,14 +44,16 @@ def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalCon
     """
     rates(config)
     check_preset(config)
-    for network in judged:
+    for network in evaluated:
         layers = preset_layers(networks.build(network, 0, "check"), network, config)
         needed = map_bytes(layers, parts, config)
         if needed <= config.cache * 1e9 and not PRESETS[config.preset].crops:
             need_disk(run, needed, "eval")
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
     """Probe accuracies of one network, layer by layer.
 
     Args:
@@ -59,7 +61,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
         folder: for what is written on the way; killed, it goes on.
 
     Returns:
-        `Result`; for each layer its best learning rate, and what each rate reached on the pictures held out for that.
+        `Result`; for each layer its best learning rate, and what each rate reached on the images held out for that.
     """
     train, test = parts
     config = with_schedule(config)
@@ -82,21 +84,21 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
         source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
     else:
-        pictures = [Pictures(data, side, config.workers, cache=config.cache_pictures, device=device) for data in parts]
-        for part in pictures:
+        images = [ImageLoader(data, side, config.workers, cache=config.cache_images, device=device) for data in parts]
+        for part in images:
             readable(part, torch.arange(len(part.dataset)), config.max_broken)
         if crops:
             squares = cropped_maps(model, arm, layers, config, device)
-            plain, tested = (Crops(squares, part, arm.network.size) for part in pictures)
+            plain, tested = (Crops(squares, part, arm.network.size) for part in images)
             source = plain
         else:
             gigabytes = map_bytes(layers, parts, config) / 1e9
             say(
                 f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew"
             )
-            source = Computed(pooled, pictures[0], 2, config.dtype)
-            plain, tested = (Computed(pooled, part, 1, config.dtype) for part in pictures)
-        broken = [part.broken for part in pictures]
+            source = Computed(pooled, images[0], 2, config.dtype)
+            plain, tested = (Computed(pooled, part, 1, config.dtype) for part in images)
+        broken = [part.broken for part in images]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
 
     targets = torch.from_numpy(train.targets).long().to(device)
@@ -114,10 +116,10 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     loss = probe_loss(targets, source.views if isinstance(source, Crops) else 2)
     loop.fit(probes, loss, source, batches, config, folder, device, f"probe {arm.name}", None, adjust)
 
-    predict: Any = ten_crop_predictions if crops else predictions
-    held_answers, held_rows = predict(probes, plain, held, config.batch, device)
-    held_right = (held_answers == torch.from_numpy(train.targets)[held_rows].long()).double().mean(1)
-    test_answers, test_rows = predict(probes, tested, torch.arange(len(test)), config.batch, device)
+    predict_rows: Any = ten_crop_predictions if crops else predict
+    held_predictions, held_rows = predict_rows(probes, plain, held, config.batch, device)
+    held_right = (held_predictions == torch.from_numpy(train.targets)[held_rows].long()).double().mean(1)
+    test_predictions, test_rows = predict_rows(probes, tested, torch.arange(len(test)), config.batch, device)
     wanted = torch.from_numpy(test.targets)[test_rows].long()
     found: dict[str, Any] = {}
     for place, layer in enumerate(layers):
@@ -128,7 +130,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
             "grid": layer.grid,
             "lr": probes.rates[best],
             "held_out": {str(rate): round(float(value), 4) for rate, value in zip(probes.rates, among, strict=True)},
-            **scores(test_answers[place * len(probes.rates) + best], wanted),
+            **scores(test_predictions[place * len(probes.rates) + best], wanted),
         }
     return {
         "task": arm.network.task,
@@ -159,7 +161,7 @@ def rates(config: EvalConfig) -> list[float]:
 
 
 def _sample(source: Source, rows: Tensor, numbers: int) -> Tensor:
-    """(m, d) float32 maps of those of (n,) rows whose pictures are not broken."""
+    """(m, d) float32 maps of those of (n,) rows whose images are not broken."""
     maps, count = torch.empty(len(rows), numbers), 0
     for _, part, valid, _ in source.batches(iter(rows.split(FORWARD_BATCH))):
         kept = part[valid]

@@ -19,7 +19,7 @@ from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
-from ..learners.frozen import check_frozen, judge_layers, labels_of
+from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.logistic import fitted, last_best, right_by_decay
 from ..learners.maps import Frozen, Layer
 from ..learners.probe import hold_out, scores
@@ -32,18 +32,20 @@ HELD_OUT = 0.2
 DECAYS = tuple(float(f"{decay:.6g}") for decay in np.logspace(5, -6, 45))
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(judged, parts, config, run, last=True)
+    check_frozen(evaluated, parts, config, run, last=True)
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
-    """Accuracies, the weight decay that was chosen, and what each reached on the pictures held out for that."""
-    return judge_layers(
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """Accuracies, the weight decay that was chosen, and what each reached on the images held out for that."""
+    return evaluate_layers(
         arm, parts, config, folder, device, partial(_one_layer, config=config, label=arm.name), last=True
     )
 
@@ -56,10 +58,10 @@ def _one_layer(train: Frozen, test: Frozen, layer: Layer, config: EvalConfig, la
         right = right_by_decay(vectors, labels, held, DECAYS, shown.update)
         best = last_best(right)
         model = fitted(vectors, labels, DECAYS[: best + 1], shown.update)
-    answers = torch.from_numpy(model.predict(test.layer(layer)))
+    predictions = torch.from_numpy(model.predict(test.layer(layer)))
     return {
         "decay": DECAYS[best],
         "C": float(f"{1 / DECAYS[best]:.6g}"),
         "held_out": {str(decay): round(float(n / held.sum()), 4) for decay, n in zip(DECAYS, right, strict=True)},
-        **scores(answers, torch.from_numpy(labels_of(test))),
+        **scores(predictions, torch.from_numpy(labels_of(test))),
     }

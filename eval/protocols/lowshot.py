@@ -2,15 +2,15 @@
 
 Protocol `lowshot/1`. Centre square; maps of each layer averaged to one vector (`--grid`).
 
-Shares of labels: of each class 1 % and 10 % of the training part, rounded, at least one picture, seeded; or exactly the
-pictures of `--subset` (one a line: the key, or the file's name alone, as in the published lists of SimCLR). The lists
+Shares of labels: of each class 1 % and 10 % of the training part, rounded, at least one image, seeded; or exactly the
+images of `--subset` (one a line: the key, or the file's name alone, as in the published lists of SimCLR). The lists
 lie beside the results and can be given back as `--subset`. Numbers are standardised by the training part, whose other
 labels are not looked at; multinomial logistic regression by L-BFGS; the weight decay is chosen by 3-fold cross-
-validation within the labelled pictures (the smallest of equals); the test part is used once.
+validation within the labelled images (the smallest of equals); the test part is used once.
 
-Episodes (reference selftraining.md §4.2): 5 classes; 5, 20 or 50 pictures of each, their mean is the prototype; 15
-test pictures of each; squared Euclidean distance; 600 episodes; mean, and 1.96 deviations / sqrt(600) to either
-side. A number of pictures that fewer than five classes have is left out.
+Episodes (reference selftraining.md §4.2): 5 classes; 5, 20 or 50 images of each, their mean is the prototype; 15
+test images of each; squared Euclidean distance; 600 episodes; mean, and 1.96 deviations / sqrt(600) to either
+side. A number of images that fewer than five classes have is left out.
 """
 
 import math
@@ -33,7 +33,7 @@ from ..arms import Arm
 from ..config import EvalConfig
 from ..episodes import EPISODES, episodes
 from ..intervals import Z95
-from ..learners.frozen import check_frozen, judge_layers, labels_of
+from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.logistic import fitted, last_best, place_in_class, right_by_decay, stratified_folds
 from ..learners.maps import Frozen, Layer
 from ..learners.probe import scores
@@ -47,40 +47,42 @@ MEASURES = {
     "one": "1 % of the labels, top-1 %",
     "ten": "10 % of the labels, top-1 %",
     "subset": "labels of --subset, top-1 %",
-    **{f"shot{shots}": f"5 classes, {shots} pictures each, %" for shots in SHOTS},
+    **{f"shot{shots}": f"5 classes, {shots} images each, %" for shots in SHOTS},
 }
 DECAYS = tuple(float(f"1e{power}") for power in range(5, -7, -1))
 FOLDS = 3
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers and lists, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(judged, parts, config, run)
+    check_frozen(evaluated, parts, config, run)
     subsets(parts[0], config)
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
-    """Accuracies from few labels, layer by layer; the lists of labelled pictures are among `files`."""
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """Accuracies from few labels, layer by layer; the lists of labelled images are among `files`."""
     chosen = subsets(parts[0], config)
     beside = folder.parent.parent / "lowshot"
     lists = {f"labels-{name}-seed{config.seed}.txt": rows for name, rows in chosen.items()}
     for name, rows in lists.items():
         files.write_text(beside / name, "".join(f"{parts[0].keys[row]}\n" for row in rows))
     one_layer = partial(_one_layer, chosen=chosen, config=config, label=arm.name)
-    judged = judge_layers(arm, parts, config, folder, device, one_layer)
-    judged["files"] = list(lists)
-    return judged
+    evaluated = evaluate_layers(arm, parts, config, folder, device, one_layer)
+    evaluated["files"] = list(lists)
+    return evaluated
 
 
 def subsets(train: Dataset, config: EvalConfig) -> dict[str, NDArray[np.int64]]:
     """Measure -> the rows of the training part whose labels are used, rising.
 
     Raises:
-        UsageError: the list of `--subset` cannot be read, names what is no training picture, or one class alone.
+        UsageError: the list of `--subset` cannot be read, names what is no training image, or one class alone.
     """
     labels = train.targets.astype(np.int64)
     if config.subset is None:
@@ -89,7 +91,7 @@ def subsets(train: Dataset, config: EvalConfig) -> dict[str, NDArray[np.int64]]:
         return {name: np.flatnonzero(place < quota[labels]) for name, quota in quotas.items()}
     rows = _listed(Path(config.subset), train)
     if len(np.unique(labels[rows])) < 2:
-        raise UsageError(f"--subset {config.subset}: its pictures are of one class; list pictures of two at least")
+        raise UsageError(f"--subset {config.subset}: its images are of one class; list images of two at least")
     return {"subset": rows}
 
 
@@ -97,7 +99,7 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--subset {path}: cannot be read ({error}); give a text file, one picture a line") from error
+        raise UsageError(f"--subset {path}: cannot be read ({error}); give a text file, one image a line") from error
     places: dict[str, list[int]] = {}
     for row, key in enumerate(train.keys):
         for name in {key, key.rpartition("/")[2]}:
@@ -108,13 +110,13 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
             continue
         found = places.get(line.strip(), [])
         if len(found) != 1:
-            why = f"{len(found)} training pictures are called so" if found else "is no picture of the training part"
+            why = f"{len(found)} training images are called so" if found else "is no image of the training part"
             raise UsageError(
                 f"--subset {path}, line {number}: {line.strip()}: {why}; give keys such as {train.keys[0]}"
             )
         chosen += found
     if not chosen:
-        raise UsageError(f"--subset {path}: is empty; write one picture a line, such as {train.keys[0]}")
+        raise UsageError(f"--subset {path}: is empty; write one image a line, such as {train.keys[0]}")
     return np.unique(np.array(chosen, np.int64))
 
 
@@ -153,8 +155,8 @@ def _few(
     folds = stratified_folds(labels, FOLDS, seed, f"eval/lowshot {name}")
     by_fold = [right_by_decay(vectors, labels, folds == fold, DECAYS, tick) for fold in range(FOLDS)]
     best = last_best(np.sum(by_fold, axis=0))
-    answers = fitted(vectors, labels, DECAYS[: best + 1], tick).predict(asked)
-    found = scores(torch.from_numpy(answers), torch.from_numpy(wanted))
+    predictions = fitted(vectors, labels, DECAYS[: best + 1], tick).predict(asked)
+    found = scores(torch.from_numpy(predictions), torch.from_numpy(wanted))
     return {
         name: found["top1"],
         f"{name}_interval": found["top1_interval"],

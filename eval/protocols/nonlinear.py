@@ -4,8 +4,8 @@ Protocol `nonlinear/1`, after Table 2 of the original Jigsaw paper and the paper
 each layer, all up to it is frozen (batch norms as in a test), and the remaining layers of the network are trained on
 the labels *from scratch*, from random weights; of the run's network nothing else is used, so that a column says what
 its frozen layers hold. fc6 and fc7 are columns where the weights of a network hold them. Training: random parts of a
-picture, `--crop` of its area at least, mirrored half the time; SGD with momentum; the learning rate chosen on a tenth
-of the training part, which is not learned from; the test part used once, ten random squares of each picture.
+image, `--crop` of its area at least, mirrored half the time; SGD with momentum; the learning rate chosen on a tenth
+of the training part, which is not learned from; the test part used once, ten random squares of each image.
 """
 
 from functools import partial
@@ -35,15 +35,15 @@ inputs = tuning.inputs
 FULLY_CONNECTED = {"fc6": "bn6", "fc7": "bn7"}  # layer of an AlexNet -> its last module before the ReLU
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
-    """Find wrong rates and layers, and pictures that are too small.
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+    """Find wrong rates and layers, and images that are too small.
 
     Raises:
         UsageError: one line.
     """
-    for network in judged:
+    for network in evaluated:
         _layers(network, config)
-    tuning.check(judged, len(parts[0].classes), config, run)
+    tuning.check(evaluated, len(parts[0].classes), config, run)
 
 
 def check_arms(arms: list[Arm], config: EvalConfig) -> None:
@@ -55,12 +55,14 @@ def check_arms(arms: list[Arm], config: EvalConfig) -> None:
     asked = [name.strip() for name in config.layers.split(",")] if config.layers else []
     if asked and set(asked) <= set(FULLY_CONNECTED) and not any(arm.whole for arm in arms):
         raise UsageError(
-            f"--layers {config.layers}: no network here holds them for pictures of {config.size} pixels and stride "
+            f"--layers {config.layers}: no network here holds them for images of {config.size} pixels and stride "
             f"{config.stride}; name convolutions too, or leave --size and --stride as in its training"
         )
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
     """What is reached behind each frozen layer of one network; for each the learning rates that were tried."""
     columns: list[tuning.Column] = []
     for name in _layers(arm.network, config):
@@ -70,7 +72,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
             continue
         start = partial(_start, arm, name, len(parts[0].classes), config.seed)
         columns.append(tuning.Column(name, start, (tuning.Phase(1.0, 0.0),)))
-    return tuning.judge_columns(arm, columns, parts, config, folder, device)
+    return tuning.evaluate_columns(arm, columns, parts, config, folder, device)
 
 
 def _layers(network: Network, config: EvalConfig) -> list[str]:

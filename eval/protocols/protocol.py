@@ -5,16 +5,16 @@ TITLE      the first cell of its tables, such as "k nearest neighbours"
 MEASURES   {measure: words for the table}; the first is the one that comparisons are made by
 check      (networks, parts, config, run) -> None; UsageError for what can be known before the work
 check_arms (arms, config) -> None; UsageError for what can be known of the weights before the work; optional
-judge      (arm, parts, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
+evaluate      (arm, parts, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
            what is written on the way, and is removed when the outcome is kept
 open_data  (spec) -> parts; where it is missing, `ktransfer.dataset.open_parts`
-arms       (run, config) -> what is judged, where these are no networks as `find_arms` gives them; optional
+arms       (run, config) -> what is evaluated, where these are no networks as `find_arms` gives them; optional
 inputs     (arms, parts, config) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional
 RELATIVE   measures relative to the first network of the table; none where it is missing
-NOTE       what the table says where chance means nothing, with {counts} for the numbers of pictures; optional
-MULTI_LABEL  True where it takes pictures with several labels (`Dataset.tags`); False where it is missing
+NOTE       what the table says where chance means nothing, with {counts} for the numbers of images; optional
+MULTI_LABEL  True where it takes images with several labels (`Dataset.tags`); False where it is missing
 """
 
 import importlib
@@ -42,8 +42,8 @@ class Module(Protocol):
     def check(self, networks: list[Network], parts: Any, config: EvalConfig, run: Path) -> None:
         """Find what is wrong before the work."""
 
-    def judge(self, arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
-        """Judge one network."""
+    def evaluate(self, arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
+        """Evaluate one network."""
 
 
 def load(name: str) -> Module:
@@ -53,7 +53,7 @@ def load(name: str) -> Module:
 
 
 def open_data(name: str, spec: str) -> Any:
-    """The labelled pictures as the protocol takes them: parts that have a `fingerprint`, a `len` and `classes`.
+    """The labelled images as the protocol takes them: parts that have a `fingerprint`, a `len` and `classes`.
 
     Raises:
         UsageError: they are not there, or not as the protocol needs them.
@@ -61,5 +61,5 @@ def open_data(name: str, spec: str) -> Any:
     parts = getattr(load(name), "open_data", open_parts)(spec)
     if getattr(parts[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
         able = ", ".join(other for other in PROTOCOLS if getattr(load(other), "MULTI_LABEL", False))
-        raise UsageError(f"--protocol {name}: {spec} has pictures with several labels; these take them: {able}")
+        raise UsageError(f"--protocol {name}: {spec} has images with several labels; these take them: {able}")
     return parts

@@ -1,7 +1,7 @@
-"""Which pictures a network takes for alike: the nearest neighbours of test pictures among those of the training part.
+"""Which images a network takes for alike: the nearest neighbours of test images among those of the training part.
 
 Protocol `retrieve/1`. Features: maps averaged to `--grid` x `--grid`, layer by layer; exact cosine similarity, of equal
-ones the first. Every test picture is a query for the scores: the mean share of its 1, 5 and 10 nearest with its class.
+ones the first. Every test image is a query for the scores: the mean share of its 1, 5 and 10 nearest with its class.
 `--queries` are drawn with their ten nearest, a sheet for each network and layer; a green frame marks the query's class.
 
 Nothing is learned or chosen. Intervals: Wilson's at 1, normal over the queries at 5 and 10.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ktransfer import rng
 from ktransfer.config import nearest
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.sheets import SIDE, Strip, draw_sheet, save_sheet
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
@@ -27,7 +27,7 @@ from ktransfer.progress import bar
 from ..arms import Arm
 from ..config import EvalConfig
 from ..intervals import mean_of, share_of
-from ..learners.frozen import check_frozen, judge_layers, labels_of
+from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
 from ..learners.neighbours import Neighbours, search
 from ..result import Result
@@ -38,22 +38,20 @@ MEASURES = {"at1": "precision at 1 %", "at5": "precision at 5 %", "at10": "preci
 SHOWN = 10
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
-    """Find wrong layers and queries, too few pictures, and how much disk the features need.
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+    """Find wrong layers and queries, too few images, and how much disk the features need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(judged, parts, config, run)
+    check_frozen(evaluated, parts, config, run)
     wanted_rows(config, parts[1])
     if len(parts[0]) < SHOWN:
-        raise UsageError(
-            f"--protocol retrieve: {len(parts[0])} training pictures; it needs {SHOWN}, give other pictures"
-        )
+        raise UsageError(f"--protocol retrieve: {len(parts[0])} training images; it needs {SHOWN}, give other images")
 
 
 def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:
-    """The rows of the pictures that `--queries` names, or all of them in a seeded order where it is a number.
+    """The rows of the images that `--queries` names, or all of them in a seeded order where it is a number.
 
     Raises:
         UsageError: a key is not there, or the number is not above 0.
@@ -66,17 +64,19 @@ def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:
     for key in wanted:
         if key not in place:
             raise UsageError(
-                f"--queries {key or config.queries!r}: neither a number above 0 nor a test picture; "
+                f"--queries {key or config.queries!r}: neither a number above 0 nor a test image; "
                 f"{nearest(key, list(test.keys)[:10_000]) if len(test) < 20 else f'such as {test.keys[0]}'}"
             )
     return [place[key] for key in wanted]
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
-    """Judge one network, layer by layer, and draw its sheets into the protocol's folder."""
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """Evaluate one network, layer by layer, and draw its sheets into the protocol's folder."""
     drawn: list[str] = []
     home = folder.parent.with_name("retrieve")
-    found = judge_layers(arm, parts, config, folder, device, partial(_of_layer, arm.name, parts, config, home))
+    found = evaluate_layers(arm, parts, config, folder, device, partial(_of_layer, arm.name, parts, config, home))
     drawn = [f"{arm.name}-{layer}.png" for layer in found["scores"]]
     return {**found, "files": drawn}
 
@@ -125,14 +125,14 @@ def _draw(
         wanted = [row for row in wanted if test.features.valid[row]][: int(config.queries)]
     of_gallery = np.flatnonzero(train.features.valid)
     place = {int(row): at for at, row in enumerate(np.flatnonzero(test.features.valid))}
-    asked, answers = (Pictures(part, SIDE, config.workers, cache="off") for part in (tested, gallery))
+    asked, predictions = (ImageLoader(part, SIDE, config.workers, cache="off") for part in (tested, gallery))
     strips = []
     for row in wanted:
         if row not in place:
-            raise StageError(f"--queries {tested.keys[row]}: this picture cannot be read; name others")
+            raise StageError(f"--queries {tested.keys[row]}: this image cannot be read; name others")
         at = place[row]
         mine, mine_valid = asked.batch(torch.tensor([row]))
-        theirs, theirs_valid = answers.batch(torch.from_numpy(of_gallery[found.places[at]]))
+        theirs, theirs_valid = predictions.batch(torch.from_numpy(of_gallery[found.places[at]]))
         strips.append(
             Strip(
                 f"{tested.keys[row]}: {int(alike[at].sum())} of {SHOWN} of class {tested.classes[tested.targets[row]]}",

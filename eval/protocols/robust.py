@@ -1,8 +1,8 @@
-"""How much a linear probe on a frozen network keeps where pictures or labels get worse.
+"""How much a linear probe on a frozen network keeps where images or labels get worse.
 
 Protocol `robust/1` (reference selftraining.md §4.3). The classifier: one linear layer on the maps of one layer, learned
 as in `linear` but with fewer epochs; layer and learning rate are the best on a tenth of the training part, which the
-heads do not learn from. Then, on `--robust-pictures` of the test part, drawn by the seed, the same for all networks,
+heads do not learn from. Then, on `--robust-images` of the test part, drawn by the seed, the same for all networks,
 their centre squares:
 
 top1         of the classifier; its expected calibration error (15 bins of equal width).
@@ -12,8 +12,8 @@ pgd          L-infinity, untargeted, `--robust-steps` steps of 2.5 eps / steps, 
 noise        the classifier learned anew, same layer and rate, from labels of which a share is drawn anew among all
              classes (uniform), or moved to the next class (pair); what is touched stays so at larger shares.
 
-Intervals: Wilson's for accuracies of one answer a picture; normal over pictures for means over corruptions; bootstrap
-over pictures for calibration and mCE.
+Intervals: Wilson's for accuracies of one prediction an image; normal over images for means over corruptions; bootstrap
+over images for calibration and mCE.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 from ktransfer import files, networks, rng
 from ktransfer.data.augment import centre_crop
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.loader import Pictures, reasons
+from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import bar
@@ -60,7 +60,7 @@ RELATIVE = ("mce",)
 BINS = 15
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates, layers, radii and shares, and maps that need more disk than there is.
 
     Raises:
@@ -69,7 +69,7 @@ def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalCon
     rates(config)
     numbers("robust-eps", config.robust_eps, 255)
     numbers("robust-noise", config.robust_noise, 1)
-    for network in judged:
+    for network in evaluated:
         layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
         needed = map_bytes(layers, (parts[0], parts[0]), config) // 3 * 2
         if needed > config.cache * 1e9:
@@ -95,15 +95,17 @@ def numbers(name: str, text: str, high: float) -> list[float]:
     return found
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
-    """Judge one network; killed, it goes on.
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
+    """Evaluate one network; killed, it goes on.
 
     Args:
         parts: the training part and the test part.
         folder: for what is written on the way.
 
     Returns:
-        `Result`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each picture were told.
+        `Result`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each image were told.
     """
     train, test = parts
     training = prepare(arm, train, config, folder, device)
@@ -113,14 +115,14 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     columns = [f"{kind} {share:g}" for kind in KINDS_OF_NOISE for share in _shares(config)]
 
     order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
-    rows = order[: config.robust_pictures or len(test)].sort().values
+    rows = order[: config.robust_images or len(test)].sort().values
     side = round(arm.network.size * 8 / 7)
-    pictures = Pictures(test, side, config.workers, cache="off")
+    images = ImageLoader(test, side, config.workers, cache="off")
     told: list[dict[str, Any]] = []
     sweep = numbers("robust-eps", config.robust_eps, 255)
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
     with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
-        batches = pictures.batches(iter(rows.split(FORWARD_BATCH)))
+        batches = images.batches(iter(rows.split(FORWARD_BATCH)))
         for number, (part, pixels, valid, _) in enumerate(batches):
             kept = folder / f"told-{number:06d}.json"
             if not valid.any():
@@ -132,7 +134,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
                 files.write_json(kept, _told(classifier, squares, wanted, part[valid].to(device), sweep, config))
             told.append(files.read_json(kept))
             shown.update(len(part) * work)
-    check_broken(pictures.broken, len(rows), config.max_broken, test)
+    check_broken(images.broken, len(rows), config.max_broken, test)
 
     hits = {
         kind: np.concatenate([np.array(one["kinds"][kind]).reshape(-1, SEVERITIES) for one in told]) for kind in KINDS
@@ -142,7 +144,7 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     broken = {
         **{f"{train.name}/{train.keys[row]}": why for row, why in reasons(train, training.views[0].valid, side).items()}
     }
-    broken |= {f"{test.name}/{test.keys[row]}": why for row, why in pictures.broken.items()}
+    broken |= {f"{test.name}/{test.keys[row]}": why for row, why in images.broken.items()}
     return {
         "task": arm.network.task,
         "arch": arm.network.arch,
@@ -153,29 +155,29 @@ def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: 
     }
 
 
-def relate(judged: dict[str, dict[str, Any]], config: EvalConfig) -> None:
-    """Add to each network the mean corruption error relative to the first one, on the same pictures.
+def relate(evaluated: dict[str, dict[str, Any]], config: EvalConfig) -> None:
+    """Add to each network the mean corruption error relative to the first one, on the same images.
 
     Args:
-        judged: arm -> what `judge` made; `hits` is taken out.
+        evaluated: arm -> what `evaluate` made; `hits` is taken out.
     """
-    wrong = {name: SEVERITIES - np.array(list(one.pop("hits").values())) for name, one in judged.items()}
+    wrong = {name: SEVERITIES - np.array(list(one.pop("hits").values())) for name, one in evaluated.items()}
     reference = next(iter(wrong.values()))
-    for name, one in judged.items():
+    for name, one in evaluated.items():
 
         def measure(places: Places, mine: NDArray[np.int64] = wrong[name]) -> dict[str, float]:
             theirs = reference[:, places].sum(axis=1)
             return {"mce": float((mine[:, places].sum(axis=1) / np.maximum(theirs, 1)).mean())}
 
         one["scores"]["corrupted"] |= with_intervals(measure, reference.shape[1], config.seed, high=np.inf)
-        one["scores"]["corrupted"]["mce_reference"] = next(iter(judged))
+        one["scores"]["corrupted"]["mce_reference"] = next(iter(evaluated))
 
 
 def expected_calibration_error(confidence: NDArray[np.float64], hit: NDArray[np.bool_], bins: int = BINS) -> float:
-    """The mean distance of confidence and accuracy over bins of equal width, weighted by pictures (Guo et al. 2017).
+    """The mean distance of confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017).
 
     Args:
-        confidence: (m,) in 0..1, of the answers given.
+        confidence: (m,) in 0..1, of the predictions given.
         hit: (m,), whether they were right.
     """
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
@@ -186,11 +188,11 @@ def expected_calibration_error(confidence: NDArray[np.float64], hit: NDArray[np.
 def _told(
     classifier: Classifier, pixels: Tensor, wanted: Tensor, rows: Tensor, sweep: list[float], config: EvalConfig
 ) -> dict[str, Any]:
-    """What the classifier tells of some pictures, as lists with one entry a picture."""
+    """What the classifier tells of some images, as lists with one entry an image."""
     kinds: dict[str, list[list[bool]]] = {}
     with torch.no_grad():
         first, *noisy = classifier.heads(pixels.float())
-        confidence, answer = first.softmax(1).max(1)
+        confidence, prediction = first.softmax(1).max(1)
         for kind in KINDS:
             worse = severities(kind, pixels, rows, config.seed)
             kinds[kind] = torch.stack([classifier(each.float()).argmax(1) == wanted for each in worse], 1).tolist()
@@ -201,7 +203,7 @@ def _told(
             attacked.append((classifier(found).argmax(1) == wanted).tolist())
     return {
         "wanted": wanted.tolist(),
-        "answer": answer.tolist(),
+        "prediction": prediction.tolist(),
         "confidence": confidence.tolist(),
         "noisy": [(logits.argmax(1) == wanted).tolist() for logits in noisy],
         "kinds": kinds,
@@ -213,17 +215,19 @@ def _cells(
     told: list[dict[str, Any]], hits: dict[str, NDArray[Any]], columns: list[str], sweep: list[float], seed: int
 ) -> dict[str, dict[str, Any]]:
     """The scores, by column."""
-    wanted, answer = (np.concatenate([one[name] for one in told]).astype(np.int64) for name in ("wanted", "answer"))
-    hit = wanted == answer
+    wanted, prediction = (
+        np.concatenate([one[name] for one in told]).astype(np.int64) for name in ("wanted", "prediction")
+    )
+    hit = wanted == prediction
     confidence = np.concatenate([one["confidence"] for one in told])
 
     def calibration(places: Places) -> dict[str, float]:
         return {"ece": expected_calibration_error(confidence[places], hit[places])}
 
-    every = np.stack(list(hits.values()), axis=1)  # (pictures, kinds, severities)
+    every = np.stack(list(hits.values()), axis=1)  # (images, kinds, severities)
     cells: dict[str, dict[str, Any]] = {
         "clean": {
-            "pictures": len(hit),
+            "images": len(hit),
             **share_of("top1", hit),
             **with_intervals(calibration, len(hit), seed),
         },
@@ -238,7 +242,7 @@ def _cells(
 
 
 def _mean(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
-    """The mean over (m, ...) answers to m pictures, with a normal interval over the pictures."""
+    """The mean over (m, ...) predictions to m images, with a normal interval over the images."""
     return mean_of(measure, hit.reshape(len(hit), -1).mean(axis=1))
 
 

@@ -5,10 +5,10 @@ short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutio
 `--head deeplab` puts torchvision's DeepLab there, `--head fpn` a pyramid on C2..C5 whose maps are summed. Masks
 are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box
 alone are ignored), classes and background. Canvases, `--jitter`, mirroring, the columns `frozen` and `full`, SGD and
-schedule as in `detect`; cross-entropy over all known pixels. The weights at the end are judged: nothing is chosen by
-the test part, which is read once. mIoU is the mean over background and classes that are there or answered, from one
-confusion matrix over all test pictures at their own size; `pixels` the share of right ones. Intervals: 1.96
-deviations over 200 resamplings of the test pictures.
+schedule as in `detect`; cross-entropy over all known pixels. The weights at the end are evaluated: nothing is chosen by
+the test part, which is read once. mIoU is the mean over background and classes that are there or predicted, from one
+confusion matrix over all test images at their own size; `pixels` the share of right ones. Intervals: 1.96
+deviations over 200 resamplings of the test images.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ktransfer.data.dataset import check_broken
-from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.detection import canvas, masks, segmentation, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import check_batches
@@ -42,7 +42,7 @@ def open_data(spec: str) -> tuple[Detection, Detection]:
     return open_detection(spec, masks=True)
 
 
-def check(judged: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
     """Find wrong options, data without masks, networks that are no trunks, and maps that do not fit into memory.
 
     Raises:
@@ -54,15 +54,15 @@ def check(judged: list[Network], parts: tuple[Detection, Detection], config: Eva
     for part in parts:
         masks.need_masks(part)
     masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)
-    for network in judged:
+    for network in evaluated:
         trunks.build(network, None, segmentation.HEADS[config.head], config.norm, 0)
 
 
-def judge(
+def evaluate(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What heads on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_pictures, device) for part in parts]
+    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_images, device) for part in parts]
     rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
     maps, unmapped = masks.map_canvases(parts[0], config.canvas)
     check_broken(sources[0].broken | unmapped, len(parts[0]), config.max_broken, parts[0])
@@ -77,14 +77,14 @@ def _column(
     arm: Arm,
     column: str,
     parts: tuple[Detection, Detection],
-    sources: list[Pictures],
+    sources: list[ImageLoader],
     rows: torch.Tensor,
     maps: torch.Tensor,
     config: EvalConfig,
     folder: Path,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Train one head and judge it: its scores, and the broken pictures and masks of the test part."""
+    """Train one head and evaluate it: its scores, and the broken images and masks of the test part."""
     train, test = parts
     trunk = trunks.build(arm.network, arm.weights, segmentation.HEADS[config.head], config.norm, config.seed)
     if column == "frozen":

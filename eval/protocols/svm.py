@@ -5,10 +5,10 @@ their released scripts). Centre square; maps of each layer averaged to one vecto
 and scaled to length 1; what LinearSVC minimises, squared hinge and a bias that is decayed too, all classes at once
 (hinge.py); cost by 3-fold cross-validation on the training part (the smallest of equals); the test part is used once.
 
-Several labels a picture (`Dataset.tags`): an SVM a class, a "yes" weighing twice, its cost by average precision;
-pictures that are not counted for a class neither teach nor test it; 11-point mAP of VOC07.
-One label a picture: one cost for all classes, by accuracy; the class of the highest score.
-Few pictures: 4 and 16 of each class (what there is, if less), five seeded draws, cost by cross-validation within each
+Several labels an image (`Dataset.tags`): an SVM a class, a "yes" weighing twice, its cost by average precision;
+images that are not counted for a class neither teach nor test it; 11-point mAP of VOC07.
+One label an image: one cost for all classes, by accuracy; the class of the highest score.
+Few images: 4 and 16 of each class (what there is, if less), five seeded draws, cost by cross-validation within each
 (theirs: the best on the test part); mean, and Student's 95 % interval of the five.
 """
 
@@ -29,7 +29,7 @@ from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
-from ..learners.frozen import check_frozen, judge_layers, labels_of
+from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.hinge import Matrix, Rows, minimise, prepared
 from ..learners.logistic import place_in_class, stratified_folds
 from ..learners.maps import Frozen, Layer
@@ -49,24 +49,26 @@ MEASURES = {
     "top1": "top-1 %",
     "mean_class": "mean per class %",
     "map": "11-point mAP %",
-    **{f"shot{shots}": f"{shots} pictures of each class, %" for shots in SHOTS},
+    **{f"shot{shots}": f"{shots} images of each class, %" for shots in SHOTS},
 }
 Tick = Callable[[], object]
 
 
-def check(judged: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(judged, parts, config, run)
+    check_frozen(evaluated, parts, config, run)
 
 
-def judge(arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(
+    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+) -> Result:
     """Accuracy or mAP of linear SVMs, and the costs that were chosen, layer by layer."""
     one_layer = partial(_one_layer, tags=tuple(part.tags for part in parts), config=config, label=arm.name)
-    return judge_layers(arm, parts, config, folder, device, one_layer)
+    return evaluate_layers(arm, parts, config, folder, device, one_layer)
 
 
 def _one_layer(
@@ -86,18 +88,18 @@ def _one_layer(
     several = of_train.ndim == 2
     learn: Any = _several if several else _single
     with bar(1 + len(SHOTS) * DRAWS, f"svm {label} {layer.name}", "fits") as shown:
-        answers, cost = learn(vectors, of_train, asked, config.seed, shown.update)
+        predictions, cost = learn(vectors, of_train, asked, config.seed, shown.update)
         cell: dict[str, Any] = {"cost": cost}
         if several:
-            cell |= voc_map(answers, of_test, config.seed)
+            cell |= voc_map(predictions, of_test, config.seed)
         else:
-            cell |= scores(torch.from_numpy(answers), torch.from_numpy(of_test))
+            cell |= scores(torch.from_numpy(predictions), torch.from_numpy(of_test))
         for shots in SHOTS:
             reached: list[float] = []
             for draw in range(DRAWS):
                 rows = _drawn(of_train, shots, config.seed, draw)
-                answers, _ = learn(vectors[rows], of_train[rows], asked, config.seed, shown.update)
-                reached.append(mean_ap(answers, of_test) if several else float((answers == of_test).mean()))
+                predictions, _ = learn(vectors[rows], of_train[rows], asked, config.seed, shown.update)
+                reached.append(mean_ap(predictions, of_test) if several else float((predictions == of_test).mean()))
             half = STUDENT * statistics.stdev(reached) / math.sqrt(DRAWS)
             cell[f"shot{shots}"] = mean = statistics.fmean(reached)
             cell[f"shot{shots}_interval"] = [max(0.0, mean - half), min(1.0, mean + half)]
@@ -116,15 +118,15 @@ def _single(
         held = folds == fold
         known = np.unique(wanted[~held])
         if len(known) < 2 or not held.any():
-            continue  # of a handful of pictures: nothing to tell apart
+            continue  # of a handful of images: nothing to tell apart
         weights = None
         for place, cost in enumerate(COSTS):
             weights = minimise(rows, signs[:, known], cost * np.repeat(~held[:, None], len(known), axis=1), weights)
             right[place] += (known[(rows.numbers[held] @ weights).argmax(axis=1)] == wanted[held]).sum()
     best = COSTS[int(right.argmax())]
-    answers = names[(rows.of(asked) @ minimise(rows, signs, np.full(signs.shape, best))).argmax(axis=1)]
+    predictions = names[(rows.of(asked) @ minimise(rows, signs, np.full(signs.shape, best))).argmax(axis=1)]
     tick()
-    return answers, best
+    return predictions, best
 
 
 def _several(
@@ -151,7 +153,7 @@ def _costs_by_precision(
     reached = np.zeros((len(COSTS), tags.shape[1]))
     for fold in range(FOLDS):
         held = folds == fold
-        sides = [((tags == answer) & part).any(axis=0) for answer in (0, 1) for part in (held, ~held)]
+        sides = [((tags == prediction) & part).any(axis=0) for prediction in (0, 1) for part in (held, ~held)]
         able = np.intersect1d(taught, np.flatnonzero(np.all(sides, axis=0)))
         weights = None
         for place, cost in enumerate(COSTS):
@@ -165,7 +167,7 @@ def _costs_by_precision(
 
 
 def _drawn(labels: NDArray[Any], shots: int, seed: int, draw: int) -> NDArray[np.int64]:
-    """Rows of at most `shots` random pictures of each class, rising; of several labels, `shots` that have each."""
+    """Rows of at most `shots` random images of each class, rising; of several labels, `shots` that have each."""
     purpose = f"eval/svm shots {draw}"
     if labels.ndim == 1:
         return np.flatnonzero(place_in_class(labels, seed, purpose) < shots)

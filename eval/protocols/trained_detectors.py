@@ -1,9 +1,9 @@
-"""Detectors that selftrain finished, judged as they are: `detect --trunk finished`.
+"""Detectors that selftrain finished, evaluated as they are: `detect --trunk finished`.
 
 Protocol `detect/2 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
-the runs beside, is judged on the test part of the labelled pictures that it learned from, or of `--labelled`, on
+the runs beside, is evaluated on the test part of the labelled images that it learned from, or of `--labelled`, on
 canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on, non-maximum suppression and measures
-as in `detect/2`. A run that holds no other network is judged so without being told.
+as in `detect/2`. A run that holds no other network is evaluated so without being told.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from . import detect
 PROTOCOL = "detect/2 finished"
 TITLE = detect.TITLE
 MEASURES = detect.MEASURES
-NOTE = "detectors as selftrain made them; their size, the pictures and the least score stand in its json."
+NOTE = "detectors as selftrain made them; their size, the images and the least score stand in its json."
 TRUNK = "finished"
 STAGE, LAST = "selftrain", "scores"
 READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
@@ -47,7 +47,7 @@ def wanted(run: Path, config: EvalConfig, pending: Mapping[str, Any]) -> bool:
 
 
 def labelled(run: Path, pending: Mapping[str, Any]) -> str | None:
-    """The labelled pictures of the run's selftrain, or of the one that comes before in the line."""
+    """The labelled images of the run's selftrain, or of the one that comes before in the line."""
     if STAGE in pending:
         return str(pending[STAGE].labelled)
     made = read_record(run, STAGE, LAST)
@@ -70,7 +70,7 @@ def check(
     if STAGE in pending and pending[STAGE].task == "segment":
         raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
     if config.supervised:
-        raise UsageError("--supervised: finished detectors are judged as they are; leave it away")
+        raise UsageError("--supervised: finished detectors are evaluated as they are; leave it away")
     if STAGE in pending and source != config.labelled:
         _same(parts, detect.open_data(str(source))[1].classes, config)
     for arm in arms(run, config, coming=STAGE in pending):
@@ -85,7 +85,7 @@ def _same(parts: tuple[Detection, Detection], classes: tuple[str, ...], config: 
     if parts[1].classes != classes:
         raise UsageError(
             f"--labelled {config.labelled}: has other classes than the detectors tell ({', '.join(classes[:5])}, ...); "
-            "name pictures with the same"
+            "name images with the same"
         )
 
 
@@ -133,7 +133,7 @@ def settings(config: EvalConfig) -> Any:
     return dataclasses.make_dataclass("Finished", kept, frozen=True)(*(getattr(config, one.name) for one in read))
 
 
-def judge(
+def evaluate(
     arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What one detector finds in the test part."""
@@ -141,10 +141,10 @@ def judge(
     assert arm.weights
     model, described = saved.load(arm.weights)
     source = canvas.canvases(test, described.size, config.workers, cache="off")
-    answering = replace(described.settings, threshold=config.threshold)
+    predicting = replace(described.settings, threshold=config.threshold)
     rows = torch.arange(len(test))
     at, label = detect.test_scales(config), f"detect {arm.name}"
-    found, broken = detect_at(model.to(device), test, source, rows, described.size, answering, device, at, label)
+    found, broken = detect_at(model.to(device), test, source, rows, described.size, predicting, device, at, label)
     check_broken(broken, len(rows), config.max_broken, test)
     about = {"threshold": config.threshold, "size": described.size, "detector": described.settings.kind}
     return {

@@ -1,4 +1,4 @@
-"""The centroids of `clusters.h5`: reading them, and which of them is nearest to a picture's features."""
+"""The centroids of `clusters.h5`: reading them, and which of them is nearest to an image's features."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class Projection(NamedTuple):
 
 
 class Centroids(NamedTuple):
-    """What is needed to label pictures.
+    """What is needed to label images.
 
     Attributes:
         centroids: (k, d) float32.

@@ -1,4 +1,4 @@
-"""The feature file: one row per picture, written so that a killed extraction goes on where it was.
+"""The feature file: one row per image, written so that a killed extraction goes on where it was.
 
 HDF5 writes the whole header first, with every byte of data already allocated; after that rows are plain bytes at a
 known offset. So nothing but rows changes on disk while a run lives, and no HDF5 handle crosses a fork.
@@ -70,12 +70,12 @@ class Writer:
         self._save_seconds, self._saved_at = save_seconds, time.monotonic()
 
     def write(self, start: int, features: NDArray[Any], valid: NDArray[np.bool_]) -> None:
-        """Write rows start .. start + b - 1; rows of broken pictures become zeros.
+        """Write rows start .. start + b - 1; rows of broken images become zeros.
 
         Args:
             start: must equal `rows_done`.
             features: (b, d) float.
-            valid: (b,) bool, false where the picture is broken.
+            valid: (b,) bool, false where the image is broken.
 
         Raises:
             StageError: a row is not finite, does not fit float16, or the disk is full.
@@ -103,7 +103,7 @@ class Writer:
                 self._save()
 
     def valid(self) -> NDArray[np.bool_]:
-        """(rows_done,) bool, false where the picture is broken; rows from before an interruption included."""
+        """(rows_done,) bool, false where the image is broken; rows from before an interruption included."""
         self._handle.seek(self._valid_at)
         return np.frombuffer(self._handle.read(self.rows_done), np.bool_)
 
@@ -184,7 +184,7 @@ class Features:
     Attributes:
         path: the file.
         rows: (n, d) float16 or float32, a read-only memory map.
-        valid: (n,) bool, false where the picture is broken.
+        valid: (n,) bool, false where the image is broken.
         targets: (n,) int32, -1 where unknown.
         attributes: what the file says about itself.
     """

@@ -1,4 +1,4 @@
-"""Pseudo-label files: `cluster` writes them, `retrain` reads them. Label -1 marks a broken picture."""
+"""Pseudo-label files: `cluster` writes them, `retrain` reads them. Label -1 marks a broken image."""
 
 import csv
 import io
@@ -47,7 +47,7 @@ def write_labels(
     Args:
         folder: is made where missing.
         keys: n keys.
-        labels: (n,) int32 in [-1, k), -1 for a broken picture.
+        labels: (n,) int32 in [-1, k), -1 for a broken image.
         distances: (n,) float32, squared Euclidean distance to the centroid; where the label is -1, the CSV field is
             empty and the HDF5 number NaN.
         k: number of centroids.

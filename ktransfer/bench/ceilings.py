@@ -29,10 +29,10 @@ def copies(device: torch.device, seconds: float) -> float:
     return size / _best(lambda: target.copy_(source), device, seconds) / 1e9
 
 
-def jpegs(picture: Image.Image, threads: int, seconds: float) -> float:
-    """Pictures a second that so many threads decode from memory, at full size."""
+def jpegs(image: Image.Image, threads: int, seconds: float) -> float:
+    """Images a second that so many threads decode from memory, at full size."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY)
     data = buffer.getvalue()
     each = 16
 

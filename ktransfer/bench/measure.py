@@ -1,4 +1,4 @@
-"""`ktransfer bench`: how fast the way from pictures to gradients is here, part by part and together.
+"""`ktransfer bench`: how fast the way from images to gradients is here, part by part and together.
 
 What the machine could do at best is measured in the same run.
 """
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ktransfer import files
 from ktransfer.bench.ceilings import copies, jpegs, products
 from ktransfer.bench.photographs import photograph, write_photographs
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.machine import cores
@@ -34,7 +34,7 @@ from ktransfer.training.compiled import Compiled
 from ktransfer.training.device import autocast, bfloat16, choose_device
 from ktransfer.training.options import MachineOptions, TrainOptions
 
-MADE = 64  # pictures where none are given
+MADE = 64  # images where none are given
 CPU_BATCH = 16  # a step of 256 would take minutes
 SCHEMA = 1
 
@@ -43,7 +43,7 @@ SCHEMA = 1
 class Wanted:
     """What is measured; `size` is 0 for the stage's usual one, `arch` None for its usual network.
 
-    `pictures` is how many there are.
+    `images` is how many there are.
     """
 
     arch: str | None
@@ -53,17 +53,17 @@ class Wanted:
     task: str
     precision: str
     device: torch.device
-    pictures: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does with a batch of pictures.
+    """What a stage does with a batch of images.
 
     Attributes:
         name: for people, such as "pretext step".
         side: of the squares that it reads, in pixels.
-        following: pictures that a batch has beyond its own.
+        following: images that a batch has beyond its own.
         prepare: what the network takes, made of a batch.
         network: the network's part of the work alone, on what `prepare` made.
         whole: all of it.
@@ -115,7 +115,7 @@ def command(
     chosen = choose_device(MachineOptions(device=device))
     batch = batch or (CPU_BATCH if chosen.type == "cpu" else TrainOptions.batch)
     if batch < 2:
-        raise UsageError(f"--batch {batch}: batch norm needs two pictures; give at least 2")
+        raise UsageError(f"--batch {batch}: batch norm needs two images; give at least 2")
     return bench(part, data, Wanted(arch, width, size, batch, task, precision, chosen), workers, seconds, out)
 
 
@@ -124,7 +124,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
 
     Args:
         part: decode, data, step, extract or retrain.
-        data: pictures, as for `dataset.open_dataset`; made ones where not given.
+        data: images, as for `dataset.open_dataset`; made ones where not given.
         workers: threads that read; 0 takes one for each core.
         seconds: for each measurement.
         out: write everything as JSON here.
@@ -146,17 +146,17 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
             found = open_dataset(str(folder))
         else:
             found = open_dataset(data)
-        work: Work = worker(stage)(replace(wanted, pictures=len(found)))
-        pictures = Pictures(found, work.side, workers, cache="off", device=device)
+        work: Work = worker(stage)(replace(wanted, images=len(found)))
+        images = ImageLoader(found, work.side, workers, cache="off", device=device)
         options = MachineOptions(device=str(device), precision=wanted.precision)
         half = bfloat16(options, device)
-        threads = pictures.workers
+        threads = images.workers
         ceilings = {
             "gemm_tflops": products(torch.bfloat16 if half else torch.float32, device, seconds),
             "copy_gbps": copies(device, seconds),
             "jpeg_per_second": jpegs(photograph(0), threads, seconds),
         }
-        rows = _measured(part, work, pictures, wanted, seconds, made=data is None, ceilings=ceilings)
+        rows = _measured(part, work, images, wanted, seconds, made=data is None, ceilings=ceilings)
     facts = {
         "machine": _machine(device),
         "torch": torch.__version__,
@@ -165,7 +165,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
         "arithmetic": "bfloat16" if half else "float32",
         "data": data or "made",
         "side": work.side,
-        **asdict(wanted) | {"device": str(device), "pictures": len(found)},
+        **asdict(wanted) | {"device": str(device), "images": len(found)},
     }
     result = {"schema": SCHEMA, "part": part, "facts": facts, "ceilings": ceilings, "rows": rows}
     if out is not None:
@@ -176,7 +176,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
 def _measured(
     part: str,
     work: Work,
-    pictures: Pictures,
+    images: ImageLoader,
     wanted: Wanted,
     seconds: float,
     made: bool,
@@ -189,29 +189,29 @@ def _measured(
     def add(name: str, do: Callable[[Batch], object], batches: Iterator[tuple[Batch, float]], flops: float) -> None:
         rows[name] = found = timed(name, do, batches, wanted.batch, seconds, device)
         if flops:
-            found["tflops"] = flops * found["pictures_per_second"] / 1e12
+            found["tflops"] = flops * found["images_per_second"] / 1e12
             found["of_gemm"] = found["tflops"] / ceilings["gemm_tflops"]
 
-    add("decode", lambda batch: None, read_batches(pictures, wanted, work.following), 0)
+    add("decode", lambda batch: None, read_batches(images, wanted, work.following), 0)
     if made:
-        rows["decode"]["of_jpeg"] = rows["decode"]["pictures_per_second"] / ceilings["jpeg_per_second"]
+        rows["decode"]["of_jpeg"] = rows["decode"]["images_per_second"] / ceilings["jpeg_per_second"]
     if part == "decode":
         return rows
-    batch, _ = next(read_batches(pictures, wanted, work.following))
+    batch, _ = next(read_batches(images, wanted, work.following))
     with autocast(MachineOptions(device=str(device), precision=wanted.precision), device):
         prepared = work.prepare(batch)
     add("prepare", work.prepare, _same(batch), 0)
     bytes_each = prepared.numel() * prepared.element_size() / wanted.batch
-    rows["prepare"]["of_copy"] = bytes_each * rows["prepare"]["pictures_per_second"] / (ceilings["copy_gbps"] * 1e9)
-    add("decode + prepare", work.prepare, read_batches(pictures, wanted, work.following), 0)
+    rows["prepare"]["of_copy"] = bytes_each * rows["prepare"]["images_per_second"] / (ceilings["copy_gbps"] * 1e9)
+    add("decode + prepare", work.prepare, read_batches(images, wanted, work.following), 0)
     if part == "data":
         return rows
     flops = count_flops(lambda: work.network(prepared)) / wanted.batch
     add("network", lambda _: work.network(prepared), _same(batch), flops)
     add(work.name, work.whole, _same(batch), flops)
-    add(f"{work.name} + reading", work.whole, read_batches(pictures, wanted, work.following), flops)
+    add(f"{work.name} + reading", work.whole, read_batches(images, wanted, work.following), flops)
     for row in rows.values():
-        row["flops_per_picture"] = flops
+        row["flops_per_image"] = flops
     return rows
 
 
@@ -223,12 +223,12 @@ def timed(
     seconds: float,
     device: torch.device,
 ) -> dict[str, float]:
-    """Pictures a second, the share of the time that was waited for data, and peak memory in GB.
+    """Images a second, the share of the time that was waited for data, and peak memory in GB.
 
     Args:
         do: what is done with each batch; once before the clock starts.
         batches: without end, with the seconds waited for each.
-        count: pictures in a batch.
+        count: images in a batch.
         seconds: measure for so long, and at least one batch.
     """
     batch, _ = next(batches)
@@ -247,7 +247,7 @@ def timed(
             shown.update(min(round(spent), round(seconds)) - shown.n)
     _settle(device)
     spent = time.perf_counter() - began
-    return {"pictures_per_second": done / spent, "data_wait": waited / spent, "peak_gb": _peak(device)}
+    return {"images_per_second": done / spent, "data_wait": waited / spent, "peak_gb": _peak(device)}
 
 
 def count_flops(do: Callable[[], object]) -> float:
@@ -264,16 +264,16 @@ def _backward_flops(grad: list[int], x: list[int], weight: list[int], *rest: Any
     return 2 * grad[0] * prod(grad[2:]) * prod(weight) * (bool(wanted[0]) + bool(wanted[1]))
 
 
-def read_batches(pictures: Pictures, wanted: Wanted, following: int) -> Iterator[tuple[Batch, float]]:
-    """Batches of random pictures, read as in training, without end."""
-    count = len(pictures.dataset)
+def read_batches(images: ImageLoader, wanted: Wanted, following: int) -> Iterator[tuple[Batch, float]]:
+    """Batches of random images, read as in training, without end."""
+    count = len(images.dataset)
 
     def rows() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         while True:
             yield torch.randint(0, count, (wanted.batch + following,), generator=generator)
 
-    for chosen, pixels, valid, wait in pictures.batches(rows()):
+    for chosen, pixels, valid, wait in images.batches(rows()):
         moved = [part.to(wanted.device, non_blocking=True) for part in (chosen, pixels, valid)]
         yield Batch(moved[0], moved[1], moved[2], 0, bool(valid.all())), wait
 
@@ -320,15 +320,15 @@ def _table(result: dict[str, Any]) -> str:
     network = f"{facts['arch'] or 'the usual network'}, width {facts['width']:g}"
     lines = [
         f"{result['part']}: {facts['machine']}, {facts['threads']} threads, {facts['workers']} readers; {network}, "
-        f"{facts['arithmetic']}, batch {facts['batch']}; {facts['pictures']:,} pictures ({facts['data']}), squares of "
+        f"{facts['arithmetic']}, batch {facts['batch']}; {facts['images']:,} images ({facts['data']}), squares of "
         f"{facts['side']}",
         f"ceilings: {ceilings['gemm_tflops']:.3g} TFLOP/s of products, {ceilings['copy_gbps']:.3g} GB/s copied, "
         f"{ceilings['jpeg_per_second']:,.0f} JPEGs of 500 x 375 a second",
-        f"{'':24} {'pictures/s':>10} {'data-wait':>10} {'peak GB':>8} {'TFLOP/s':>8}  of the ceiling",
+        f"{'':24} {'images/s':>10} {'data-wait':>10} {'peak GB':>8} {'TFLOP/s':>8}  of the ceiling",
     ]
     for name, row in result["rows"].items():
         share = next((f"{row[key]:.0%} of {key[3:]}" for key in ("of_gemm", "of_jpeg", "of_copy") if key in row), "")
         done = f"{row['tflops']:8.3f}" if "tflops" in row else f"{'':8}"
-        rate, wait, peak = row["pictures_per_second"], row["data_wait"], row["peak_gb"]
+        rate, wait, peak = row["images_per_second"], row["data_wait"], row["peak_gb"]
         lines.append(f"{name:24} {rate:10,.1f} {wait:10.1%} {peak:8.2f} {done}  {share}")
     return "\n".join(lines)

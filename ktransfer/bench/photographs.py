@@ -9,7 +9,7 @@ from ktransfer.progress import track
 
 FALL = 1.3
 """Power of the frequency by which amplitudes fall. With QUALITY, 500 x 375 pixels take 114 kB, and at short side 256
-and quality 90 there are 2.7 bits a pixel. ImageNet's pictures have 110 kB on average, and by FFCV's documentation take
+and quality 90 there are 2.7 bits a pixel. ImageNet's images have 110 kB on average, and by FFCV's documentation take
 22 GB at 256 and quality 90, which is 2.8 bits where the long side has 256 pixels and the short one 192."""
 QUALITY = 96
 

@@ -1,4 +1,4 @@
-"""Augmentations as batched functions on uint8 tensors, each picture with its own draws (ktransfer.rng)."""
+"""Augmentations as batched functions on uint8 tensors, each image with its own draws (ktransfer.rng)."""
 
 import math
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from ktransfer import rng
 _PART_BYTES = 2**20  # what a core keeps to itself, and less than what torch takes huge pages for
 
 
-def in_parts(make: Callable[[slice], Tensor], pictures: int, numbers: int, device: torch.device) -> Tensor:
-    """What `make` gives for all pictures; on a CPU for a few at a time, so that what it needs on the way stays in the
+def in_parts(make: Callable[[slice], Tensor], images: int, numbers: int, device: torch.device) -> Tensor:
+    """What `make` gives for all images; on a CPU for a few at a time, so that what it needs on the way stays in the
     cache and is not taken from the system anew.
 
     Args:
-        make: a slice of the pictures -> (of them, ...) float32; each picture must not depend on the others.
-        pictures: how many there are.
-        numbers: of a picture, as far as known; only speed depends on it.
+        make: a slice of the images -> (of them, ...) float32; each image must not depend on the others.
+        images: how many there are.
+        numbers: of an image, as far as known; only speed depends on it.
         device: where it computes.
     """
     step = max(1, _PART_BYTES // (4 * numbers)) * torch.get_num_threads()
-    if device.type != "cpu" or pictures <= step:
-        return make(slice(0, pictures))
+    if device.type != "cpu" or images <= step:
+        return make(slice(0, images))
     first = make(slice(0, step))
-    made = first.new_empty((pictures, *first.shape[1:]))
+    made = first.new_empty((images, *first.shape[1:]))
     made[:step] = first
-    for start in range(step, pictures, step):
+    for start in range(step, images, step):
         part = slice(start, start + step)
         made[part] = make(part)
     return made
@@ -44,14 +44,14 @@ def random_resized_crop(
     smallest: float = 0.08,
     finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """A random part of each picture, resized to a square, and mirrored half the time.
+    """A random part of each image, resized to a square, and mirrored half the time.
 
-    As torchvision's RandomResizedCrop and RandomHorizontalFlip do per picture: area uniform in [smallest, 1], aspect
+    As torchvision's RandomResizedCrop and RandomHorizontalFlip do per image: area uniform in [smallest, 1], aspect
     log-uniform in [3/4, 4/3] (here clipped to what fits instead of drawn again), place uniform.
 
     Args:
         pixels: (batch, 3, s, s) uint8.
-        rows: (batch,) int64, the pictures' rows, which key the draws.
+        rows: (batch,) int64, the images' rows, which key the draws.
         size: side of the result in pixels.
         finish: what is done to crops, (some, 3, size, size) float32, each by itself, such as to normalise them.
 
@@ -79,7 +79,7 @@ def _cropped(pixels: Tensor, transform: Tensor, size: int) -> Tensor:
 
 
 def _transforms(rows: Tensor, seed: int, epoch: int, purpose: str, smallest: float) -> Tensor:
-    """(batch, 2, 3) float32: where a point of the result, in -1..1, lies in the picture."""
+    """(batch, 2, 3) float32: where a point of the result, in -1..1, lies in the image."""
     area, aspect, x, y, mirror = rng.uniform(seed, f"{purpose}/crop", epoch, rows, 5).unbind(1)
     area = smallest + (1 - smallest) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
@@ -99,7 +99,7 @@ def centre_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 def random_square(pixels: Tensor, rows: Tensor, size: int, seed: int, epoch: int, purpose: str) -> Tensor:
-    """A square of `size` pixels out of each picture, at a random place and mirrored half the time, without scaling.
+    """A square of `size` pixels out of each image, at a random place and mirrored half the time, without scaling.
 
     (batch, 3, s, s) -> (batch, 3, size, size) of the same type, size <= s; `rows` (batch,) int64 key the draws.
     """
@@ -108,5 +108,5 @@ def random_square(pixels: Tensor, rows: Tensor, size: int, seed: int, epoch: int
     place = torch.arange(size, device=pixels.device)
     y = corner[:, :1] + place
     x = corner[:, 1:] + torch.where(mirrored, place.flip(0), place)
-    picture = torch.arange(len(pixels), device=pixels.device)
-    return pixels[picture[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(len(pixels), device=pixels.device)
+    return pixels[image[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)

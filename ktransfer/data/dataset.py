@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.data import decoding
-from ktransfer.errors import BrokenPicture, StageError
+from ktransfer.errors import BrokenImage, StageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
@@ -24,15 +24,15 @@ _ODD = re.compile("[\\\\\x00-\x1f\x7f\udc80-\udcff]")
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Pictures in a fixed order; row i is the same picture in every stage, also when it is broken.
+    """Images in a fixed order; row i is the same image in every stage, also when it is broken.
 
     `spec` is what the user gave, `name` a file name without ending. `keys` are paths relative to the folder (with "/"),
     the paths of a list as written, or "CLASS/000012" for scenes. In all of them a backslash is written `\\\\`, and a
     control character or a byte that is not UTF-8 `\\xNN`: so every key is valid Unicode on one line, and can be turned
     back. `targets` is (n,) int32, an index into `classes`, -1 where unknown. `fingerprint` is the hex SHA-256 over keys
     and file sizes; of a pack it is that of the pack. `read(row, short_side)` returns (height, width, 3) uint8 (see
-    `decoding.decode`), `short_side(row)` looks at the header alone; both raise `BrokenPicture`. `reader(row)` is `read`
-    of that row alone and can be pickled, for another process. `tags` are there where a picture may belong to several of
+    `decoding.decode`), `short_side(row)` looks at the header alone; both raise `BrokenImage`. `reader(row)` is `read`
+    of that row alone and can be pickled, for another process. `tags` are there where an image may belong to several of
     the `classes`: (n, classes) int8, 1 it does, 0 it does not, -1 not counted; `targets` are then all -1.
     """
 
@@ -48,16 +48,16 @@ class Dataset:
     tags: NDArray[np.int8] | None = None
 
     def __len__(self) -> int:
-        """Number of rows, broken pictures included."""
+        """Number of rows, broken images included."""
         return len(self.keys)
 
 
 def check_broken(broken: Mapping[int, str], total: int, max_broken: float, dataset: Dataset) -> None:
-    """Raise StageError where more than the share `max_broken` (0 to 1) of `total` pictures is broken.
+    """Raise StageError where more than the share `max_broken` (0 to 1) of `total` images is broken.
 
     Args:
-        broken: row to reason, as `Pictures.broken`.
-        total: pictures that were looked at.
+        broken: row to reason, as `ImageLoader.broken`.
+        total: images that were looked at.
         max_broken: the largest share that is accepted.
         dataset: gives the keys for the message.
     """
@@ -66,12 +66,12 @@ def check_broken(broken: Mapping[int, str], total: int, max_broken: float, datas
     examples = "; ".join(f"{dataset.keys[row]}: {broken[row]}" for row in sorted(broken)[:3])
     share = len(broken) / max(total, 1)
     raise StageError(
-        f"{len(broken):,} of {total:,} pictures of {dataset.spec} are broken ({share:.2%}, more than the "
+        f"{len(broken):,} of {total:,} images of {dataset.spec} are broken ({share:.2%}, more than the "
         f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
     )
 
 
-def same_pictures(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]]) -> list[bool]:
+def same_images(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]]) -> list[bool]:
     """Whether the rows of each pair, one of `data` and one of `other`, show the same in all pixels; broken ones do not.
 
     They are compared at a short side of `COMPARED` pixels, so that a large JPEG is read at reduced scale.
@@ -80,7 +80,7 @@ def same_pictures(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]
     def same(pair: tuple[int, int]) -> bool:
         try:
             return np.array_equal(data.read(pair[0], COMPARED), other.read(pair[1], COMPARED))
-        except BrokenPicture:
+        except BrokenImage:
             return False
 
     found: list[bool] = []
@@ -94,7 +94,7 @@ def same_pictures(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]
 def of_files(
     spec: str, root: Path, name: str, names: Sequence[str], sizes: Sequence[int], labels: Sequence[str]
 ) -> Dataset:
-    """Pictures that are files below `root`, of `sizes` bytes, with labels ("" where there is none)."""
+    """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none)."""
     keys = escaped(names)
     classes = class_names(escaped(labels))
     number = {label: index for index, label in enumerate(classes)}

@@ -1,4 +1,4 @@
-"""One picture from a file, whatever the file holds: RGB pixels, or `BrokenPicture` with the reason."""
+"""One image from a file, whatever the file holds: RGB pixels, or `BrokenImage` with the reason."""
 
 import errno
 import io
@@ -22,11 +22,11 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 
 # The rest of Pillow's formats is left out on purpose: some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-# 30,000 x 13,000 pixels pass; while it is decoded, the largest picture takes about 4 GB.
+# 30,000 x 13,000 pixels pass; while it is decoded, the largest image takes about 4 GB.
 MAX_PIXELS = 400_000_000
 _BOMB = f"over the limit of {MAX_PIXELS:,} pixels (a decompression bomb?)"
 # Above this, one at a time: a pool of threads that all meet a giant must not multiply its memory.
@@ -45,12 +45,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# The machine ran short, the picture is not to blame: recording it as broken would change results by chance.
+# The machine ran short, the image is not to blame: recording it as broken would change results by chance.
 _MACHINE_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.uint8]:
-    """The first frame of a picture, upright, as RGB.
+    """The first frame of an image, upright, as RGB.
 
     Alpha is laid on white, CMYK is converted without a profile, 16-bit grey is divided by 257. Other deep greys keep
     their scale where it is evident (0..65535, and for floats 0..1 and 0..255) and are stretched to 0..255 otherwise.
@@ -65,7 +65,7 @@ def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.ui
         (height, width, 3) uint8.
 
     Raises:
-        BrokenPicture: the file is missing, empty, no picture, damaged, truncated, or over `MAX_PIXELS`.
+        BrokenImage: the file is missing, empty, no image, damaged, truncated, or over `MAX_PIXELS`.
     """
     with _opened(source) as image:
         if short_side is not None and image.format in ("JPEG", "MPO"):
@@ -85,21 +85,21 @@ def reduction(side: int, short_side: int) -> int:
 
 
 def short_side(source: Path | bytes) -> int:
-    """The short side in pixels, from the header alone; raises `BrokenPicture` where the header already is broken."""
+    """The short side in pixels, from the header alone; raises `BrokenImage` where the header already is broken."""
     with _opened(source) as image:
         return min(image.size)
 
 
 def share_giants(lock: AbstractContextManager[bool]) -> None:
-    """From now on decode the largest pictures under this lock, which other processes have too, one at a time."""
+    """From now on decode the largest images under this lock, which other processes have too, one at a time."""
     global _GIANTS
     _GIANTS = lock
 
 
 def square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The centre square of a picture, resized with an antialiased bilinear filter.
+    """The centre square of an image, resized with an antialiased bilinear filter.
 
-    The crop comes first, so that a 1 x 30,000 picture costs no more than its single centre pixel.
+    The crop comes first, so that a 1 x 30,000 image costs no more than its single centre pixel.
 
     Args:
         pixels: (height, width, 3) uint8.
@@ -119,45 +119,45 @@ def square(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """An opened picture within the size limit; whatever goes wrong until it is closed becomes a `BrokenPicture`."""
+    """An opened image within the size limit; whatever goes wrong until it is closed becomes a `BrokenImage`."""
     try:
         with _stream(source) as stream, Image.open(stream, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BrokenPicture(f"{image.width} x {image.height} pixels: {_BOMB}")
+                raise BrokenImage(f"{image.width} x {image.height} pixels: {_BOMB}")
             yield image
-    except (BrokenPicture, MemoryError):
+    except (BrokenImage, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BrokenPicture(_BOMB) from error
+        raise BrokenImage(_BOMB) from error
     except UnidentifiedImageError as error:
-        raise BrokenPicture(f"not a picture in a known format ({', '.join(FORMATS)})") from error
+        raise BrokenImage(f"not an image in a known format ({', '.join(FORMATS)})") from error
     except OSError as error:
         if error.errno in _MACHINE_SHORT:
             raise
-        raise BrokenPicture(error.strerror or f"damaged: {error}") from error
+        raise BrokenImage(error.strerror or f"damaged: {error}") from error
     except Exception as error:  # hostile bytes make decoders raise anything: struct.error, SyntaxError, KeyError ...
-        raise BrokenPicture(f"damaged: {type(error).__name__}: {error}") from error
+        raise BrokenImage(f"damaged: {type(error).__name__}: {error}") from error
 
 
 def _stream(source: Path | bytes) -> io.BufferedReader | io.BytesIO:
     if isinstance(source, bytes):
         if not source:
-            raise BrokenPicture("empty file")
+            raise BrokenImage("empty file")
         return io.BytesIO(source)
     # Opening a named pipe would wait for ever.
     if source.exists() and not source.is_file():
-        raise BrokenPicture("not a regular file")
+        raise BrokenImage("not a regular file")
     stream = source.open("rb")
     if not stream.peek(1):
         stream.close()
-        raise BrokenPicture("empty file")
+        raise BrokenImage("empty file")
     return stream
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged EXIF beside sound pixels is no reason to lose the picture
+    except Exception:  # damaged EXIF beside sound pixels is no reason to lose the image
         return 1
 
 

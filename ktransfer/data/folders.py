@@ -1,4 +1,4 @@
-"""Every picture below a folder, in one order everywhere; what a folder lists is remembered while it is unchanged."""
+"""Every image below a folder, in one order everywhere; what a folder lists is remembered while it is unchanged."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _TICK_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Found:
-    """Pictures below a folder: relative names with "/" in code-point order (for valid Unicode that of the UTF-8 bytes).
+    """Images below a folder: relative names with "/" in code-point order (for valid Unicode that of the UTF-8 bytes).
 
     `sizes` are bytes, -1 for a link that leads nowhere; `ignored` counts files with other endings, `repeated` links to
     folders that are already in.
@@ -35,10 +35,10 @@ class Found:
 
 
 class Listing(NamedTuple):
-    """One folder as it was at `mtime_ns`: names of pictures, sub-folders and links, and the number of other files."""
+    """One folder as it was at `mtime_ns`: names of images, sub-folders and links, and the number of other files."""
 
     mtime_ns: int
-    pictures: list[str]
+    images: list[str]
     folders: list[str]
     links: list[str]
     ignored: int
@@ -74,20 +74,20 @@ def walk(root: Path) -> Found:
                 listing = _list(_join(root, name), status.st_mtime_ns)
         except OSError as error:
             raise UsageError(
-                f"{_join(root, name)} cannot be read ({error.strerror}); allow it, or name the pictures in a list"
+                f"{_join(root, name)} cannot be read ({error.strerror}); allow it, or name the images in a list"
             ) from error
         listings[name] = listing
         ignored += listing.ignored
         prefix = name and name + "/"
         folders += [prefix + folder for folder in reversed(listing.folders)]
-        for picture in listing.pictures:
-            names.append(prefix + picture)
-            sizes.append(file_size(_join(root, prefix + picture)))
+        for image in listing.images:
+            names.append(prefix + image)
+            sizes.append(file_size(_join(root, prefix + image)))
         for link in listing.links:
             size, folder = _follow(_join(root, prefix + link))
             if folder:
                 links.append(prefix + link)
-            elif _is_picture(link):
+            elif _is_image(link):
                 names.append(prefix + link)
                 sizes.append(size)
             else:
@@ -120,12 +120,12 @@ def _follow(path: str) -> tuple[int, bool]:
     return status.st_size, stat.S_ISDIR(status.st_mode)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
 def _list(path: str, mtime_ns: int) -> Listing:
-    pictures, folders, links, ignored = list[str](), list[str](), list[str](), 0
+    images, folders, links, ignored = list[str](), list[str](), list[str](), 0
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -134,11 +134,11 @@ def _list(path: str, mtime_ns: int) -> Listing:
                 links.append(entry.name)
             elif entry.is_dir():
                 folders.append(entry.name)
-            elif entry.is_file() and _is_picture(entry.name):
-                pictures.append(entry.name)
+            elif entry.is_file() and _is_image(entry.name):
+                images.append(entry.name)
             else:
                 ignored += 1
-    return Listing(mtime_ns, sorted(pictures), sorted(folders), sorted(links), ignored)
+    return Listing(mtime_ns, sorted(images), sorted(folders), sorted(links), ignored)
 
 
 def _cache_file(root: Path) -> Path:

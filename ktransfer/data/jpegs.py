@@ -16,7 +16,7 @@ from ktransfer.data import decoding
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TRIAL = (45, 67)  # sides of the picture on which the decoders are compared: no multiple of a block of 16
+_TRIAL = (45, 67)  # sides of the image on which the decoders are compared: no multiple of a block of 16
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -32,7 +32,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         (height, width, 3) uint8.
 
     Raises:
-        BrokenPicture: see `decoding.decode`.
+        BrokenImage: see `decoding.decode`.
     """
     if decoders_agree():
         try:
@@ -47,7 +47,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 @cache
 def decoders_agree() -> bool:
-    """Whether torchvision's decoder is there and gives Pillow's pixels, tried on one picture with reduced colours."""
+    """Whether torchvision's decoder is there and gives Pillow's pixels, tried on one image with reduced colours."""
     noise = np.random.default_rng(0).integers(0, 256, (*_TRIAL, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=90, subsampling="4:2:0")

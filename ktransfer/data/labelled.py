@@ -1,15 +1,15 @@
-"""Labelled pictures in the layouts that data sets come in, found by looking: CSV, VOCdevkit and COCO.
+"""Labelled images in the layouts that data sets come in, found by looking: CSV, VOCdevkit and COCO.
 
 `dataset.open_parts` asks `open_layout` first; class folders and packs are its own. A root is read as
 
 - VOC, where it or a VOC2007, VOC2012, ... below it (or below its VOCdevkit) has ImageSets/Main: the files
   CLASS_trainval.txt and CLASS_test.txt, or CLASS_train.txt and CLASS_val.txt where the test part has no labels;
-- COCO, where it or its `annotations` has instances_train*.json: a picture has the classes of its boxes;
+- COCO, where it or its `annotations` has instances_train*.json: an image has the classes of its boxes;
 - CSV, where it has train.csv (or .tsv) and val.csv (valid, validation, test): columns path and label (see
-  `dataset.open_dataset`). Several labels of a picture stand in one cell, separated by ";" or "|", or in several rows;
-  where that, or an empty label, occurs anywhere in either file, the pictures of both have `tags`.
+  `dataset.open_dataset`). Several labels of an image stand in one cell, separated by ";" or "|", or in several rows;
+  where that, or an empty label, occurs anywhere in either file, the images of both have `tags`.
 
-Of VOC, COCO and such CSV files the pictures have `tags`; objects that VOC calls difficult are tagged -1, not counted.
+Of VOC, COCO and such CSV files the images have `tags`; objects that VOC calls difficult are tagged -1, not counted.
 """
 
 import hashlib
@@ -65,32 +65,32 @@ def _voc(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         raise UsageError(f"{main} has no CLASS_{names[0]}.txt of two classes; unpack the whole VOC archive there")
     if not (found[0] / "JPEGImages").is_dir():
         raise UsageError(f"{found[0]} has no JPEGImages; unpack the whole VOC archive there")
-    say_once(f"{spec}: several labels a picture, of {names[0]} and {names[1]} of {found[0].name}")
+    say_once(f"{spec}: several labels an image, of {names[0]} and {names[1]} of {found[0].name}")
     train, val = (_voc_part(spec, found[0], name, classes) for name in names)
     return train, val
 
 
 def _voc_part(spec: str, place: Path, name: str, classes: list[str]) -> Dataset:
     main = place / "ImageSets" / "Main"
-    pictures: list[str] = []
+    images: list[str] = []
     columns: list[list[int]] = []
     for label in classes:
         path = main / f"{label}_{name}.txt"
         listed, truth = _voc_labels(path)
-        if columns and listed != pictures:
-            raise UsageError(f"{path} does not list the pictures of {classes[0]}_{name}.txt; unpack both again")
-        pictures = listed
+        if columns and listed != images:
+            raise UsageError(f"{path} does not list the images of {classes[0]}_{name}.txt; unpack both again")
+        images = listed
         columns.append(truth)
     tags = np.array(columns, np.int8).T
-    return _with_tags(spec, place / "JPEGImages", name, [f"{picture}.jpg" for picture in pictures], classes, tags)
+    return _with_tags(spec, place / "JPEGImages", name, [f"{image}.jpg" for image in images], classes, tags)
 
 
 def _voc_labels(path: Path) -> tuple[list[str], list[int]]:
-    """Names of pictures, and 1, 0 or -1 (difficult) for each."""
+    """Names of images, and 1, 0 or -1 (difficult) for each."""
     rows = [line.split() for line in _read(path).splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or row[1] not in _TRUTH:
-            raise UsageError(f"{path}, line {number}: must be a picture and 1, 0 or -1, not {' '.join(row)!r}")
+            raise UsageError(f"{path}, line {number}: must be an image and 1, 0 or -1, not {' '.join(row)!r}")
     return [row[0] for row in rows], [_TRUTH[row[1]] for row in rows]
 
 
@@ -99,7 +99,7 @@ def _coco(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
     if folder is None:
         return None
     names = [_instances(folder, ("train",)), _instances(folder, VAL_NAMES)]
-    say_once(f"{spec}: several labels a picture, of {names[0].name} and {names[1].name}")
+    say_once(f"{spec}: several labels an image, of {names[0].name} and {names[1].name}")
     train, val = (_coco_part(spec, root, path) for path in names)
     if train.classes != val.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
@@ -119,29 +119,27 @@ def _instances(folder: Path, words: Sequence[str]) -> Path:
 def _coco_part(spec: str, root: Path, path: Path) -> Dataset:
     try:
         content: Any = json.loads(_read(path))
-        files = {picture["id"]: str(picture["file_name"]) for picture in content["images"]}
+        files = {image["id"]: str(image["file_name"]) for image in content["images"]}
         classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
         present = {(mark["image_id"], mark["category_id"]) for mark in content["annotations"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
     if not files:
-        raise UsageError(f"{path} names no pictures; give one that does")
+        raise UsageError(f"{path} names no images; give one that does")
     part = path.stem.removeprefix("instances_")
     places = [root, root / "images", root / part, root / "images" / part]
     first = next(iter(files.values()))
     place = next((place for place in places if (place / first).is_file()), None)
     if place is None:
         looked = ", ".join(str(place / first) for place in places)
-        raise UsageError(f"{path}: its pictures are not there (looked for {looked}); put them in one of these places")
+        raise UsageError(f"{path}: its images are not there (looked for {looked}); put them in one of these places")
     columns = sorted(classes)
     row, column = ({key: number for number, key in enumerate(keys)} for keys in (files, columns))
     tags = np.zeros((len(row), len(column)), np.int8)
-    for picture, kind in present:
-        if picture not in row or kind not in column:
-            raise UsageError(
-                f"{path}: an annotation names picture {picture} or category {kind}, which it does not list"
-            )
-        tags[row[picture], column[kind]] = 1
+    for image, kind in present:
+        if image not in row or kind not in column:
+            raise UsageError(f"{path}: an annotation names image {image} or category {kind}, which it does not list")
+        tags[row[image], column[kind]] = 1
     return _with_tags(spec, place, part, list(files.values()), [classes[key] for key in columns], tags)
 
 
@@ -162,7 +160,7 @@ def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         raise UsageError(f"{paths[1]}: labels that {paths[0]} does not have: {', '.join(sorted(unknown)[:5])}")
     if len(classes) < 2:
         raise UsageError(f"{paths[0]}: fewer than two different labels; there is nothing to tell apart")
-    say_once(f"{spec}: {'several labels a picture' if several else 'one label a picture'}, of {' and '.join(names)}")
+    say_once(f"{spec}: {'several labels an image' if several else 'one label an image'}, of {' and '.join(names)}")
     train, val = (
         (_several if several else _one)(spec, root, name, table, classes)
         for name, table in zip(names, tables, strict=True)
@@ -175,10 +173,10 @@ def _table(root: Path, words: Iterable[str]) -> Path | None:
 
 
 def _labels_of(path: Path) -> dict[str, list[str]]:
-    """Picture -> its labels, in the order of the file."""
+    """Image -> its labels, in the order of the file."""
     names, cells = read_list(path)
     if not names:
-        raise UsageError(f"{path} lists no pictures; write a header path,label and one picture a line")
+        raise UsageError(f"{path} lists no images; write a header path,label and one image a line")
     if not any(cells):
         raise UsageError(f"{path} has no label; write a column label (or class, or target)")
     found: dict[str, list[str]] = {}
@@ -205,7 +203,7 @@ def _with_tags(
     spec: str, root: Path, name: str, names: Sequence[str], classes: Sequence[str], tags: NDArray[np.int8]
 ) -> Dataset:
     if not (tags == 1).any():
-        raise UsageError(f"{spec}: no picture of its part {name} has a label; there is nothing to judge by")
+        raise UsageError(f"{spec}: no image of its part {name} has a label; there is nothing to evaluate by")
     data = _files(spec, root, name, names, [""] * len(names))
     shown = tuple(escaped(classes))
     return replace(data, classes=shown, tags=tags, fingerprint=_digest(data, shown, tags))
@@ -215,13 +213,13 @@ def _files(spec: str, root: Path, name: str, names: Sequence[str], labels: Seque
     sizes = [file_size(os.path.join(root, file)) for file in names]  # noqa: PTH118 -- Path objects cost more
     if max(sizes) < 0:
         raise UsageError(
-            f"{spec}: none of the {len(names)} pictures of its part {name} is there, such as {root / names[0]}"
+            f"{spec}: none of the {len(names)} images of its part {name} is there, such as {root / names[0]}"
         )
     return of_files(spec, root, name, names, sizes, labels)
 
 
 def _digest(data: Dataset, classes: Sequence[str], labels: NDArray[np.integer]) -> str:
-    """The fingerprint of pictures and what they are labelled."""
+    """The fingerprint of images and what they are labelled."""
     words = "\0".join((data.fingerprint, *classes)).encode()
     return hashlib.sha256(words + labels.astype("<i4").tobytes()).hexdigest()
 

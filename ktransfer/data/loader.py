@@ -1,4 +1,4 @@
-"""Batches of square uint8 pictures: decoded in threads, ahead of the consumer, kept in memory where they fit.
+"""Batches of square uint8 images: decoded in threads, ahead of the consumer, kept in memory where they fit.
 
 On a GPU they are copied beside the computation, from pinned memory, or kept there.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.decoding import square
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
@@ -27,7 +27,7 @@ CACHES = ("auto", "device", "ram", "off")
 CPU = torch.device("cpu")
 _AHEAD = 2
 _MAX_WORKERS = 16
-# Several jobs for each thread, so that one large picture does not keep the others idle.
+# Several jobs for each thread, so that one large image does not keep the others idle.
 _JOBS_PER_WORKER = 4
 _UNSEEN, _VALID, _BROKEN = 0, 1, 2
 
@@ -42,13 +42,13 @@ class _Job(NamedTuple):
     futures: list[Future[None]]
 
 
-class Pictures:
-    """The pictures of a dataset as squares.
+class ImageLoader:
+    """The images of a dataset as squares.
 
     A batch depends on its rows alone: not on the number of threads, the order of batches, or what is kept in memory.
 
     Args:
-        dataset: where the pictures come from.
+        dataset: where the images come from.
         size: side of the squares in pixels, > 0 (`images.square`).
         workers: threads that decode; by default one for each core, at most 16.
         cache_bytes: for "auto", what decoded squares may take in the machine's memory; by default a quarter of what is
@@ -76,7 +76,7 @@ class Pictures:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.cache = cache
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="pictures")
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="images")
         self._reasons: dict[int, str] = {}
         self._state = np.zeros(len(dataset), np.uint8)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -86,7 +86,7 @@ class Pictures:
 
     @property
     def broken(self) -> dict[int, str]:
-        """Row and reason of the broken pictures among those that were asked for so far, in row order."""
+        """Row and reason of the broken images among those that were asked for so far, in row order."""
         return dict(sorted(self._reasons.copy().items()))
 
     @property
@@ -95,10 +95,10 @@ class Pictures:
         return None if self._kept is None else self._kept.device
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures of `rows`, (batch,) int64 on the CPU.
+        """Images of `rows`, (batch,) int64 on the CPU.
 
         Returns:
-            (batch, 3, size, size) uint8 on the device and (batch,) bool on the CPU; a broken picture is all zeros and
+            (batch, 3, size, size) uint8 on the device and (batch,) bool on the CPU; a broken image is all zeros and
             False.
         """
         job = self._start(rows)
@@ -165,14 +165,14 @@ class Pictures:
 
     def _decode(self, row: int, out: Tensor, kept: Tensor | None = None) -> None:
         """Decode into `out`, on the CPU, and copy it to where it is kept, if that is elsewhere."""
-        # The state comes last, so that no other thread takes a picture that is only half there.
+        # The state comes last, so that no other thread takes an image that is only half there.
         if self._state[row] == _BROKEN:
             out.zero_()
             return
         state = _VALID
         try:
             np.copyto(out.numpy(), square(self.dataset.read(row, self.size), self.size).transpose(2, 0, 1))
-        except BrokenPicture as error:
+        except BrokenImage as error:
             out.zero_()
             self._reasons[row] = str(error)
             state = _BROKEN
@@ -199,13 +199,13 @@ class Pictures:
 def cache_place(
     cache: str, count: int, size: int, device: torch.device, cache_bytes: int | None = None
 ) -> torch.device | None:
-    """Where the squares of `count` pictures, `size` pixels wide, are to be kept; None for nowhere.
+    """Where the squares of `count` images, `size` pixels wide, are to be kept; None for nowhere.
 
     Args:
         cache: "off"; "ram"; "device": in the memory of the GPU; "auto": there if that takes at most half of what is
             free, else in the machine's memory within `cache_bytes`, else nowhere.
         device: where batches are wanted.
-        cache_bytes: see `Pictures`.
+        cache_bytes: see `ImageLoader`.
 
     Raises:
         UsageError: it was asked for and does not fit, or there is no such place.
@@ -215,11 +215,11 @@ def cache_place(
     if cache == "off":
         return None
     if cache == "device" and not on_gpu:
-        raise UsageError(f"--cache-pictures device: {device} has no memory of its own; give auto, ram or off")
+        raise UsageError(f"--cache-images device: {device} has no memory of its own; give auto, ram or off")
     free = torch.cuda.mem_get_info(device)[0] if on_gpu and cache != "ram" else available_bytes()
     if cache != "auto" and needed > free:
         raise UsageError(
-            f"--cache-pictures {cache}: {count:,} pictures of {size} x {size} take {needed / 1e9:.1f} GB, "
+            f"--cache-images {cache}: {count:,} images of {size} x {size} take {needed / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB are free; give auto or off"
         )
     if on_gpu and (cache == "device" or (cache == "auto" and needed <= free // 2)):
@@ -229,9 +229,9 @@ def cache_place(
 
 
 def typical_short_side(dataset: Dataset, sample: int = 64) -> int:
-    """10th percentile (an observed value, in pixels) of the short sides of up to `sample` evenly spread pictures.
+    """10th percentile (an observed value, in pixels) of the short sides of up to `sample` evenly spread images.
 
-    Looks at headers alone where it can. Broken pictures are left out; StageError where all of them are broken.
+    Looks at headers alone where it can. Broken images are left out; StageError where all of them are broken.
     """
     count = min(sample, len(dataset))
     sides: list[int] = []
@@ -242,15 +242,15 @@ def typical_short_side(dataset: Dataset, sample: int = 64) -> int:
                 sides.append(dataset.short_side(row))
             else:
                 sides.append(min(dataset.read(row, None).shape[:2]))
-        except BrokenPicture as error:
+        except BrokenImage as error:
             reason = f"{dataset.keys[row]}: {error}"
     if not sides:
-        raise StageError(f"{dataset.spec}: none of {count} pictures can be read ({reason}); check the data")
+        raise StageError(f"{dataset.spec}: none of {count} images can be read ({reason}); check the data")
     return int(np.percentile(sides, 10, method="lower"))
 
 
 def reasons(dataset: Dataset, valid: NDArray[np.bool_], size: int) -> dict[int, str]:
-    """Row and reason of each picture that is not `valid`; they are read again, as some were met before an interruption.
+    """Row and reason of each image that is not `valid`; they are read again, as some were met before an interruption.
 
     Args:
         valid: (n,) bool, for the first n rows.
@@ -260,15 +260,15 @@ def reasons(dataset: Dataset, valid: NDArray[np.bool_], size: int) -> dict[int, 
     for row in np.flatnonzero(~valid).tolist():
         try:
             dataset.read(row, size)
-        except BrokenPicture as error:
+        except BrokenImage as error:
             found[row] = str(error)
         else:
             found[row] = "was broken when its turn came, and is not any more"
     return found
 
 
-def readable(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
-    """Read all of `rows` once before a training, so that broken pictures are known, counted and left out.
+def readable(images: ImageLoader, rows: Tensor, max_broken: float) -> Tensor:
+    """Read all of `rows` once before a training, so that broken images are known, counted and left out.
 
     Args:
         rows: (n,) int64.
@@ -282,13 +282,13 @@ def readable(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
     """
     kept: list[Tensor] = []
     with bar(len(rows), "read") as shown:
-        for chosen, _, valid, _ in pictures.batches(iter(rows.split(256))):
+        for chosen, _, valid, _ in images.batches(iter(rows.split(256))):
             kept.append(chosen[valid])
             shown.update(len(chosen))
-    check_broken(pictures.broken, len(rows), max_broken, pictures.dataset)
+    check_broken(images.broken, len(rows), max_broken, images.dataset)
     found = torch.cat(kept)
     if len(found) < 2:
-        raise StageError(f"{pictures.dataset.spec}: only {len(found)} pictures can be read; there is nothing to learn")
+        raise StageError(f"{images.dataset.spec}: only {len(found)} images can be read; there is nothing to learn")
     return found
 
 

@@ -23,10 +23,10 @@ VAL_NAMES = ("val", "valid", "validation", "test")
 
 
 def open_dataset(spec: str) -> Dataset:
-    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5) or `scenes:...`; UsageError when it names no pictures.
+    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5) or `scenes:...`; UsageError when it names no images.
 
     A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
-    picture lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
+    image lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
     `val` (or `valid`, `validation`, `test`), as folders or as packs such as `train.h5`, means its `train`, and a line
     says so.
     """
@@ -54,8 +54,8 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
     Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`). A root with CSV
     files, a VOCdevkit or COCO's annotations is known by what lies in it (`labelled.py`).
 
-    Both parts have the same `classes`, and a target for every picture or, where a picture may have several labels,
-    `tags`; UsageError where a folder or file is missing, the classes differ or a picture lies outside of the class
+    Both parts have the same `classes`, and a target for every image or, where an image may have several labels,
+    `tags`; UsageError where a folder or file is missing, the classes differ or an image lies outside of the class
     folders.
     """
     if spec.startswith("scenes:"):
@@ -79,12 +79,12 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
             why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
             if part.classes:
                 why = f"{part.keys[int(np.argmin(part.targets))]} has no class"
-            raise UsageError(f"{path}: {why}; every picture needs a folder that names its class, at least two of them")
+            raise UsageError(f"{path}: {why}; every image needs a folder that names its class, at least two of them")
     differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
     if differing:
         raise UsageError(
             f"{train} and {val} have different classes ({len(differing)}: {', '.join(differing[:5])}); "
-            "give both the same class folders, each with at least one picture"
+            "give both the same class folders, each with at least one image"
         )
     return parts
 
@@ -126,11 +126,11 @@ def _folder(spec: str, root: Path) -> Dataset:
     found = walk(root)
     if found.ignored or found.repeated:
         say_once(
-            f"{root}: {len(found.names):,} pictures; {found.ignored:,} files with other endings are ignored, "
+            f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
             f"{found.repeated:,} links to folders that are already in are not followed"
         )
     if not found.names:
-        raise UsageError(f"{spec}: no pictures in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
+        raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
     keys = escaped(found.names)
     labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if "" in labels or len(set(labels)) < 2:
@@ -141,10 +141,10 @@ def _folder(spec: str, root: Path) -> Dataset:
 def _list(spec: str, path: Path) -> Dataset:
     names, labels = read_list(path)
     if not names:
-        raise UsageError(f"{spec} lists no pictures; write one path a line, relative to the folder of the list")
+        raise UsageError(f"{spec} lists no images; write one path a line, relative to the folder of the list")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
-        raise UsageError(f"{spec} lists {name} {times} times; name each picture once")
+        raise UsageError(f"{spec} lists {name} {times} times; name each image once")
     sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
     return of_files(spec, path.parent, path.stem, names, sizes, labels)
 

@@ -1,4 +1,4 @@
-"""Features of all pictures, by all processes: each computes a batch in turn, and the leader gets them in order."""
+"""Features of all images, by all processes: each computes a batch in turn, and the leader gets them in order."""
 
 from collections.abc import Callable
 
@@ -8,30 +8,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import distributed
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 
 Take = Callable[[int, NDArray[np.float32], NDArray[np.bool_]], object]
-"""First row, (b, d) float32 features with zeros where a picture is broken, (b,) bool whether it is not."""
+"""First row, (b, d) float32 features with zeros where an image is broken, (b,) bool whether it is not."""
 
 
-def in_turn(
-    pictures: Pictures, first: int, batch: int, compute: Callable[[Tensor], Tensor], dim: int, take: Take | None
+def ordered_map(
+    images: ImageLoader, first: int, batch: int, compute: Callable[[Tensor], Tensor], dim: int, take: Take | None
 ) -> None:
     """Compute the rows from `first` on, `batch` at a time; called by all processes at once, or by the only one.
 
     The batches are those of one process, so the features are too.
 
     Args:
-        compute: (b, 3, s, s) uint8 pictures -> (b, dim) features on any device.
-        dim: d, numbers a picture.
+        compute: (b, 3, s, s) uint8 images -> (b, dim) features on any device.
+        dim: d, numbers an image.
         take: what the leader does with the features, in the order of the rows; None in the others.
 
     Raises:
         KTransferError: `compute` or `take` failed, in whatever process; Told in the others.
     """
-    parts = [part for part in torch.arange(first, len(pictures.dataset)).split(batch) if len(part)]
-    who, of = distributed.number(), distributed.count()
-    own = pictures.batches(iter(parts[who::of]))
+    parts = [part for part in torch.arange(first, len(images.dataset)).split(batch) if len(part)]
+    who, of = distributed.rank(), distributed.world_size()
+    own = images.batches(iter(parts[who::of]))
     error: Exception | None = None
     for start in range(0, len(parts), of):
         turn = parts[start : start + of]

@@ -1,4 +1,4 @@
-"""`ktransfer pack`: every picture of a data set made small once, on all cores, into one file (see `packs`)."""
+"""`ktransfer pack`: every image of a data set made small once, on all cores, into one file (see `packs`)."""
 
 import io
 import multiprocessing
@@ -22,16 +22,16 @@ from ktransfer.data import decoding, packs
 from ktransfer.data.dataset import Dataset, Reader, check_broken
 from ktransfer.data.opening import PACKS, open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say
 
 QUALITY = 90
 LARGEST = 8192  # no network sees more
 _LONGEST_JPEG = 65_500  # the format's own limit is 65,535, libjpeg's is this
-_JOB = 16  # pictures a worker takes at a time
+_JOB = 16  # images a worker takes at a time
 _AHEAD = 3  # jobs a worker, so that none waits for the writer
-_SAMPLE = 16  # pictures that are encoded to guess the size of the file
+_SAMPLE = 16  # images that are encoded to guess the size of the file
 
 
 def pack(
@@ -43,27 +43,27 @@ def pack(
     workers: int = 0,
     max_broken: float = 0.01,
 ) -> Path:
-    """Write all pictures of a data set into one file, upright, as RGB, with the short side at most `size`.
+    """Write all images of a data set into one file, upright, as RGB, with the short side at most `size`.
 
     Killed at any time and given again, it goes on and ends with the same bytes; how many workers there are changes
-    nothing either. A finished file of the same pictures and settings is left as it is.
+    nothing either. A finished file of the same images and settings is left as it is.
 
     Args:
         data: what `dataset.open_dataset` takes, also a pack.
         out: the file, *.h5.
-        size: short side in pixels, 1 to 8192; smaller pictures stay as they are, and nothing is cut off (but what a
+        size: short side in pixels, 1 to 8192; smaller images stay as they are, and nothing is cut off (but what a
             JPEG cannot hold beyond 65,500 pixels).
         raw: uint8 pixels instead of JPEG.
         quality: of the JPEGs, 1 to 100; 90 by default.
         workers: processes; 0 takes one for each core.
-        max_broken: the largest share of broken pictures that is accepted; their rows stay, with the reason.
+        max_broken: the largest share of broken images that is accepted; their rows stay, with the reason.
 
     Returns:
         The path of the file.
 
     Raises:
         UsageError: what was asked for cannot be done.
-        StageError: too many pictures are broken, or the disk is full.
+        StageError: too many images are broken, or the disk is full.
     """
     out = Path(out)
     recipe = _recipe(out, size, raw, quality, workers, max_broken)
@@ -78,7 +78,7 @@ def pack(
     with _disk_errors(out), ExitStack() as stack:
         unfinished = stack.enter_context(closing(Unfinished(out, source, recipe)))
         if unfinished.rows_done:
-            say(f"pack: goes on after {unfinished.rows_done:,} of {len(source):,} pictures ({out})")
+            say(f"pack: goes on after {unfinished.rows_done:,} of {len(source):,} images ({out})")
         with bar(len(source), "pack", done=unfinished.rows_done) as shown:
             results = stack.enter_context(closing(_encoded(source, unfinished.rows_done, recipe, workers or cores())))
             for rows in results:
@@ -89,7 +89,7 @@ def pack(
         unfinished.finish()
     stored = out.stat().st_size
     say(
-        f"pack: done; {len(source):,} pictures, {stored / 1e9:.2f} GB ({stored / len(source) / 1e3:.1f} kB each), "
+        f"pack: done; {len(source):,} images, {stored / 1e9:.2f} GB ({stored / len(source) / 1e3:.1f} kB each), "
         f"{len(broken)} of them broken; {out}"
     )
     return out
@@ -112,11 +112,11 @@ def _recipe(out: Path, size: int, raw: bool, quality: int | None, workers: int, 
 
 
 def encode(read: Reader, recipe: Recipe) -> Packed:
-    """Read one picture, make it small and encode it; a broken one gives its reason."""
+    """Read one image, make it small and encode it; a broken one gives its reason."""
     try:
         # `decoding.decode` leaves twice what it is asked for; here a JPEG at half the scale will do for half the size.
         pixels = shrink(read(-(-recipe.size // 2)), recipe.size)
-    except BrokenPicture as error:
+    except BrokenImage as error:
         reason = (str(error) or "broken").encode("utf-8", "backslashreplace")
         return Packed(reason, packs.digest_of(reason), 0, 0, False)
     if recipe.quality:
@@ -153,7 +153,7 @@ def _encode_all(readers: Sequence[Reader], recipe: Recipe) -> list[Packed]:
 
 
 def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generator[list[Packed], None, None]:
-    """The pictures from row `first` on, in order and some at a time, encoded by so many processes (1: by this one)."""
+    """The images from row `first` on, in order and some at a time, encoded by so many processes (1: by this one)."""
     assert data.reader is not None  # of whatever open_dataset gives
     reader = data.reader
     starts = range(first, len(data), _JOB)
@@ -196,7 +196,7 @@ def _begin_worker(giants: AbstractContextManager[bool]) -> None:
 
 
 def _refuse_another(out: Path, data: Dataset, recipe: Recipe) -> None:
-    """UsageError unless `out` is a finished pack of these pictures and settings."""
+    """UsageError unless `out` is a finished pack of these images and settings."""
     try:
         found = packs.read_pack(out)
     except UsageError as error:
@@ -218,9 +218,7 @@ def _need_disk(out: Path, data: Dataset, recipe: Recipe) -> None:
     assert data.reader is not None
     count = min(_SAMPLE, len(data))
     sample = [encode(data.reader(row * len(data) // count), recipe) for row in range(count)]
-    need_disk(
-        out.parent, sum(len(found.data) for found in sample) * len(data) // count, f"pack ({len(data):,} pictures)"
-    )
+    need_disk(out.parent, sum(len(found.data) for found in sample) * len(data) // count, f"pack ({len(data):,} images)")
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """How `ktransfer pack` writes its file (`packs.py` says how that is laid out), so that it can be killed at any time.
 
 How long the data will be is known at the end only, but HDF5 fixes the length of a contiguous data set when it makes it.
-So the bytes of the pictures are appended to FILE.part behind a gap as large as HDF5's header, and what is known of each
-picture to FILE.rows. When all are there, HDF5 writes FILE.head, a file of that length with a hole for the data, and its
-header is laid into the gap. FILE.progress says how many pictures are safely on disk.
+So the bytes of the images are appended to FILE.part behind a gap as large as HDF5's header, and what is known of each
+image to FILE.rows. When all are there, HDF5 writes FILE.head, a file of that length with a hole for the data, and its
+header is laid into the gap. FILE.progress says how many images are safely on disk.
 """
 
 import fcntl
@@ -34,14 +34,14 @@ _ROW = np.dtype([("end", "<i8"), ("digest", "<u8"), ("height", "<i4"), ("width",
 
 
 class Recipe(NamedTuple):
-    """What decides about the bytes of a picture; quality is 0 for raw pixels."""
+    """What decides about the bytes of an image; quality is 0 for raw pixels."""
 
     size: int
     quality: int
 
 
 class Packed(NamedTuple):
-    """A picture as it is stored; where it is broken, `data` is the reason."""
+    """An image as it is stored; where it is broken, `data` is the reason."""
 
     data: bytes
     digest: int
@@ -54,7 +54,7 @@ class Unfinished:
     """FILE.part, FILE.rows and FILE.progress: new, or as an interrupted run of the same kind left them.
 
     Attributes:
-        rows_done: pictures that are written.
+        rows_done: images that are written.
     """
 
     def __init__(self, out: Path, data: Dataset, recipe: Recipe) -> None:
@@ -84,19 +84,19 @@ class Unfinished:
             stack.pop_all()
 
     def append(self, packed: Sequence[Packed]) -> None:
-        """Write the next pictures."""
+        """Write the next images."""
         records = np.zeros(len(packed), _ROW)
-        for slot, picture in enumerate(packed):
-            self._end += len(picture.data)
-            records[slot] = (self._end, picture.digest, picture.height, picture.width, picture.valid)
-            self._data_file.write(picture.data)
+        for slot, image in enumerate(packed):
+            self._end += len(image.data)
+            records[slot] = (self._end, image.digest, image.height, image.width, image.valid)
+            self._data_file.write(image.data)
         self._row_file.write(records.tobytes())
         self.rows_done += len(packed)
         if time.monotonic() - self._saved_at >= _SAVE_SECONDS:
             self._save()
 
     def broken(self) -> dict[int, str]:
-        """Row and reason of each broken picture."""
+        """Row and reason of each broken image."""
         self._save()
         records = self._records()
         return {row: self._reason(records, row) for row in np.flatnonzero(~records["valid"]).tolist()}
@@ -104,7 +104,7 @@ class Unfinished:
     def finish(self) -> None:
         """Write the header and give the finished file its name; all rows must be written."""
         if self.rows_done != len(self._data):
-            raise ValueError(f"{self.rows_done} of {len(self._data)} pictures are written")
+            raise ValueError(f"{self.rows_done} of {len(self._data)} images are written")
         self._save()
         records = self._records()
         length = max(self._end, _LEAST)
@@ -128,7 +128,7 @@ class Unfinished:
                 self._save()
 
     def _saved(self) -> tuple[int, NDArray[Any]]:
-        """Where the data begin, and what is known of the pictures that are safely written."""
+        """Where the data begin, and what is known of the images that are safely written."""
         try:
             saved = json.loads(self._progress.read_text("utf-8"))
             same = saved["spec"] == self._spec
@@ -141,7 +141,7 @@ class Unfinished:
             if len(records) == saved["rows"] and there >= saved["at"] + end:
                 return saved["at"], records
         elif saved is not None:
-            say(f"pack: begins anew, as {self._part} was begun with other pictures, settings or versions")
+            say(f"pack: begins anew, as {self._part} was begun with other images, settings or versions")
         self._progress.unlink(missing_ok=True)
         at = _write_head(self._part, *header(self._data, self._recipe, None), _LEAST)
         files.write_json(self._progress, {"rows": 0, "at": at, "spec": self._spec})

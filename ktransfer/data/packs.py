@@ -1,19 +1,19 @@
-"""A pack: pictures that `ktransfer pack` made small once, in one HDF5 file whose bytes are read without HDF5.
+"""A pack: images that `ktransfer pack` made small once, in one HDF5 file whose bytes are read without HDF5.
 
-Everything is little-endian and contiguous; n pictures, c classes:
+Everything is little-endian and contiguous; n images, c classes:
 
-    data    (bytes,) uint8   the pictures one after the other: JPEG files, or height x width x 3 uint8 where `encoding`
-                             is "raw"; of a broken picture its reason, as UTF-8
-    offset  (n + 1,) int64   picture i is data[offset[i]:offset[i + 1]]
+    data    (bytes,) uint8   the images one after the other: JPEG files, or height x width x 3 uint8 where `encoding`
+                             is "raw"; of a broken image its reason, as UTF-8
+    offset  (n + 1,) int64   image i is data[offset[i]:offset[i + 1]]
     shape   (n, 2) int32     height and width as they are stored; 0, 0 where broken
     valid   (n,) bool        false where broken
-    digest  (n,) uint64      of the bytes of each picture (`digest_of`)
+    digest  (n,) uint64      of the bytes of each image (`digest_of`)
     key     (n,) UTF-8       as the source had it
     target  (n,) int32       row of `class`, -1 unknown
     class   (c,) UTF-8
 
 Attributes: schema, encoding, size, quality (0 where raw), source (fingerprint of what was packed), and fingerprint: the
-SHA-256 of the encoding and all tables, thus by `digest` of all pictures.
+SHA-256 of the encoding and all tables, thus by `digest` of all images.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ktransfer.artifacts.features import decode_keys
 from ktransfer.data import decoding, jpegs
 from ktransfer.data.dataset import Dataset, file_name
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 
 SCHEMA = 1
 ENCODINGS = ("jpeg", "raw")
@@ -47,7 +47,7 @@ ATTRIBUTES = {"schema": int, "encoding": str, "size": int, "quality": int, "sour
 
 
 class Pack(NamedTuple):
-    """What a pack says about its pictures: `TABLES` by name, attributes, and where `data` begins in the file."""
+    """What a pack says about its images: `TABLES` by name, attributes, and where `data` begins in the file."""
 
     path: Path
     tables: dict[str, NDArray[Any]]
@@ -56,7 +56,7 @@ class Pack(NamedTuple):
 
 
 class Place(NamedTuple):
-    """One picture of a pack, for whatever process is to read it."""
+    """One image of a pack, for whatever process is to read it."""
 
     path: Path
     key: str
@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 
 def digest_of(data: bytes) -> int:
-    """BLAKE2b of 8 bytes, as a little-endian number: fast enough to be checked whenever a picture is read first."""
+    """BLAKE2b of 8 bytes, as a little-endian number: fast enough to be checked whenever an image is read first."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -85,7 +85,7 @@ def fingerprint_of(encoding: str, tables: Mapping[str, NDArray[Any]]) -> str:
 
 
 def open_pack(spec: str, path: Path) -> Dataset:
-    """The pictures of a pack; its keys and classes are those of what was packed, its fingerprint is its own.
+    """The images of a pack; its keys and classes are those of what was packed, its fingerprint is its own.
 
     Raises:
         UsageError: the file is cut off, no pack, or not as `ktransfer pack` wrote it (data are checked when they are
@@ -105,13 +105,13 @@ def open_pack(spec: str, path: Path) -> Dataset:
 
     def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
         whole = short_side is None or decoding.reduction(int(shape[row].min()), short_side) == 1
-        pixels = read_picture(place(row), short_side, not checked[row], jpegs.decode if whole else None)
+        pixels = read_image(place(row), short_side, not checked[row], jpegs.decode if whole else None)
         checked[row] = True
         return pixels
 
     def smaller_side(row: int) -> int:
         if not valid[row]:
-            read_picture(place(row), None)
+            read_image(place(row), None)
         return int(shape[row].min())
 
     return Dataset(
@@ -123,14 +123,14 @@ def open_pack(spec: str, path: Path) -> Dataset:
         fingerprint=pack.attributes["fingerprint"],
         read=read,
         short_side=smaller_side,
-        reader=lambda row: partial(read_picture, place(row)),
+        reader=lambda row: partial(read_image, place(row)),
     )
 
 
-def read_picture(
+def read_image(
     place: Place, short_side: int | None, check: bool = True, whole: Callable[[bytes], NDArray[np.uint8]] | None = None
 ) -> NDArray[np.uint8]:
-    """One picture, (height, width, 3) uint8, by a plain read: nothing is open between two of them, nothing is mapped.
+    """One image, (height, width, 3) uint8, by a plain read: nothing is open between two of them, nothing is mapped.
 
     Args:
         short_side: as for `decoding.decode`; raw pixels ignore it.
@@ -138,7 +138,7 @@ def read_picture(
         whole: decodes a JPEG instead of `decoding.decode`.
 
     Raises:
-        BrokenPicture: it was broken when it was packed, and the reason then.
+        BrokenImage: it was broken when it was packed, and the reason then.
         StageError: the file is not any more what it was when it was opened.
     """
     try:
@@ -157,14 +157,14 @@ def read_picture(
             "make it again with `ktransfer pack`"
         )
     if not place.valid:
-        raise BrokenPicture(data.decode("utf-8", "replace"))
+        raise BrokenImage(data.decode("utf-8", "replace"))
     if place.raw:
         return np.frombuffer(data, np.uint8).reshape(place.height, place.width, 3)
     return whole(data) if whole else decoding.decode(data, short_side)
 
 
 def read_pack(path: Path) -> Pack:
-    """Open and check a pack without reading its pictures.
+    """Open and check a pack without reading its images.
 
     Raises:
         UsageError: it is not one, or not whole.
@@ -227,7 +227,7 @@ def _check_values(path: Path, tables: Mapping[str, NDArray[Any]], attributes: Ma
         if tables[name].shape != shape:
             raise _refusal(path, f"{name} has shape {tables[name].shape}, must be {shape} as there are {n} keys")
     if not n:
-        raise _refusal(path, "it holds no pictures")
+        raise _refusal(path, "it holds no images")
     if attributes["encoding"] not in ENCODINGS:
         raise _refusal(path, f"encoding is {attributes['encoding']}, must be {' or '.join(ENCODINGS)}")
     offset, valid, target = tables["offset"], tables["valid"], tables["target"]
@@ -237,8 +237,8 @@ def _check_values(path: Path, tables: Mapping[str, NDArray[Any]], attributes: Ma
         raise _refusal(path, f"a target is not one of {len(tables['class'])} classes")
     sides = tables["shape"][valid].astype(np.int64)
     if (sides < 1).any():
-        raise _refusal(path, "a picture has no pixels")
+        raise _refusal(path, "an image has no pixels")
     if attributes["encoding"] == "raw" and (sides.prod(1) * 3 != np.diff(offset)[valid]).any():
-        raise _refusal(path, "a picture has more or fewer bytes than its shape says")
+        raise _refusal(path, "an image has more or fewer bytes than its shape says")
     if fingerprint_of(attributes["encoding"], tables) != attributes["fingerprint"]:
         raise _refusal(path, "its tables are not those that were written (the fingerprint differs)")

@@ -38,7 +38,7 @@ _TRIES = 16
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What `scenes:` stands for: number of pictures, their side in pixels, seed."""
+    """What `scenes:` stands for: number of images, their side in pixels, seed."""
 
     images: int = 2000
     size: int = 96
@@ -47,12 +47,12 @@ class SceneSpec:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a picture.
+    """One object of an image.
 
     `category` counts from 0 (COCO files count from 1); `box` is (x, y, width, height) in pixels, the extent of the
-    polygons; `polygons` are flat lists x, y, x, y, ... in pixels (0 is the left or upper edge of the picture). Their
+    polygons; `polygons` are flat lists x, y, x, y, ... in pixels (0 is the left or upper edge of the image). Their
     union is the silhouette. A hole (ring, key) is part of its polygon, joined to the rim by a seam without width, so
-    that even-odd filling leaves it empty. Objects lie wholly inside the picture and hide nothing of each other.
+    that even-odd filling leaves it empty. Objects lie wholly inside the image and hide nothing of each other.
     """
 
     name: str
@@ -81,36 +81,36 @@ def parse(spec: str) -> SceneSpec:
 
 
 def render(seed: int, part: str, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
-    """Draw one picture: a pure function of its arguments.
+    """Draw one image: a pure function of its arguments.
 
     Args:
         seed: >= 0.
-        part: any name; pictures of different parts ("train", "val") are independent.
-        index: >= 0; the class of the picture is `index % len(CLASSES)`.
+        part: any name; images of different parts ("train", "val") are independent.
+        index: >= 0; the class of the image is `index % len(CLASSES)`.
         size: side in pixels, at least 8.
 
     Returns:
-        (size, size, 3) uint8 RGB, and its objects: the first gives the class; a quarter of the pictures have one or two
+        (size, size, 3) uint8 RGB, and its objects: the first gives the class; a quarter of the images have one or two
         further, smaller ones of any class (fewer where there is no room).
     """
     rng = np.random.default_rng([seed, zlib.crc32(part.encode()), index])
     outlines = _arrange(rng, index % len(CLASSES), size)
     noise = _noise(rng, size), _noise(rng, size)
-    picture = _clutter(rng, _background(rng, size, noise))
+    image = _clutter(rng, _background(rng, size, noise))
     for _, outline in outlines:
-        _paint(rng, picture, outline, noise[1])
+        _paint(rng, image, outline, noise[1])
     x, y = _grid(size)
     angle = rng.uniform(0, 2 * np.pi)
     ramp = (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
     light = rng.uniform(0.8, 1.1) + rng.uniform(0, 0.5) * ramp
-    picture *= (light[:, :, None] * rng.uniform(0.93, 1.07, 3)).astype(np.float32)
-    picture += rng.standard_normal(picture.shape, np.float32) * np.float32(rng.uniform(0, 0.03))
-    pixels = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image *= (light[:, :, None] * rng.uniform(0.93, 1.07, 3)).astype(np.float32)
+    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, 0.03))
+    pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     return pixels, [_describe(category, outline) for category, outline in outlines]
 
 
 def objects(seed: int, part: str, index: int, size: int) -> list[SceneObject]:
-    """The objects of the picture that `render` draws from the same arguments, without drawing it."""
+    """The objects of the image that `render` draws from the same arguments, without drawing it."""
     rng = np.random.default_rng([seed, zlib.crc32(part.encode()), index])
     return [_describe(category, outline) for category, outline in _arrange(rng, index % len(CLASSES), size)]
 
@@ -128,7 +128,7 @@ def write_scenes(out: Path, images: int, size: int = 128, seed: int = 0) -> None
     boxes, polygons, areas in pixels.
 
     Raises:
-        UsageError: before anything is written, for fewer pictures than classes, a size or seed out of range, a folder
+        UsageError: before anything is written, for fewer images than classes, a size or seed out of range, a folder
             that is not empty or cannot be written.
         StageError: writing failed on the way (a full disk).
     """
@@ -152,13 +152,13 @@ def write_scenes(out: Path, images: int, size: int = 128, seed: int = 0) -> None
 def _write_part(out: Path, part: str, count: int, size: int, seed: int) -> None:
     for name in CLASSES:
         (out / part / name).mkdir(parents=True, exist_ok=True)
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     for index in track(range(count), count, f"scenes {part}"):
         pixels, objects = render(seed, part, index, size)
         name = f"{part}/{objects[0].name}/{index:06d}.jpg"
         Image.fromarray(pixels).save(out / name, quality=90)
-        pictures.append({"id": index + 1, "file_name": name, "width": size, "height": size})
+        images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for item in objects:
             outline = _points(item.polygons)
             area = _coverage(outline, _bounds(outline), _AREA_SAMPLES).sum()
@@ -174,12 +174,12 @@ def _write_part(out: Path, part: str, count: int, size: int, seed: int) -> None:
                 }
             )
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
-    write_json(out / f"{part}.json", {"images": pictures, "annotations": notes, "categories": categories})
+    write_json(out / f"{part}.json", {"images": images, "annotations": notes, "categories": categories})
 
 
 def _check(spec: SceneSpec, fewest: int) -> None:
     if spec.images < fewest:
-        raise UsageError(f"images={spec.images}: fewer than {fewest}; ask for {fewest} pictures or more")
+        raise UsageError(f"images={spec.images}: fewer than {fewest}; ask for {fewest} images or more")
     if not MIN_SIZE <= spec.size <= MAX_SIZE:
         raise UsageError(f"size={spec.size}: not between {MIN_SIZE} and {MAX_SIZE} pixels; choose a size in that range")
     if not 0 <= spec.seed < 2**32:
@@ -202,7 +202,7 @@ def _arrange(rng: Generator, category: int, size: int) -> list[tuple[int, list[P
 
 
 def _pose(rng: Generator, category: int, extent: float, size: int) -> list[Polygon]:
-    """A shape turned, stretched and placed inside the picture; the longer side of its box is `extent` pixels."""
+    """A shape turned, stretched and placed inside the image; the longer side of its box is `extent` pixels."""
     polygons = SHAPES[CLASSES[category]](rng)
     turn, stretch, lean = np.deg2rad(rng.uniform(-35, 35)), rng.uniform(0.85, 1.18), rng.uniform(-0.15, 0.15)
     mirror = rng.choice([-1.0, 1.0])
@@ -273,22 +273,22 @@ def _background(rng: Generator, size: int, noise: tuple[_Array, _Array]) -> _Arr
     first = _colour(rng, luma, rng.uniform(0, 0.35))
     second = _colour(rng, luma + rng.uniform(-0.15, 0.15), rng.uniform(0, 0.35))
     ramp = np.clip(0.5 + (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle), 0, 1).astype(np.float32)
-    picture: _Array = first + ramp[:, :, None] * (second - first)
+    image: _Array = first + ramp[:, :, None] * (second - first)
     for field in noise:
-        picture += field[:, :, None] * (_colour(rng, 0.5, 0.5) * np.float32(rng.uniform(0.04, 0.14)))
-    return picture.clip(0, 1)
+        image += field[:, :, None] * (_colour(rng, 0.5, 0.5) * np.float32(rng.uniform(0.04, 0.14)))
+    return image.clip(0, 1)
 
 
-def _clutter(rng: Generator, picture: _Array) -> _Array:
+def _clutter(rng: Generator, image: _Array) -> _Array:
     """Draw strokes, bars, triangles and discs of the colours around them: shape parts that belong to no object."""
-    side = len(picture)
+    side = len(image)
     size = side * _CLUTTER_SAMPLES
-    canvas = Image.fromarray((picture * 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    canvas = Image.fromarray((image * 255).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     for kind in rng.integers(0, 4, rng.integers(6, 19)):
         centre, reach = rng.uniform(0, size, 2), size * rng.uniform(0.04, 0.2)
         column, row = (centre / _CLUTTER_SAMPLES).astype(int)
-        luma = float(picture[row, column] @ _LUMA) + rng.uniform(-0.2, 0.2)
+        luma = float(image[row, column] @ _LUMA) + rng.uniform(-0.2, 0.2)
         shade = _colour(rng, min(max(luma, 0.03), 0.97), rng.uniform(0, 0.4))
         fill = (int(shade[0] * 255), int(shade[1] * 255), int(shade[2] * 255))
         if kind == 0:
@@ -321,14 +321,14 @@ def _coverage(outline: list[Polygon], bounds: tuple[int, int, int, int], samples
     return np.asarray(canvas.reduce(samples), np.float32) / np.float32(255)
 
 
-def _paint(rng: Generator, picture: _Array, outline: list[Polygon], noise: _Array) -> None:
-    """Paint one object into `picture`: two colours, both set off from what is behind it, mixed by a texture, shaded."""
-    size = len(picture)
+def _paint(rng: Generator, image: _Array, outline: list[Polygon], noise: _Array) -> None:
+    """Paint one object into `image`: two colours, both set off from what is behind it, mixed by a texture, shaded."""
+    size = len(image)
     low, high = _extent(outline)
     left, top, right, bottom = bounds = _bounds(outline)
     window = np.s_[top:bottom, left:right]
     alpha = _coverage(outline, bounds, _MASK_SAMPLES)
-    behind = float((picture[window] @ _LUMA).mean())
+    behind = float((image[window] @ _LUMA).mean())
     gap = rng.uniform(0.28, 0.4)
     sides = [side for side in (-1, 1) if 0.04 <= behind + side * gap <= 0.96]
     side = rng.choice(sides or [1 if behind < 0.5 else -1])
@@ -343,7 +343,7 @@ def _paint(rng: Generator, picture: _Array, outline: list[Polygon], noise: _Arra
     slope = (x[:, window[1]] - middle[0]) * np.cos(angle) + (y[window[0]] - middle[1]) * np.sin(angle)
     shade = 1 + rng.uniform(0, 0.25) / extent * slope
     paint = (first + mix[:, :, None] * (second - first)) * shade[:, :, None].astype(np.float32)
-    picture[window] += alpha[:, :, None] * (paint - picture[window])
+    image[window] += alpha[:, :, None] * (paint - image[window])
 
 
 def _texture(rng: Generator, x: _Array, y: _Array, noise: _Array) -> _Array:

@@ -1,4 +1,4 @@
-"""Sheets of small pictures, row by row, for the eye."""
+"""Sheets of small images, row by row, for the eye."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Strip(NamedTuple):
     Attributes:
         caption: one line.
         pixels: (m, 3, side, side) uint8, m >= 1.
-        valid: (m,) bool, false where the picture could not be read.
+        valid: (m,) bool, false where the image could not be read.
         framed: (m,) bool, which of them have a green frame; none when not given.
     """
 
@@ -36,7 +36,7 @@ class Strip(NamedTuple):
 
 
 def draw_sheet(strips: list[Strip], columns: int) -> Image.Image:
-    """An RGB picture with one row for each strip (at least one), its caption above; grey for an unreadable picture."""
+    """An RGB image with one row for each strip (at least one), its caption above; grey for an unreadable image."""
     side = strips[0].pixels.shape[-1]
     width = columns * (side + GAP) - GAP + 2 * MARGIN
     height = TEXT + side + MARGIN
@@ -46,10 +46,10 @@ def draw_sheet(strips: list[Strip], columns: int) -> Image.Image:
         top = MARGIN + row * height
         pen.text((MARGIN, top), strip.caption, fill=_INK)
         for column, (pixels, valid) in enumerate(zip(strip.pixels, strip.valid, strict=True)):
-            picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            blank = Image.new("RGB", picture.size, BLANK)
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            blank = Image.new("RGB", image.size, BLANK)
             left, above = MARGIN + column * (side + GAP), top + TEXT
-            sheet.paste(picture if valid else blank, (left, above))
+            sheet.paste(image if valid else blank, (left, above))
             if strip.framed is not None and strip.framed[column]:
                 pen.rectangle((left, above, left + side - 1, above + side - 1), None, FRAME, 3)
     return sheet

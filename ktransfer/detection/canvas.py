@@ -1,8 +1,8 @@
-"""Pictures as fixed squares with their boxes: the long side resized, the rest padded, jittered on the device.
+"""Images as fixed squares with their boxes: the long side resized, the rest padded, jittered on the device.
 
-The long side of a picture becomes `size` pixels, and what its short side leaves free, at the bottom or at the right, is
+The long side of an image becomes `size` pixels, and what its short side leaves free, at the bottom or at the right, is
 padding. So batches have one shape, and nothing is distorted. `extents` (b, 2) float32 are width and height of what is
-picture. Jitter is that of reference selftraining.md §1.2: a scale, then a random crop of what is too large.
+image. Jitter is that of reference selftraining.md §1.2: a scale, then a random crop of what is too large.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import networks, rng
-from ktransfer.data.loader import CPU, Pictures
+from ktransfer.data.loader import CPU, ImageLoader
 from ktransfer.detection.data import Detection
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 
 SMALLEST = 1.0  # pixels: a box that a crop leaves narrower or lower is dropped
 
 
 class Jitter(NamedTuple):
-    """How a batch is moved: x' = scale * x - left, mirrored within the picture before that where `flip`.
+    """How a batch is moved: x' = scale * x - left, mirrored within the image before that where `flip`.
 
     Attributes:
         scale: (b,) float32.
@@ -41,59 +41,59 @@ class Jitter(NamedTuple):
     size: int
 
     def moved_extents(self) -> Tensor:
-        """(b, 2) float32: width and height of what is picture, after."""
+        """(b, 2) float32: width and height of what is image, after."""
         return (self.extents * self.scale[:, None] - self.offset).clamp(max=self.size)
 
 
 def canvases(
     data: Detection, size: int, workers: int | None = None, cache: str = "auto", device: torch.device = CPU
-) -> Pictures:
-    """The pictures as (3, size, size) uint8 canvases, padded with zeros, on `device`, as a source for `loop.fit`.
+) -> ImageLoader:
+    """The images as (3, size, size) uint8 canvases, padded with zeros, on `device`, as a source for `loop.fit`.
 
-    A picture whose sides are not those that its file states (turned upside by EXIF, replaced) is broken: its boxes
+    An image whose sides are not those that its file states (turned upside by EXIF, replaced) is broken: its boxes
     would lie elsewhere.
     """
 
     def read(row: int, short_side: int | None) -> NDArray[np.uint8]:
         return laid(data.read, row, (int(data.sizes[row, 0]), int(data.sizes[row, 1])), size)
 
-    return Pictures(replace(data, read=read), size, workers, cache=cache, device=device)
+    return ImageLoader(replace(data, read=read), size, workers, cache=cache, device=device)
 
 
 def laid(
     read: Callable[[int, int | None], NDArray[np.uint8]], row: int, stated: tuple[int, int], size: int
 ) -> NDArray[np.uint8]:
-    """(size, size, 3) uint8: picture `row` of `stated` width and height on its canvas; raises `BrokenPicture`."""
+    """(size, size, 3) uint8: image `row` of `stated` width and height on its canvas; raises `BrokenImage`."""
     width, height = (round(side) for side in extent(stated, size))
     pixels = read(row, min(width, height))
     shape = pixels.shape[1], pixels.shape[0]
     # A reduced decoding rounds each side up, so that it is at most one pixel larger than its share.
     factor = max(shape) / max(stated)
     if any(abs(side - factor * whole) > 1.5 for side, whole in zip(shape, stated, strict=True)) or factor > 1.01:
-        raise BrokenPicture(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
-    picture = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
+        raise BrokenImage(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
+    image = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
     if shape != (width, height):
         # Pillow's antialiased filter but for rounding, in a third of the time.
-        picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
+        image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
     canvas = torch.zeros(3, size, size, dtype=torch.uint8)
-    canvas[:, :height, :width] = picture[0]
+    canvas[:, :height, :width] = image[0]
     laid: NDArray[np.uint8] = canvas.permute(1, 2, 0).numpy()
     return laid
 
 
 def extent(stated: tuple[int, int], size: int) -> tuple[float, float]:
-    """Width and height, whole numbers >= 1, of a picture of `stated` width and height on a canvas."""
+    """Width and height, whole numbers >= 1, of an image of `stated` width and height on a canvas."""
     factor = size / max(stated)
     return float(max(1, round(stated[0] * factor))), float(max(1, round(stated[1] * factor)))
 
 
 def extents(data: Detection, size: int) -> Tensor:
-    """(n, 2) float32: width and height of each picture on its canvas."""
+    """(n, 2) float32: width and height of each image on its canvas."""
     return torch.tensor([extent((int(width), int(height)), size) for width, height in data.sizes]).view(-1, 2)
 
 
 def factors(data: Detection, size: int) -> Tensor:
-    """(n, 4) float32: by these the boxes of a picture become those on its canvas."""
+    """(n, 4) float32: by these the boxes of an image become those on its canvas."""
     return (extents(data, size) / torch.from_numpy(data.sizes)).repeat(1, 2)
 
 
@@ -108,7 +108,7 @@ def draw_jitter(
 
 
 def move_pixels(pixels: Tensor, jitter: Jitter, mode: str = "bilinear") -> Tensor:
-    """(b, c, size, size) uint8 or float -> float32 in the same range; what is not picture holds any values.
+    """(b, c, size, size) uint8 or float -> float32 in the same range; what is not image holds any values.
 
     `mode` "nearest" keeps the numbers of classes.
     """
@@ -118,7 +118,7 @@ def move_pixels(pixels: Tensor, jitter: Jitter, mode: str = "bilinear") -> Tenso
         x = (centres[None, :] + jitter.offset[:, :1]) / jitter.scale[:, None]
         y = (centres[None, :] + jitter.offset[:, 1:]) / jitter.scale[:, None]
         width, height = jitter.extents.unbind(1)
-        # Held inside of the picture, so that padding does not bleed into its edge.
+        # Held inside of the image, so that padding does not bleed into its edge.
         x = torch.minimum(x.clamp(min=0.5), (width - 0.5)[:, None])
         y = torch.minimum(y.clamp(min=0.5), (height - 0.5)[:, None])
         x = torch.where(jitter.flip[:, None], width[:, None] - x, x)
@@ -128,7 +128,7 @@ def move_pixels(pixels: Tensor, jitter: Jitter, mode: str = "bilinear") -> Tenso
 
 
 def move_boxes(boxes: Tensor, jitter: Jitter, place: int) -> tuple[Tensor, Tensor]:
-    """The boxes (m, 4) of picture `place` of the batch after the jitter, and (m,) bool, which of them are left."""
+    """The boxes (m, 4) of image `place` of the batch after the jitter, and (m,) bool, which of them are left."""
     moved = move_points(boxes.view(-1, 2, 2), jitter, place)
     low, high = moved.amin(1), moved.amax(1)
     edge = jitter.moved_extents()[place]
@@ -137,27 +137,27 @@ def move_boxes(boxes: Tensor, jitter: Jitter, place: int) -> tuple[Tensor, Tenso
 
 
 def move_points(points: Tensor, jitter: Jitter, place: int) -> Tensor:
-    """(..., 2) points x, y of picture `place` of the batch after the jitter, not clipped."""
+    """(..., 2) points x, y of image `place` of the batch after the jitter, not clipped."""
     x, y = points.unbind(-1)
     x = torch.where(jitter.flip[place], jitter.extents[place, 0] - x, x)
     return torch.stack([x, y], dim=-1) * jitter.scale[place] - jitter.offset[place]
 
 
 def inside(extents: Tensor, size: int) -> Tensor:
-    """(b, 1, size, size) bool: whether the centre of a pixel is picture, and not padding."""
+    """(b, 1, size, size) bool: whether the centre of a pixel is image, and not padding."""
     x, y = _sides(extents, size)
     return (y[:, :, None] & x[:, None, :])[:, None]
 
 
 def _sides(extents: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(b, size) bool each: whether a column and a row of a canvas has picture in it."""
+    """(b, size) bool each: whether a column and a row of a canvas has image in it."""
     centres = torch.arange(size, device=extents.device) + 0.5
     x, y = (centres < side[:, None] for side in extents.unbind(1))
     return x, y
 
 
 def mirror(canvases: Tensor, extents: Tensor) -> Tensor:
-    """(b, c, s, s) canvases whose pictures, (b, 2) whole numbers of pixels, are mirrored in their places."""
+    """(b, c, s, s) canvases whose images, (b, 2) whole numbers of pixels, are mirrored in their places."""
     places = torch.arange(canvases.shape[-1], device=canvases.device)
     width = extents[:, :1].long()
     columns = torch.where(places < width, width - 1 - places, places)
@@ -167,7 +167,7 @@ def mirror(canvases: Tensor, extents: Tensor) -> Tensor:
 def normalise(pixels: Tensor, extents: Tensor, how: str) -> Tensor:
     """Canvases (b, 3, size, size), uint8 or float in 0..255, as float32 that a network reads; padding becomes 0.
 
-    As `networks.normalise`, where `how` "picture" takes mean and deviation of what is picture alone.
+    As `networks.normalise`, where `how` "picture" takes mean and deviation of what is image alone.
     """
     if how != "picture":
         across, down = (one.float() for one in _sides(extents, pixels.shape[-1]))

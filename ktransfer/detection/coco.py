@@ -1,4 +1,4 @@
-"""COCO's instance files: pictures, boxes, polygons, crowds, categories."""
+"""COCO's instance files: images, boxes, polygons, crowds, categories."""
 
 import hashlib
 import json
@@ -21,31 +21,31 @@ PARTS = ("images", "annotations", "categories")
 
 
 def read(path: Path, spec: str) -> Detection:
-    """A COCO file of instances; pictures without objects are kept.
+    """A COCO file of instances; images without objects are kept.
 
-    The names of the pictures are relative to the folder of the file, to `images/` beside it, or to the folder that
+    The names of the images are relative to the folder of the file, to `images/` beside it, or to the folder that
     COCO's own layout has (`train2017/` beside `annotations/instances_train2017.json`): to the one of these that holds
-    most of the first 20. Pictures that are not there are broken ones when they are read; here they are counted.
+    most of the first 20. Images that are not there are broken ones when they are read; here they are counted.
 
     Raises:
         UsageError: the file is no COCO file, an id is there twice or names nothing, a name leaves the folder, or no
-            picture is there.
+            image is there.
     """
     held = _load(path)
-    pictures, notes, categories = (held[part] for part in PARTS)
-    if not pictures:
-        raise UsageError(f"{path}: lists no pictures; give a COCO file that has some")
+    images, notes, categories = (held[part] for part in PARTS)
+    if not images:
+        raise UsageError(f"{path}: lists no images; give a COCO file that has some")
     try:
-        ids = [one["id"] for one in pictures]
-        names = [str(one["file_name"]) for one in pictures]
-        sizes = [(int(one["width"]), int(one["height"])) for one in pictures]
+        ids = [one["id"] for one in images]
+        names = [str(one["file_name"]) for one in images]
+        sizes = [(int(one["width"]), int(one["height"])) for one in images]
         category_ids = [one["id"] for one in categories]
         classes = [str(one["name"]) for one in categories]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
-            f"{path}: a picture or category lacks {error}; COCO's have id, file_name, width, height, name"
+            f"{path}: an image or category lacks {error}; COCO's have id, file_name, width, height, name"
         ) from error
-    _unique(path, "picture id", ids)
+    _unique(path, "image id", ids)
     _unique(path, "file name", names)
     _unique(path, "category id", category_ids)
     _unique(path, "category name", classes)
@@ -56,21 +56,21 @@ def read(path: Path, spec: str) -> Detection:
     folder = _folder(path, names)
     bytes_of = [file_size(str(folder / name)) for name in names]
     counts: dict[str, int] = {}
-    by_picture = _by_picture(path, notes, ids, {number: place for place, number in enumerate(category_ids)})
+    by_image = _by_image(path, notes, ids, {number: place for place, number in enumerate(category_ids)})
     try:
-        objects = tuple(_objects(by_picture[number], size, counts) for number, size in zip(ids, sizes, strict=True))
+        objects = tuple(_objects(by_image[number], size, counts) for number, size in zip(ids, sizes, strict=True))
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
     repeated = sum(times - 1 for times in Counter(repr(note.get("id")) for note in notes).values())
     used = {int(label) for one in objects for label in one.labels}
     more = {
         "annotation ids that are there again": repeated,
-        "pictures that are not there": sum(size < 0 for size in bytes_of),
+        "images that are not there": sum(size < 0 for size in bytes_of),
         f"of {len(classes)} categories without a box": len(classes) - len(used),
     }
     counts |= {words: number for words, number in more.items() if number}
-    if counts.get("pictures that are not there") == len(names):
-        raise UsageError(f"{path}: none of its pictures is there, for example {folder / names[0]}; put them beside it")
+    if counts.get("images that are not there") == len(names):
+        raise UsageError(f"{path}: none of its images is there, for example {folder / names[0]}; put them beside it")
     summary(path, counts)
     digest = hashlib.sha256(path.read_bytes())
     digest.update(repr(bytes_of).encode())
@@ -114,7 +114,7 @@ def _unique(path: Path, what: str, values: Iterable[Any]) -> None:
 
 
 def _folder(path: Path, names: list[str]) -> Path:
-    """Where the pictures lie; names that lead out of it are refused, before anything is looked for."""
+    """Where the images lie; names that lead out of it are refused, before anything is looked for."""
     for name in names:
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name or ":" in parts.parts[0]:
@@ -122,14 +122,14 @@ def _folder(path: Path, names: list[str]) -> Path:
     part = path.stem.removeprefix("instances_")
     roots = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
     tried = [root / inner for root in roots for inner in ("", "images", part, f"images/{part}")]
-    # Not the first picture alone: one that is missing shall not move the folder.
+    # Not the first image alone: one that is missing shall not move the folder.
     return max(tried, key=lambda folder: sum((folder / name).is_file() for name in names[:20]))
 
 
-def _by_picture(
+def _by_image(
     path: Path, notes: list[dict[str, Any]], ids: list[Any], numbers: dict[Any, int]
 ) -> dict[Any, list[tuple[int, dict[str, Any]]]]:
-    """Picture id -> (label, annotation) of each of its objects."""
+    """Image id -> (label, annotation) of each of its objects."""
     found: dict[Any, list[tuple[int, dict[str, Any]]]] = {number: [] for number in ids}
     for key, known in (("image_id", found), ("category_id", numbers)):
         values = [note.get(key) for note in notes]

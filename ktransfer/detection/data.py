@@ -1,4 +1,4 @@
-"""Pictures with boxes: COCO files, VOCdevkit and `scenes:` as one record."""
+"""Images with boxes: COCO files, VOCdevkit and `scenes:` as one record."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ Outline = list[list[float]] | dict[str, Any] | None
 
 
 class Objects(NamedTuple):
-    """What is in one picture, m objects in the order of the file.
+    """What is in one image, m objects in the order of the file.
 
     Attributes:
-        boxes: (m, 4) float32, x0 y0 x1 y1 in pixels of the picture, 0 its left or upper edge; inside it, never empty.
+        boxes: (m, 4) float32, x0 y0 x1 y1 in pixels of the image, 0 its left or upper edge; inside it, never empty.
         labels: (m,) int64, indices into `classes`.
         crowd: (m,) bool, a box around many (COCO): not learned, not counted as missed.
         difficult: (m,) bool (VOC): learned, not counted as missed.
@@ -41,11 +41,11 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detection(Dataset):
-    """A `Dataset` whose pictures have objects; row i is the same picture in all of its fields.
+    """A `Dataset` whose images have objects; row i is the same image in all of its fields.
 
-    `sizes` is (n, 2) int32, width and height as the file states them; `objects` n; `ids` those of the pictures and
+    `sizes` is (n, 2) int32, width and height as the file states them; `objects` n; `ids` those of the images and
     `category_ids` those of `classes` in the file; `label_map(row)` reads the class of every pixel where the data has
-    such pictures (see masks.py); `counts` says what was found on reading, in words for people. `targets` are unknown.
+    such images (see masks.py); `counts` says what was found on reading, in words for people. `targets` are unknown.
     """
 
     sizes: NDArray[np.int32]
@@ -57,7 +57,7 @@ class Detection(Dataset):
 
 
 def subset(data: Detection, rows: NDArray[np.int64]) -> Detection:
-    """The pictures of (m,) `rows` in that order, with a fingerprint of their own."""
+    """The images of (m,) `rows` in that order, with a fingerprint of their own."""
     places = rows.tolist()
     digest = hashlib.sha256(f"{data.fingerprint} {places}".encode()).hexdigest()
     return replace(
@@ -76,10 +76,10 @@ def subset(data: Detection, rows: NDArray[np.int64]) -> Detection:
 
 
 def fraction(data: Detection, share: float, seed: int, stratified: bool = False) -> NDArray[np.int64]:
-    """Rows of a share of the pictures, in row order: round(share * n) of them, at least 1, none twice.
+    """Rows of a share of the images, in row order: round(share * n) of them, at least 1, none twice.
 
     The smaller of two shares is part of the larger one (with the same seed). `stratified` keeps the mix of classes:
-    pictures are put in order by their rarest class, at random within it, and taken at even steps.
+    images are put in order by their rarest class, at random within it, and taken at even steps.
 
     Args:
         share: 0 < share <= 1.
@@ -92,7 +92,7 @@ def fraction(data: Detection, share: float, seed: int, stratified: bool = False)
 
 
 def save_ids(path: Path, data: Detection, rows: NDArray[np.int64]) -> None:
-    """Write the ids of the pictures of `rows` as a JSON list."""
+    """Write the ids of the images of `rows` as a JSON list."""
     files.write_json(path, [data.ids[row] for row in rows.tolist()])
 
 
@@ -105,13 +105,13 @@ def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
     try:
         listed = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a JSON list of picture ids ({error})") from error
+        raise UsageError(f"{path}: not a JSON list of image ids ({error})") from error
     known = {number: row for row, number in enumerate(data.ids)}
     if not isinstance(listed, list) or not listed or any(isinstance(one, list | dict) for one in listed):
-        raise UsageError(f"{path}: not a JSON list of picture ids; write such as [17, 42]")
+        raise UsageError(f"{path}: not a JSON list of image ids; write such as [17, 42]")
     unknown = [number for number in listed if number not in known]
     if unknown or len(set(listed)) < len(listed):
-        which = f"{unknown[0]!r} is no picture of {data.spec}" if unknown else "it names a picture twice"
+        which = f"{unknown[0]!r} is no image of {data.spec}" if unknown else "it names an image twice"
         raise UsageError(f"{path}: {which}; list ids of that data, each once")
     return np.array([known[number] for number in listed], np.int64)
 
@@ -126,7 +126,7 @@ def objects_of(
     areas: Sequence[float | None] | None = None,
     outlines: Sequence[Outline] = (),
 ) -> Objects:
-    """The objects of a picture of `size` (width, height); what is mended or dropped is added to `counts`.
+    """The objects of an image of `size` (width, height); what is mended or dropped is added to `counts`.
 
     Args:
         boxes: m of x0, y0, x1, y1 in pixels; those that reach over the edge are clipped, and those that then have no
@@ -140,10 +140,10 @@ def objects_of(
     kept = whole & (clipped[:, 2:].astype(np.float32) > clipped[:, :2].astype(np.float32)).all(axis=1)
     _count(counts, "boxes", int(kept.sum()))
     _count(counts, "boxes without width or height, dropped", int((~whole).sum()))
-    _count(counts, "boxes wholly outside of their picture, dropped", int((whole & ~kept).sum()))
+    _count(counts, "boxes wholly outside of their image, dropped", int((whole & ~kept).sum()))
     # COCO rounds to hundredths: less than that over the edge is no finding.
     over = (np.abs(clipped - given) > 0.011).any(axis=1) & kept
-    _count(counts, "boxes over the edge of their picture, clipped", int(over.sum()))
+    _count(counts, "boxes over the edge of their image, clipped", int(over.sum()))
     inside = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
     own = [box if area is None else area for box, area in zip(inside, areas or [None] * count, strict=True)]
     found = Objects(
@@ -156,8 +156,8 @@ def objects_of(
     )
     _count(counts, "crowd boxes", int(found.crowd.sum()))
     _count(counts, "difficult boxes", int(found.difficult.sum()))
-    _count(counts, "pictures", 1)
-    _count(counts, "pictures without a box", int(not kept.any()))
+    _count(counts, "images", 1)
+    _count(counts, "images without a box", int(not kept.any()))
     return found
 
 
@@ -183,7 +183,7 @@ def _spread(data: Detection, order: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def boxes_of(data: Detection, crowd: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Boxes (m, 4) float32 and labels (m,) int64 of each picture as tensors, without the crowd boxes unless asked."""
+    """Boxes (m, 4) float32 and labels (m,) int64 of each image as tensors, without the crowd boxes unless asked."""
     chosen = [slice(None) if crowd else ~one.crowd for one in data.objects]
     return [
         (torch.from_numpy(one.boxes[keep]), torch.from_numpy(one.labels[keep]))

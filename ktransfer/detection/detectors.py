@@ -29,12 +29,12 @@ RATIOS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a detector is besides its trunk, and how it answers.
+    """What a detector is besides its trunk, and how it predicts.
 
     Those of `focal_*`, `huber_*` and `matched` are of RetinaNet alone; `proposals`, `sampled` and `width` (numbers of
     the fully connected layers) of the others. `anchor` times the stride of a map is the side of its smallest anchors.
-    `threshold` is the least score of an answer, `overlap` the IoU over which NMS drops one, `most` the most answers in
-    a picture. `soft` > 0 is the sigma of soft-NMS, which then takes the place of NMS.
+    `threshold` is the least score of a prediction, `overlap` the IoU over which NMS drops one, `most` the most
+    predictions in an image. `soft` > 0 is the sigma of soft-NMS, which then takes the place of NMS.
     """
 
     kind: str = "retinanet"
@@ -59,7 +59,7 @@ class Prepared(nn.Module):
     """In place of torchvision's resizing and normalising: canvases are that already, (b, 3, size, size) float32."""
 
     def forward(self, images: Tensor, targets: Any = None) -> tuple[ImageList, Any]:
-        """The pictures as torchvision's detectors hand them on."""
+        """The images as torchvision's detectors hand them on."""
         return ImageList(images, [(images.shape[-2], images.shape[-1])] * len(images)), targets
 
     def postprocess(self, result: Any, image_shapes: Any, original_sizes: Any) -> Any:
@@ -85,7 +85,7 @@ class FocalHead(RetinaNetHead):  # type: ignore[misc]
         """The two losses, and `positives`, how many anchors were matched (without gradient).
 
         Args:
-            targets: for each picture `boxes` (m, 4), `labels` (m,).
+            targets: for each image `boxes` (m, 4), `labels` (m,).
             head_outputs: `cls_logits` (b, a, classes), `bbox_regression` (b, a, 4).
             anchors: b of (a, 4).
             matched: b of (a,) int64: the box of each anchor, or negative.
@@ -114,9 +114,9 @@ class FocalHead(RetinaNetHead):  # type: ignore[misc]
 def build(trunk: Trunk, classes: int, size: int, settings: Settings, seed: int) -> nn.Module:
     """A detector on canvases of `size` pixels; its heads are a function of the seed.
 
-    In training mode (pixels, targets) -> losses by name, in evaluation mode (pixels) -> for each picture `boxes` (m, 4)
+    In training mode (pixels, targets) -> losses by name, in evaluation mode (pixels) -> for each image `boxes` (m, 4)
     in pixels of the canvas, `scores`, `labels`, and `masks` (m, 1, 28, 28) of a Mask R-CNN. Labels count from 0 for
-    RetinaNet and from 1 for the others (see `shift`); losses.py and answers.py know that.
+    RetinaNet and from 1 for the others (see `shift`); losses.py and predictions.py know that.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed(seed, "detection/head", 0))
@@ -146,8 +146,9 @@ def anchors(strides: Iterable[int], settings: Settings, octaves: int) -> AnchorG
     return AnchorGenerator(sizes, (RATIOS,) * len(sizes))
 
 
-def answering(model: nn.Module, threshold: float, overlap: float, most: int) -> None:
-    """Set from which score on a detector answers, over which IoU its NMS drops (1: nothing), and the most answers."""
+def predicting(model: nn.Module, threshold: float, overlap: float, most: int) -> None:
+    """Set from which score on a detector predicts, over which IoU its NMS drops (1: nothing), and the most
+    predictions."""
     place: Any = model if isinstance(model, RetinaNet) else cast(Any, model).roi_heads
     place.score_thresh, place.nms_thresh, place.detections_per_img = threshold, overlap, most
 

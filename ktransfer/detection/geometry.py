@@ -1,4 +1,4 @@
-"""Moves of pictures on their canvases as one affine map each, so that any number of them costs one resampling.
+"""Moves of images on their canvases as one affine map each, so that any number of them costs one resampling.
 
 A map (b, 2, 3) float32 takes points (x, y, 1) of the old canvas to points of the new one; pixel centres lie at halves.
 """
@@ -60,12 +60,12 @@ def inverse(maps: Tensor) -> Tensor:
 
 
 class Route(NamedTuple):
-    """Where the pixels of moved pictures come from, on canvases that count from -1 to 1, at pixel borders.
+    """Where the pixels of moved images come from, on canvases that count from -1 to 1, at pixel borders.
 
     Attributes:
         back: (b, 2, 3) float32, from the new canvas to the old one.
-        edge: (b, 2) float32, the right and the lower edge of the pictures on the old canvas.
-        reach: b of left, top, right, bottom: pixels of the new canvas beyond which nothing of the picture comes to lie.
+        edge: (b, 2) float32, the right and the lower edge of the images on the old canvas.
+        reach: b of left, top, right, bottom: pixels of the new canvas beyond which nothing of the image comes to lie.
     """
 
     back: Tensor
@@ -75,7 +75,7 @@ class Route(NamedTuple):
 
 @exact
 def route(maps: Tensor, extents: Tensor, side: int) -> Route:
-    """The way back on canvases of `side` pixels; `extents` (b, 2), width and height of the pictures on the old ones."""
+    """The way back on canvases of `side` pixels; `extents` (b, 2), width and height of the images on the old ones."""
     back = inverse(maps.float())
     scale = 2 / side
     beside = back[:, :, 2:] * scale + back[:, :, :1] + back[:, :, 1:2] - 1
@@ -87,11 +87,11 @@ def route(maps: Tensor, extents: Tensor, side: int) -> Route:
 
 
 def move_pixels(pixels: Tensor, maps: Tensor, extents: Tensor, mode: str = "bilinear", fill: float = FILL) -> Tensor:
-    """Move pictures on their canvases; what no pixel of the picture reaches is `fill`.
+    """Move images on their canvases; what no pixel of the image reaches is `fill`.
 
     Args:
         pixels: (b, c, s, s) uint8, or integer masks with mode "nearest".
-        extents: (b, 2), width and height of the picture on the old canvas.
+        extents: (b, 2), width and height of the image on the old canvas.
 
     Returns:
         The same shape and dtype.
@@ -112,7 +112,7 @@ def follow(pixels: Tensor, taken: Route, mode: str = "bilinear", fill: float = F
     x, y = ((torch.arange(*ends, device=pixels.device) + 0.5) * scale - 1 for ends in ((left, right), (top, bottom)))
     source = back[:, :, 0] * x + (back[:, :, 1] * y[:, None] + back[:, :, 2])
     within = (source - (edge - 1) / 2).abs_() < (edge + 1) / 2
-    # Held half a pixel inside of the picture, so that padding does not bleed into its right and lower edge.
+    # Held half a pixel inside of the image, so that padding does not bleed into its right and lower edge.
     held = torch.minimum(source, edge - scale / 2).permute(0, 2, 3, 1)
     found = F.grid_sample(pixels.float(), held, mode=mode, padding_mode="border", align_corners=False).round_()
     moved[:, :, top:bottom, left:right] = kept(found, (within[:, :1] & within[:, 1:]).float(), fill)

@@ -1,4 +1,4 @@
-"""The loss of detectors for the training loop: rows of the data become jittered pictures and targets."""
+"""The loss of detectors for the training loop: rows of the data become jittered images and targets."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -37,15 +37,15 @@ class Truth(NamedTuple):
     outlines: list[list[list[Tensor]]] | None = None
 
 
-def check_batches(options: LoopOptions, norm: str, pictures: int) -> None:
-    """Find what would divide a batch of so many pictures: its loss is normalised by what is in all of it.
+def check_batches(options: LoopOptions, norm: str, images: int) -> None:
+    """Find what would divide a batch of so many images: its loss is normalised by what is in all of it.
 
     Raises:
         UsageError: one line.
     """
-    if 0 < options.micro_batch < pictures:
+    if 0 < options.micro_batch < images:
         raise UsageError(
-            f"--micro-batch {options.micro_batch}: this loss is normalised over all {pictures} pictures of a step, "
+            f"--micro-batch {options.micro_batch}: this loss is normalised over all {images} images of a step, "
             "which cannot be divided; leave it away, and give a smaller --batch where memory does not suffice"
         )
     if norm == "syncbn" and distributed.started() > 1:
@@ -96,7 +96,7 @@ def detection_loss(
 
     Args:
         how: normalisation, that of the trunk.
-        scales: of the jitter; pictures are always mirrored half the time.
+        scales: of the jitter; images are always mirrored half the time.
     """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

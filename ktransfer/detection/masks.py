@@ -1,4 +1,4 @@
-"""Masks: outlines as pixels, the class of every pixel of a picture, and these on canvases.
+"""Masks: outlines as pixels, the class of every pixel of an image, and these on canvases.
 
 In a map of classes 0 is background, class i of the data i + 1, and 255 is ignored.
 """
@@ -16,7 +16,7 @@ from ktransfer import files
 from ktransfer.data.loader import available_bytes
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, Objects, Outline
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.progress import track
 
 IGNORE = 255
@@ -60,7 +60,7 @@ def decoded(lengths: dict[str, Any]) -> NDArray[np.bool_]:
     """(height, width) bool of COCO's run lengths, by columns, plain or packed into characters.
 
     Raises:
-        ValueError: they do not fill the picture.
+        ValueError: they do not fill the image.
     """
     height, width = lengths["size"]
     counts = lengths["counts"]
@@ -79,18 +79,18 @@ def encoded(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def classes_of_pixels(data: Detection, row: int) -> NDArray[np.uint8]:
-    """(height, width) uint8 map of a picture, from its own file or from its outlines, smaller objects on top.
+    """(height, width) uint8 map of an image, from its own file or from its outlines, smaller objects on top.
 
     Crowds are ignored, and so is the box of an object without outline.
 
     Raises:
-        BrokenPicture: its file cannot be read, or has another size.
+        BrokenImage: its file cannot be read, or has another size.
     """
     width, height = (int(side) for side in data.sizes[row])
     if data.label_map is not None:
         found = data.label_map(row)
         if found.shape != (height, width):
-            raise BrokenPicture(f"its map of classes is {found.shape[1]} x {found.shape[0]}, not {width} x {height}")
+            raise BrokenImage(f"its map of classes is {found.shape[1]} x {found.shape[0]}, not {width} x {height}")
         return found
     return drawn(data.objects[row], (width, height))
 
@@ -105,7 +105,7 @@ def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
         try:
             inside = filled(outline, size)
         except (TypeError, ValueError) as error:
-            raise BrokenPicture(f"an outline of it is broken: {error}") from error
+            raise BrokenImage(f"an outline of it is broken: {error}") from error
         if outline is None:
             inside[window] = True
         found[inside] = IGNORE if objects.crowd[place] or outline is None else objects.labels[place] + 1
@@ -113,7 +113,7 @@ def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def map_canvases(data: Detection, size: int) -> tuple[Tensor, dict[int, str]]:
-    """The maps of all pictures, laid out as their canvases are, padding ignored.
+    """The maps of all images, laid out as their canvases are, padding ignored.
 
     Returns:
         (n, size, size) uint8, and row and reason of the maps that are broken: these are ignored wholly.
@@ -124,7 +124,7 @@ def map_canvases(data: Detection, size: int) -> tuple[Tensor, dict[int, str]]:
         width, height = (int(side) for side in canvas.extent((int(data.sizes[row, 0]), int(data.sizes[row, 1])), size))
         try:
             whole = Image.fromarray(classes_of_pixels(data, row))
-        except BrokenPicture as error:
+        except BrokenImage as error:
             broken[row] = str(error)
             continue
         small = np.array(whole.resize((width, height), Image.Resampling.NEAREST))
@@ -136,25 +136,25 @@ def read_map(path: Path) -> NDArray[np.uint8]:
     """(height, width) uint8 of a palette PNG: 0 background, classes from 1, 255 ignored.
 
     Raises:
-        BrokenPicture: it cannot be read, or has no palette.
+        BrokenImage: it cannot be read, or has no palette.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.mode != "P":
-                raise BrokenPicture(f"{path.name}: no palette picture of classes")
+                raise BrokenImage(f"{path.name}: no palette image of classes")
             return np.asarray(image)
-    except (BrokenPicture, MemoryError):
+    except (BrokenImage, MemoryError):
         raise
     except OSError as error:
-        raise BrokenPicture(f"{path.name}: {error.strerror or error}") from error
+        raise BrokenImage(f"{path.name}: {error.strerror or error}") from error
     except Exception as error:  # hostile bytes make decoders raise anything: SyntaxError, DecompressionBombError ...
-        raise BrokenPicture(f"{path.name}: damaged: {type(error).__name__}: {error}") from error
+        raise BrokenImage(f"{path.name}: damaged: {type(error).__name__}: {error}") from error
 
 
 def save_map(path: Path, found: NDArray[np.uint8]) -> None:
     """Write a (height, width) map as a PNG of VOC's kind: numbers of classes behind a palette."""
     image = Image.fromarray(found)
-    image.putpalette(colours().ravel().tolist())  # which makes it a picture of numbers
+    image.putpalette(colours().ravel().tolist())  # which makes it an image of numbers
     files.write_whole(path, lambda part: image.save(part, format="PNG"))
 
 
@@ -168,11 +168,11 @@ def colours() -> NDArray[np.uint8]:
 
 
 def moved(maps: Tensor, moves: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Maps that follow their pictures; padding, and what comes from beyond the picture, is ignored.
+    """Maps that follow their images; padding, and what comes from beyond the image, is ignored.
 
     Args:
         maps: (b, s, s) uint8. moves: (b, 2, 3) of `strengths.augment`.
-        before, after: (b, 2), width and height of the pictures on their canvases.
+        before, after: (b, 2), width and height of the images on their canvases.
 
     Returns:
         (b, s, s) uint8.
@@ -181,16 +181,16 @@ def moved(maps: Tensor, moves: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.where(canvas.inside(after, maps.shape[-1]), found, IGNORE)[:, 0]
 
 
-def need_memory(flag: str, pictures: int, size: int) -> None:
+def need_memory(flag: str, images: int, size: int) -> None:
     """Raise UsageError where the maps of so many canvases do not fit into half of the free memory.
 
     Args:
         flag: what makes them so large, such as "--canvas 320".
     """
-    needed, free = pictures * size**2, available_bytes()
+    needed, free = images * size**2, available_bytes()
     if needed > free // 2:
         raise UsageError(
-            f"{flag}: the masks of {pictures:,} pictures take {needed / 1e9:.1f} GB of memory, of which "
+            f"{flag}: the masks of {images:,} images take {needed / 1e9:.1f} GB of memory, of which "
             f"{free / 1e9:.1f} are free; give a smaller one"
         )
 

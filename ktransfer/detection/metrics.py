@@ -1,7 +1,7 @@
-"""Average precision by the rules of COCO and of VOC 2007, with intervals by resampling pictures.
+"""Average precision by the rules of COCO and of VOC 2007, with intervals by resampling images.
 
 COCO's numbers are those of faster-coco-eval. The matching below gives the same AP, AP50 and AP75 (a test says so), and
-what an evaluation server does not: how much they would vary with other pictures of the same kind.
+what an evaluation server does not: how much they would vary with other images of the same kind.
 """
 
 import importlib.util
@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from ktransfer import rng
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import Detection, Objects, Outline
 from ktransfer.detection.masks import encoded, filled
+from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
@@ -25,20 +25,20 @@ SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESAMPLES = 200
 _Bits = NDArray[np.bool_]
 Outlines = Mapping[int, Sequence[Outline]] | None
-"""Row -> an outline of each answer: then masks are judged, else boxes."""
+"""Row -> an outline of each prediction: then masks are evaluated, else boxes."""
 
 
 class Matched(NamedTuple):
-    """The answers of one class, best first, and what they hit.
+    """The predictions of one class, best first, and what they hit.
 
     Attributes:
-        picture: (d,) int64, which of the judged pictures.
+        image: (d,) int64, which of the evaluated images.
         hit: (t, d) bool, whether a true object was found, for each IoU.
         ignored: (t, d) bool, neither right nor wrong: a crowd or a difficult object was found.
-        objects: (pictures,) int64, how many were to be found in each.
+        objects: (images,) int64, how many were to be found in each.
     """
 
-    picture: NDArray[np.int64]
+    image: NDArray[np.int64]
     hit: _Bits
     ignored: _Bits
     objects: NDArray[np.int64]
@@ -50,25 +50,26 @@ def need_extra() -> None:
         raise UsageError("faster-coco-eval is not installed; pip install 'ktransfer[detection]'")
 
 
-def scores(data: Detection, answers: Mapping[int, Answer], seed: int) -> dict[str, Any]:
-    """All measures of some answers.
+def scores(data: Detection, predictions: Mapping[int, Prediction], seed: int) -> dict[str, Any]:
+    """All measures of some predictions.
 
     Args:
-        answers: row -> answer; the rows that are judged.
+        predictions: row -> prediction; the rows that are evaluated.
         seed: of the resampling.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl (COCO; NaN-free: a range of sizes without objects is left out), VOC07, each in
         0..1, `classes` (class -> VOC07 AP), and for AP, AP50, AP75 and VOC07 NAME_interval: 1.96 deviations over 200
-        resamplings of the pictures to either side.
+        resamplings of the images to either side.
 
     Raises:
         StageError: there is nothing to be found in these rows.
     """
-    weights = resamplings(len(answers), seed)
-    found = _coco(data, answers, weights)
+    weights = resamplings(len(predictions), seed)
+    found = _coco(data, predictions, weights)
     voc = {
-        name: precision(one, weights, VOC_RECALLS)[0] for name, one in match_all(data, answers, [0.5], voc=True).items()
+        name: precision(one, weights, VOC_RECALLS)[0]
+        for name, one in match_all(data, predictions, [0.5], voc=True).items()
     }
     means = _mean(np.stack(list(voc.values())))
     found["VOC07"], found["VOC07_interval"] = float(means[0]), interval(means)
@@ -76,27 +77,31 @@ def scores(data: Detection, answers: Mapping[int, Answer], seed: int) -> dict[st
     return found
 
 
-def mask_scores(data: Detection, answers: Mapping[int, Answer], outlines: Outlines, seed: int) -> dict[str, Any]:
+def mask_scores(
+    data: Detection, predictions: Mapping[int, Prediction], outlines: Outlines, seed: int
+) -> dict[str, Any]:
     """COCO's measures of masks: mask_AP, mask_AP50 and so on, with intervals, as `scores` has those of boxes.
 
     Args:
-        outlines: of the answers; the data has them of all objects.
+        outlines: of the predictions; the data has them of all objects.
 
     Raises:
         StageError: there is nothing to be found in these rows.
     """
-    found = _coco(data, answers, resamplings(len(answers), seed), outlines)
+    found = _coco(data, predictions, resamplings(len(predictions), seed), outlines)
     return {f"mask_{name}": value for name, value in found.items()}
 
 
 def _coco(
-    data: Detection, answers: Mapping[int, Answer], weights: NDArray[np.float64], outlines: Outlines = None
+    data: Detection, predictions: Mapping[int, Prediction], weights: NDArray[np.float64], outlines: Outlines = None
 ) -> dict[str, Any]:
     """COCO's measures, and the intervals of AP, AP50 and AP75."""
-    if all(_ignored(data.objects[row]).all() for row in answers):
-        raise StageError(f"{data.spec}: no object in the {len(answers)} pictures that could be read to test; add some")
-    found: dict[str, Any] = coco_scores(data, answers, outlines)
-    matched = match_all(data, answers, COCO_IOUS, voc=False, outlines=outlines)
+    if all(_ignored(data.objects[row]).all() for row in predictions):
+        raise StageError(
+            f"{data.spec}: no object in the {len(predictions)} images that could be read to test; add some"
+        )
+    found: dict[str, Any] = coco_scores(data, predictions, outlines)
+    matched = match_all(data, predictions, COCO_IOUS, voc=False, outlines=outlines)
     # (classes, t, 1 + resamplings)
     table = np.stack([precision(one, weights, COCO_RECALLS) for one in matched.values()])
     for name, chosen in (("AP", slice(None)), ("AP50", slice(0, 1)), ("AP75", slice(5, 6))):
@@ -104,22 +109,22 @@ def _coco(
     return found
 
 
-def coco_scores(data: Detection, answers: Mapping[int, Answer], outlines: Outlines = None) -> dict[str, float]:
+def coco_scores(data: Detection, predictions: Mapping[int, Prediction], outlines: Outlines = None) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl in 0..1 by faster-coco-eval; none for sizes that no object has."""
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth = COCO(coco_truth(data, sorted(answers), outlines is not None))
-    given, kind = coco_answers(data, answers, outlines), "bbox" if outlines is None else "segm"
-    judged = COCOeval_faster(truth, truth.loadRes(given), kind, print_function=_quiet)
-    judged.evaluate()
-    judged.accumulate()
-    judged.summarize()
-    values = [float(value) for value in judged.stats[:6]]
+    truth = COCO(coco_truth(data, sorted(predictions), outlines is not None))
+    given, kind = coco_predictions(data, predictions, outlines), "bbox" if outlines is None else "segm"
+    evaluated = COCOeval_faster(truth, truth.loadRes(given), kind, print_function=_quiet)
+    evaluated.evaluate()
+    evaluated.accumulate()
+    evaluated.summarize()
+    values = [float(value) for value in evaluated.stats[:6]]
     return {name: value for name, value in zip(SIZES, values, strict=True) if value >= 0}
 
 
 def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[str, Any]:
-    """The objects of some rows as COCO's format has them; pictures are numbered by row; difficult as crowd."""
+    """The objects of some rows as COCO's format has them; images are numbered by row; difficult as crowd."""
     notes: list[dict[str, Any]] = [
         {
             "id": 0,
@@ -161,8 +166,10 @@ def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[st
     }
 
 
-def coco_answers(data: Detection, answers: Mapping[int, Answer], outlines: Outlines = None) -> list[dict[str, Any]]:
-    """Answers as COCO's list of results; pictures are numbered by row."""
+def coco_predictions(
+    data: Detection, predictions: Mapping[int, Prediction], outlines: Outlines = None
+) -> list[dict[str, Any]]:
+    """Predictions as COCO's list of results; images are numbered by row."""
     found = [
         {
             "image_id": row,
@@ -170,11 +177,11 @@ def coco_answers(data: Detection, answers: Mapping[int, Answer], outlines: Outli
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         }
-        for row in sorted(answers)
+        for row in sorted(predictions)
         for (x0, y0, x1, y1), score, label in zip(
-            answers[row].boxes.double().tolist(),
-            answers[row].scores.tolist(),
-            answers[row].labels.tolist(),
+            predictions[row].boxes.double().tolist(),
+            predictions[row].scores.tolist(),
+            predictions[row].labels.tolist(),
             strict=True,
         )
     ]
@@ -185,42 +192,42 @@ def coco_answers(data: Detection, answers: Mapping[int, Answer], outlines: Outli
 
 
 def match_all(
-    data: Detection, answers: Mapping[int, Answer], ious: Any, voc: bool, outlines: Outlines = None
+    data: Detection, predictions: Mapping[int, Prediction], ious: Any, voc: bool, outlines: Outlines = None
 ) -> dict[str, Matched]:
-    """For each class that has an object or an answer in the judged rows, what its answers hit.
+    """For each class that has an object or a prediction in the evaluated rows, what its predictions hit.
 
     Args:
         ious: (t,) the least IoU of a hit.
-        voc: an answer belongs to the object that it overlaps most, and is wrong where that is taken; else, as COCO
+        voc: a prediction belongs to the object that it overlaps most, and is wrong where that is taken; else, as COCO
             has it, to the best of those that are left.
     """
-    rows = sorted(answers)
+    rows = sorted(predictions)
     found: dict[str, Matched] = {}
     for number, name in enumerate(data.classes):
-        pictures, values, hits, passed = [], [], [], []
+        images, values, hits, passed = [], [], [], []
         objects = np.zeros(len(rows), np.int64)
         for place, row in enumerate(rows):
-            true, answer = data.objects[row], answers[row]
-            mine, own = true.labels == number, (answer.labels == number).numpy()
+            true, prediction = data.objects[row], predictions[row]
+            mine, own = true.labels == number, (prediction.labels == number).numpy()
             ignore = _ignored(true)[mine]
             objects[place] = (~ignore).sum()
-            order = np.argsort(-answer.scores.numpy()[own], kind="stable")
+            order = np.argsort(-prediction.scores.numpy()[own], kind="stable")
             crowd = ignore & (not voc)
             if outlines is None:
-                overlaps = _overlaps(answer.boxes.numpy()[own][order], true.boxes[mine], crowd)
+                overlaps = _overlaps(prediction.boxes.numpy()[own][order], true.boxes[mine], crowd)
             else:
                 size = int(data.sizes[row, 0]), int(data.sizes[row, 1])
                 given = [outlines[row][number] for number in np.flatnonzero(own)[order].tolist()]
                 wanted = [one for one, own_label in zip(_outlines(true), mine.tolist(), strict=True) if own_label]
                 overlaps = _mask_overlaps(given, wanted, size, crowd)
             hit, skip = _match(overlaps, ignore, np.asarray(ious, np.float64), voc)
-            pictures.append(np.full(len(overlaps), place))
-            values.append(answer.scores.numpy()[own][order])
+            images.append(np.full(len(overlaps), place))
+            values.append(prediction.scores.numpy()[own][order])
             hits.append(hit)
             passed.append(skip)
         order = np.argsort(-np.concatenate(values), kind="stable")
         found[name] = Matched(
-            np.concatenate(pictures)[order].astype(np.int64),
+            np.concatenate(images)[order].astype(np.int64),
             np.concatenate(hits, axis=1)[:, order],
             np.concatenate(passed, axis=1)[:, order],
             objects,
@@ -232,12 +239,12 @@ def precision(matched: Matched, weights: NDArray[np.float64], recalls: NDArray[n
     """(t, r) mean over `recalls` of the best precision at that recall or a higher one; NaN without objects.
 
     Args:
-        weights: (r, pictures), how often each picture counts.
+        weights: (r, images), how often each image counts.
     """
     total = weights @ matched.objects
     result = np.full((len(matched.hit), len(weights)), np.nan)
     for place, (hit, ignored) in enumerate(zip(matched.hit, matched.ignored, strict=True)):
-        counted = weights[:, matched.picture[~ignored]]
+        counted = weights[:, matched.image[~ignored]]
         right = np.cumsum(counted * hit[~ignored], axis=1)
         seen = np.cumsum(counted, axis=1)
         share = right / np.maximum(seen, np.finfo(float).eps)
@@ -250,7 +257,7 @@ def precision(matched: Matched, weights: NDArray[np.float64], recalls: NDArray[n
 
 
 def _match(overlaps: NDArray[np.float64], ignore: _Bits, ious: NDArray[np.float64], voc: bool) -> tuple[_Bits, _Bits]:
-    """(t, d) hits and ignored of d answers, best first, by their (d, g) IoU with objects of their class."""
+    """(t, d) hits and ignored of d predictions, best first, by their (d, g) IoU with objects of their class."""
     hit = np.zeros((len(ious), len(overlaps)), np.bool_)
     skip = np.zeros_like(hit)
     if not overlaps.size:
@@ -278,7 +285,7 @@ def _match(overlaps: NDArray[np.float64], ignore: _Bits, ious: NDArray[np.float6
 def _mask_overlaps(
     given: Sequence[Outline], wanted: Sequence[Outline], size: tuple[int, int], crowd: _Bits
 ) -> NDArray[np.float64]:
-    """(d, g) IoU of masks of a picture of `size` (width, height); of a crowd the share of the answer in it."""
+    """(d, g) IoU of masks of an image of `size` (width, height); of a crowd the share of the prediction in it."""
     from faster_coco_eval.core import mask
 
     if not given or not wanted:
@@ -294,7 +301,7 @@ def _runs(outline: Outline, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _overlaps(boxes: NDArray[np.float32], true: NDArray[np.float32], crowd: _Bits) -> NDArray[np.float64]:
-    """(d, g) IoU; of a crowd the share of the answer that lies in it."""
+    """(d, g) IoU; of a crowd the share of the prediction that lies in it."""
     boxes, true = boxes.astype(np.float64), true.astype(np.float64)
     low = np.maximum(boxes[:, None, :2], true[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], true[None, :, 2:])
@@ -319,7 +326,7 @@ def _ignored(objects: Objects) -> _Bits:
 
 
 def resamplings(count: int, seed: int) -> NDArray[np.float64]:
-    """(1 + RESAMPLES, count): the pictures as they are, then how often each is drawn."""
+    """(1 + RESAMPLES, count): the images as they are, then how often each is drawn."""
     drawn = rng.integers(seed, "detection/bootstrap", 0, torch.arange(RESAMPLES), count, count).numpy()
     times = [np.bincount(one, minlength=count) for one in drawn]
     return np.stack([np.ones(count), *times]).astype(np.float64)
@@ -332,7 +339,7 @@ def _mean(table: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def interval(values: NDArray[np.float64]) -> list[float]:
-    """The 95 % interval of a share: the value of the pictures as they are and 1.96 deviations over the resamplings.
+    """The 95 % interval of a share: the value of the images as they are and 1.96 deviations over the resamplings.
 
     Args:
         values: (1 + RESAMPLES,), the value itself first.

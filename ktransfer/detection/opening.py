@@ -18,9 +18,9 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
     """The train and test parts that `--labelled` names, with the same classes.
 
     `scenes:...`; a root with `instances_train*.json` (or `train*.json`) and one of val, test, in it or in
-    `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose pictures, drawn
+    `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose images, drawn
     with seed 0, then is the test part. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives its
-    pictures that have the class of every pixel.
+    images that have the class of every pixel.
 
     Raises:
         UsageError: a file is missing or breaks a rule, the classes differ, or a part holds no box.
@@ -58,12 +58,12 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
         )
     for part, words in zip(parts, ("training", "test"), strict=True):
         if not any(len(one.boxes) for one in part.objects):
-            raise UsageError(f"{spec}: no box in the {words} part; there is nothing to learn or to judge by")
+            raise UsageError(f"{spec}: no box in the {words} part; there is nothing to learn or to evaluate by")
     return parts
 
 
 def open_file(spec: str) -> Detection:
-    """One COCO file, or the training pictures of `scenes:...`.
+    """One COCO file, or the training images of `scenes:...`.
 
     Raises:
         UsageError: as `open_detection`.
@@ -98,19 +98,19 @@ def _scenes(spec: str, part: str) -> Detection:
     from ktransfer.data import opening, scenes
 
     chosen = scenes.parse(spec)
-    pictures = opening.open_parts(spec)[part == "val"]
+    images = opening.open_parts(spec)[part == "val"]
     size, counts = (chosen.size, chosen.size), dict[str, int]()
     objects: list[Objects] = []
-    for row in range(len(pictures)):
+    for row in range(len(images)):
         found = scenes.objects(chosen.seed, part, row, chosen.size)
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (one.box for one in found)]
         outlines = [one.polygons for one in found]
         objects.append(objects_of(boxes, [one.category for one in found], size, counts, outlines=outlines))
     return Detection(
-        **vars(replace(pictures, targets=np.full(len(pictures), UNKNOWN, np.int32))),
-        sizes=np.full((len(pictures), 2), chosen.size, np.int32),
+        **vars(replace(images, targets=np.full(len(images), UNKNOWN, np.int32))),
+        sizes=np.full((len(images), 2), chosen.size, np.int32),
         objects=tuple(objects),
-        ids=tuple(range(1, len(pictures) + 1)),
+        ids=tuple(range(1, len(images) + 1)),
         category_ids=tuple(range(1, len(scenes.CLASSES) + 1)),
         counts=counts,
     )

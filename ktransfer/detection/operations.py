@@ -1,7 +1,7 @@
-"""Colour operations of AutoAugment and RandAugment on batches of canvases, each picture with its own strength.
+"""Colour operations of AutoAugment and RandAugment on batches of canvases, each image with its own strength.
 
 Constants as in the authors' detection code (reference selftraining.md §1.2); lengths in pixels are meant for canvases
-of 640 and scale with the canvas. `extents` (b, 2) float32 are width and height of a picture on its canvas.
+of 640 and scale with the canvas. `extents` (b, 2) float32 are width and height of an image on its canvas.
 """
 
 import math
@@ -27,12 +27,12 @@ def equalise(pixels: Tensor, extents: Tensor) -> Tensor:
     """Flatten the histogram of each channel, as Pillow's ImageOps.equalize does: (b, 3, s, s) uint8 -> the same.
 
     Args:
-        extents: (b, 2), width and height of the picture on its canvas; nothing else is counted.
+        extents: (b, 2), width and height of the image on its canvas; nothing else is counted.
     """
     planes = [
         plane[: int(height), : int(width)]
-        for picture, (width, height) in zip(pixels, extents.tolist(), strict=True)
-        for plane in picture
+        for image, (width, height) in zip(pixels, extents.tolist(), strict=True)
+        for plane in image
     ]
     histogram = torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in planes])
     filled = histogram > 0
@@ -59,7 +59,7 @@ def solarise_add(pixels: Tensor, level: float) -> Tensor:
 
 
 def colour(pixels: Tensor, level: float) -> Tensor:
-    """Blend with the grey picture: factor 1.8 * level / 10 + 0.1, 1 leaves it as it is."""
+    """Blend with the grey image: factor 1.8 * level / 10 + 0.1, 1 leaves it as it is."""
     factor = 1.8 * level / MOST + 0.1
     wide = pixels.float()
     red, green, blue = wide.unbind(1)
@@ -68,7 +68,7 @@ def colour(pixels: Tensor, level: float) -> Tensor:
 
 
 def sharpness(pixels: Tensor, level: float) -> Tensor:
-    """Blend with a smoothed picture: factor 1.8 * level / 10 + 0.1; the outermost pixels stay."""
+    """Blend with a smoothed image: factor 1.8 * level / 10 + 0.1; the outermost pixels stay."""
     factor = 1.8 * level / MOST + 0.1
     wide = pixels.float()
     kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
@@ -79,10 +79,10 @@ def sharpness(pixels: Tensor, level: float) -> Tensor:
 
 
 def cutout(pixels: Tensor, extents: Tensor, level: float, draws: Tensor) -> Tensor:
-    """Grey out a square of 2 * 100 * level / 10 pixels around a random place of the picture.
+    """Grey out a square of 2 * 100 * level / 10 pixels around a random place of the image.
 
     Args:
-        extents: (b, 2) float32, width and height of the picture on its canvas.
+        extents: (b, 2) float32, width and height of the image on its canvas.
         draws: (b, 2) in [0, 1), where the square's centre lies, from left and top.
     """
     side = pixels.shape[-1]
@@ -104,14 +104,14 @@ def translate_only_boxes(pixels: Tensor, boxes: Tensor, chosen: Tensor, level: f
     """
     out = pixels.clone()
     length = round(120 * level / MOST * pixels.shape[-1] / DESIGNED_FOR)
-    for picture, number in chosen.nonzero().tolist():
-        x1, y1, x2, y2 = (int(value) for value in boxes[picture, number].round().tolist())
-        content = out[picture, :, y1:y2, x1:x2].clone()
+    for image, number in chosen.nonzero().tolist():
+        x1, y1, x2, y2 = (int(value) for value in boxes[image, number].round().tolist())
+        content = out[image, :, y1:y2, x1:x2].clone()
         shift = min(length, content.shape[1])
         moved = torch.full_like(content, FILL)
-        if signs[picture, number] > 0:
+        if signs[image, number] > 0:
             moved[:, shift:] = content[:, : content.shape[1] - shift]
         else:
             moved[:, : content.shape[1] - shift] = content[:, shift:]
-        out[picture, :, y1:y2, x1:x2] = moved
+        out[image, :, y1:y2, x1:x2] = moved
     return out

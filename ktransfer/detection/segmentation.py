@@ -1,4 +1,4 @@
-"""Networks that tell the class of every pixel: heads on a trunk, their loss, answers, and the mean IoU.
+"""Networks that tell the class of every pixel: heads on a trunk, their loss, predictions, and the mean IoU.
 
 Heads: torchvision's FCN and DeepLab on the deepest map, and that of Zoph et al. on a pyramid, whose maps are
 enlarged to the finest one and summed before three convolutions (reference selftraining.md §1.6).
@@ -20,7 +20,7 @@ from ktransfer.detection import canvas, metrics, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.masks import IGNORE, classes_of_pixels
 from ktransfer.detection.trunks import Trunk
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 from ktransfer.progress import bar
 from ktransfer.training.batch import Batch, Source
 
@@ -44,7 +44,7 @@ class Summed(nn.Sequential):
 
 
 class Segmenter(nn.Module):
-    """A head on a trunk, its answer enlarged to the canvas: (b, 3, s, s) -> (b, classes + 1, s, s)."""
+    """A head on a trunk, its prediction enlarged to the canvas: (b, 3, s, s) -> (b, classes + 1, s, s)."""
 
     def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def segmentation_loss(
         maps: (n, size, size) uint8 of `masks.map_canvases`, on any device.
         extents: (n, 2) of `canvas.extents`, on the device.
         how: normalisation, that of the trunk.
-        scales: of the jitter; pictures are always mirrored half the time.
+        scales: of the jitter; images are always mirrored half the time.
     """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,12 +127,12 @@ def pixel_loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Confusion(NamedTuple):
-    """Of m judged pictures.
+    """Of m evaluated images.
 
     Attributes:
         rows: m rows.
-        counts: (m, c, c) int64 pixels, by true class (first) and answered class.
-        broken: row and reason of pictures whose maps are broken.
+        counts: (m, c, c) int64 pixels, by true class (first) and predicted class.
+        broken: row and reason of images whose maps are broken.
     """
 
     rows: list[int]
@@ -150,7 +150,7 @@ def confusion(
     batch: int = 16,
     label: str = "segment",
 ) -> Confusion:
-    """Answers at the pictures' own size against their maps; ignored pixels and broken pictures are left out."""
+    """Predictions at the images' own size against their maps; ignored pixels and broken images are left out."""
     model.eval()
     edges, classes = canvas.extents(data, size), len(data.classes) + 1
     rows, counts, broken = list[int](), list[NDArray[np.int64]](), dict[int, str]()
@@ -164,7 +164,7 @@ def confusion(
             for row, logits in zip(kept.tolist(), model(prepared), strict=True):
                 try:
                     true = torch.from_numpy(classes_of_pixels(data, row).copy())
-                except BrokenPicture as error:
+                except BrokenImage as error:
                     broken[row] = str(error)
                     continue
                 width, height = (int(side) for side in edges[row])
@@ -176,11 +176,11 @@ def confusion(
 
 @torch.no_grad()
 def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Sequence[float]) -> Tensor:
-    """The mean over scales, and over each picture and its mirror image, of what the model answers.
+    """The mean over scales, and over each image and its mirror image, of what the model predicts.
 
     Args:
         model: in evaluation mode.
-        pixels: (b, 3, s, s) uint8 canvases. extents: (b, 2) of their pictures, whole numbers.
+        pixels: (b, 3, s, s) uint8 canvases. extents: (b, 2) of their images, whole numbers.
         scales: factors of the canvas's side.
 
     Returns:
@@ -197,18 +197,18 @@ def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Seq
             beyond = (size - side) % 32
             small = whole if side == size else F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True)
             logits = model(F.pad(small, (0, beyond, 0, beyond)))[:, :, :side, :side]
-            answer = F.interpolate(logits.softmax(1), size=(size, size), mode="bilinear", align_corners=False)
-            total = total + (canvas.mirror(answer, extents) if mirrored else answer)
+            prediction = F.interpolate(logits.softmax(1), size=(size, size), mode="bilinear", align_corners=False)
+            total = total + (canvas.mirror(prediction, extents) if mirrored else prediction)
     found: Tensor = total / (2 * len(scales))
     return found
 
 
 def hard_map(probability: Tensor, extent: tuple[int, int], size: tuple[int, int], threshold: float) -> Tensor:
-    """(height, width) uint8 map of one picture: the likeliest class of a pixel; ignored where that is too unlikely.
+    """(height, width) uint8 map of one image: the likeliest class of a pixel; ignored where that is too unlikely.
 
     Args:
         probability: (c, s, s) on its canvas.
-        extent: width and height of the picture there. size: those of the picture itself.
+        extent: width and height of the image there. size: those of the image itself.
         threshold: the least probability that counts.
     """
     inside = probability[None, :, : extent[1], : extent[0]]
@@ -221,7 +221,7 @@ def summary(counts: NDArray[np.int64], names: tuple[str, ...], seed: int) -> dic
     """mIoU and the share of right pixels, with intervals, and the IoU of each class.
 
     Args:
-        counts: (pictures, c, c), see `Confusion`. names: of the c classes.
+        counts: (images, c, c), see `Confusion`. names: of the c classes.
     """
     weights = metrics.resamplings(len(counts), seed)
     resampled = np.tensordot(weights, counts, axes=1)
@@ -237,15 +237,15 @@ def summary(counts: NDArray[np.int64], names: tuple[str, ...], seed: int) -> dic
     }
 
 
-def confusion_matrix(true: Tensor, answered: Tensor, classes: int) -> NDArray[np.int64]:
-    """(classes, classes) int64: pixels by true (first) and answered class, ignored ones left out."""
+def confusion_matrix(true: Tensor, predicted: Tensor, classes: int) -> NDArray[np.int64]:
+    """(classes, classes) int64: pixels by true (first) and predicted class, ignored ones left out."""
     known = true != IGNORE
-    codes = true[known].long() * classes + answered[known].long()
+    codes = true[known].long() * classes + predicted[known].long()
     return np.asarray(torch.bincount(codes, minlength=classes**2).view(classes, classes).numpy())
 
 
 def intersection_over_union(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(..., c, c) counts -> (..., c) IoU of each class, NaN of one that is neither there nor answered."""
+    """(..., c, c) counts -> (..., c) IoU of each class, NaN of one that is neither there nor predicted."""
     both = np.diagonal(counts, axis1=-2, axis2=-1)
     either = counts.sum(-1) + counts.sum(-2) - both
     return np.asarray(np.where(either > 0, both / np.maximum(either, 1), np.nan))

@@ -1,4 +1,4 @@
-"""What a training is shown: augmented pictures with their boxes or masks, as one picture."""
+"""What a training is shown: augmented images with their boxes or masks, as one image."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ktransfer import files
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import geometry, masks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import truth
@@ -18,9 +18,9 @@ COLUMNS = 4
 
 
 def draw_augmented(
-    path: Path, data: Detection, source: Pictures, strength: str, seed: int, rows: Tensor, maps: Tensor | None = None
+    path: Path, data: Detection, source: ImageLoader, strength: str, seed: int, rows: Tensor, maps: Tensor | None = None
 ) -> None:
-    """Write pictures as they are and, below each row of them, as epochs 0 and 1 show them (PNG).
+    """Write images as they are and, below each row of them, as epochs 0 and 1 show them (PNG).
 
     Args:
         rows: (n,) int64, n > 0, of `data` and of `source`, which can be read.
@@ -58,7 +58,7 @@ def _painted(pixels: Tensor, maps: Tensor) -> Tensor:
 
 
 def _drawn(batch: Boxed, place: int) -> Tensor:
-    """(3, s, s) uint8 with the boxes of one picture; where the canvas holds no picture it is black."""
+    """(3, s, s) uint8 with the boxes of one image; where the canvas holds no image it is black."""
     side = batch.pixels.shape[-1]
     middle = torch.arange(side) + 0.5
     width, height = batch.extents[place]

@@ -2,7 +2,7 @@
 
 S1 mirrors and crops; S2 adds AutoAugment (policy v0); S3 is S2 with a wide range of scales; S4 takes RandAugment
 (magnitude 10) instead. Colour operations come first, on the canvas as it is; all moves (policy, mirror, scale, crop)
-are one affine map, so that a picture is resampled once. All draws are functions of (seed, epoch, row).
+are one affine map, so that an image is resampled once. All draws are functions of (seed, epoch, row).
 """
 
 import math
@@ -39,7 +39,7 @@ STRENGTHS = {
     "S3": Strength((0.5, 2.0), "autoaugment"),
     "S4": Strength((0.5, 2.0), "randaugment"),
 }
-# AutoAugment's policy v0 for detection; one of the five is drawn for each picture.
+# AutoAugment's policy v0 for detection; one of the five is drawn for each image.
 POLICY: tuple[tuple[Step, Step], ...] = (
     (("translate-x", 0.6, 4), ("equalise", 0.8, 10)),
     (("translate-only-boxes", 0.2, 2), ("cutout", 0.8, 8)),
@@ -60,7 +60,7 @@ RANDOM = (
     "rotate",
 )
 MAGNITUDE = 10
-LAYERS = 2  # operations of RandAugment for each picture; not known of the paper
+LAYERS = 2  # operations of RandAugment for each image; not known of the paper
 ONLY_BOXES = 1 / 3  # of an operation's probability is what each box has of it
 SMALLEST = 1.0  # pixels: boxes with a shorter side are dropped
 MOVES = ("translate-x", "translate-y", "shear-x", "shear-y", "rotate")
@@ -70,8 +70,8 @@ class Boxed(NamedTuple):
     """Canvases with their boxes.
 
     Attributes:
-        pixels: (b, 3, s, s) uint8; the picture is at the top left.
-        extents: (b, 2) float32, width and height of the picture.
+        pixels: (b, 3, s, s) uint8; the image is at the top left.
+        extents: (b, 2) float32, width and height of the image.
         boxes: (b, m, 4) float32 x1, y1, x2, y2 in pixels of the canvas.
         kept: (b, m) bool, false where there is no box.
     """
@@ -98,13 +98,13 @@ def augment(
 
     Args:
         strength: a key of STRENGTHS; "none" leaves all as it is.
-        rows: (b,) int64, which pictures these are: they key the draws.
-        finish: what is done to the pixels, each picture's by itself, such as to normalise them; by default they become
+        rows: (b,) int64, which images these are: they key the draws.
+        finish: what is done to the pixels, each image's by itself, such as to normalise them; by default they become
             uint8 again.
 
     Returns:
         The batch, boxes that are cut away no longer `kept`; and (b, 2, 3) float32, the maps by which masks and polygons
-        follow (`geometry`). What the policy moves in from beyond the picture's edge is grey. All is computed in
+        follow (`geometry`). What the policy moves in from beyond the image's edge is grey. All is computed in
         float32, within autocast too.
     """
     with torch.autocast(batch.pixels.device.type, enabled=False):
@@ -142,7 +142,7 @@ def _bytes(pixels: Tensor, extents: Tensor) -> Tensor:
 
 
 def _draw(policy: str, rows: Tensor, seed: int, epoch: int) -> list[list[Step]]:
-    """For each layer the operation of each picture, with its level and whether it is done (probability 0 or 1)."""
+    """For each layer the operation of each image, with its level and whether it is done (probability 0 or 1)."""
     if policy == "none":
         return []
     if policy == "randaugment":
@@ -164,11 +164,11 @@ def _tossed(step: Step, coin: float) -> Step:
 
 
 def _coloured(batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed: int, epoch: int, layer: int) -> Boxed:
-    """Do the operations that leave boxes where they are, all pictures of one kind together."""
+    """Do the operations that leave boxes where they are, all images of one kind together."""
     pixels = batch.pixels
     for name, probability, level in sorted({step for step in steps if step[0] not in MOVES and step[1] > 0}):
         places = [place for place, step in enumerate(steps) if step == (name, probability, level)]
-        # All of them are taken as they are: on a CPU a part of the batch is mostly a single picture.
+        # All of them are taken as they are: on a CPU a part of the batch is mostly a single image.
         at = slice(None) if len(places) == len(steps) else torch.tensor(places, device=pixels.device)
         some, extents = pixels[at], batch.extents[at]
         if name == "equalise":
@@ -196,7 +196,7 @@ def _coloured(batch: Boxed, steps: list[Step], draws: Tensor, rows: Tensor, seed
 
 
 def _moves(batch: Boxed, steps: list[Step], draws: Tensor) -> Tensor:
-    """(b, 2, 3) the moves of one layer of a policy, around the middle of each picture."""
+    """(b, 2, 3) the moves of one layer of a policy, around the middle of each image."""
     device = draws.device
     sign = torch.where(draws[:, 3] < 0.5, -1.0, 1.0)
 
@@ -217,10 +217,10 @@ def _moves(batch: Boxed, steps: list[Step], draws: Tensor) -> Tensor:
 
 
 def _fit(extents: Tensor, scales: tuple[float, float], side: int, rngs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror half of the pictures, scale them, and cut out the canvas at a random place of what is larger.
+    """Mirror half of the images, scale them, and cut out the canvas at a random place of what is larger.
 
     Returns:
-        (b, 2, 3) maps, and (b, 4) where the picture then is on its canvas: x1, y1, x2, y2.
+        (b, 2, 3) maps, and (b, 4) where the image then is on its canvas: x1, y1, x2, y2.
     """
     factor = scales[0] + (scales[1] - scales[0]) * rngs[:, :1]
     scale = (factor * side / extents).amin(1, keepdim=True)

@@ -24,14 +24,14 @@ from ktransfer.networks.teachers import Teacher
 NORMS = ("bn", "syncbn", "gn", "frozen")
 NECKS = ("p3-p7", "p2-p6", "single")
 GROUPS = 32
-_PROBE = 256  # pixels of the picture by which strides are measured
+_PROBE = 256  # pixels of the image by which strides are measured
 _DEEPEST = 5
 
 
 class Trunk(nn.Module):
     """Maps of a network, with a pyramid or alone: (b, 3, h, w) -> {"p3": (b, out_channels, h / 8, w / 8), ...}.
 
-    `body` keeps the names of the network's own modules. `how` is how pictures are normalised. Where `still`, the
+    `body` keeps the names of the network's own modules. `how` is how images are normalised. Where `still`, the
     parameters of the body get no gradient, and its batch norms keep their statistics also in training.
     """
 
@@ -201,7 +201,7 @@ def _levels(body: nn.Sequential, candidates: list[str]) -> dict[int, tuple[str, 
     """Level from 2 on -> the last of these modules whose output has that stride, and its channels."""
     found: dict[int, tuple[str, int]] = {}
     x = torch.zeros(1, 3, _PROBE, _PROBE)
-    with _judging(body):
+    with _evaluating(body):
         for name, module in body.named_children():
             x = module(x)
             if name in candidates:
@@ -210,7 +210,7 @@ def _levels(body: nn.Sequential, candidates: list[str]) -> dict[int, tuple[str, 
 
 
 @contextmanager
-def _judging(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """In evaluation mode and without gradients, and as it was after that."""
     training = module.training
     module.eval()
@@ -237,6 +237,6 @@ def _neck(
 
 def strides(trunk: Trunk) -> dict[str, int]:
     """The maps that come out and their strides, the finest first."""
-    with _judging(trunk):
+    with _evaluating(trunk):
         maps = trunk(torch.zeros(1, 3, _PROBE, _PROBE, device=next(trunk.parameters()).device))
     return {name: 2 ** round(math.log2(_PROBE / found.shape[-1])) for name, found in maps.items()}

@@ -21,7 +21,7 @@ CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-_DATED = re.compile(r"\d{4}_\d{6}")  # the names of pictures from 2008 on
+_DATED = re.compile(r"\d{4}_\d{6}")  # the names of images from 2008 on
 _LARGEST_XML = 10_000_000  # bytes; no entity of a document is expanded beyond what it weighs
 
 
@@ -39,11 +39,11 @@ def years(root: Path) -> list[Path]:
 def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Detection, Detection]:
     """Training and test part: `trainval` of all years against every `test` that has boxes, else `train` against `val`.
 
-    A picture is there once, whatever years list it, and in the test part if it is in both. How many were left out for
+    An image is there once, whatever years list it, and in the test part if it is in both. How many were left out for
     that is said in a line.
 
     Args:
-        lists: "Main" for all pictures, "Segmentation" for those with masks.
+        lists: "Main" for all images, "Segmentation" for those with masks.
 
     Raises:
         UsageError: a list or an XML file is missing or broken.
@@ -51,23 +51,23 @@ def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Det
     tested = [
         (year, names) for year in folders if (names := _listed(year, lists, "test")) and _xml(year, names[0]).is_file()
     ]
-    learned, judged = (
+    learned, evaluated = (
         ("trainval", tested) if tested else ("train", [(year, _listed(year, lists, "val")) for year in folders])
     )
     held = set[str]()
-    judged = _once(spec, judged, held)
+    evaluated = _once(spec, evaluated, held)
     train = _once(spec, [(year, _listed(year, lists, learned)) for year in folders], held)
-    if not any(names for _, names in train) or not any(names for _, names in judged):
+    if not any(names for _, names in train) or not any(names for _, names in evaluated):
         raise UsageError(
-            f"{spec}: {folders[0]}/ImageSets/{lists} lists no pictures for training or none for testing; it needs "
+            f"{spec}: {folders[0]}/ImageSets/{lists} lists no images for training or none for testing; it needs "
             "trainval.txt and test.txt, or train.txt and val.txt"
         )
     masks = lists == "Segmentation"
-    return read(spec, learned, train, masks), read(spec, "test" if tested else "val", judged, masks)
+    return read(spec, learned, train, masks), read(spec, "test" if tested else "val", evaluated, masks)
 
 
 def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: bool = False) -> Detection:
-    """The pictures of some lists, with the twenty classes, or those that are found where there are others.
+    """The images of some lists, with the twenty classes, or those that are found where there are others.
 
     Coordinates of VOC count pixels from 1, both ends included: x0 and y0 are lowered by one.
 
@@ -87,9 +87,9 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: boo
     places = [year / "JPEGImages" / f"{name}.jpg" for year, name in rows]
     bytes_of = [file_size(str(place)) for place in places]
     if missing := sum(size < 0 for size in bytes_of):
-        counts["pictures that are not there"] = missing
+        counts["images that are not there"] = missing
     if missing == len(places):
-        raise UsageError(f"{spec}: none of its pictures is there, for example {places[0]}; unpack them")
+        raise UsageError(f"{spec}: none of its images is there, for example {places[0]}; unpack them")
     summary(f"{spec} {part}", counts)
     keys = tuple(f"{year.name}/{name}" for year, name in rows)
     digest = hashlib.sha256(repr((keys, bytes_of, sizes, classes)).encode())
@@ -119,9 +119,9 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: boo
 
 
 def _once(spec: str, listed: list[tuple[Path, list[str]]], held: set[str]) -> list[tuple[Path, list[str]]]:
-    """The lists without the pictures that are `held`, to which the others are added.
+    """The lists without the images that are `held`, to which the others are added.
 
-    VOC2012 lists pictures of other years under names of their own: 2007_000032 is 000032 of VOC2007.
+    VOC2012 lists images of other years under names of their own: 2007_000032 is 000032 of VOC2007.
     """
     found: list[tuple[Path, list[str]]] = []
     dropped = 0
@@ -131,7 +131,7 @@ def _once(spec: str, listed: list[tuple[Path, list[str]]], held: set[str]) -> li
         dropped += len(names) - len(found[-1][1])
         held.update(own.values())
     if dropped:
-        say_once(f"{spec}: {dropped:,} pictures left out that the test part or another year lists too")
+        say_once(f"{spec}: {dropped:,} images left out that the test part or another year lists too")
     return found
 
 
@@ -146,7 +146,7 @@ def _listed(year: Path, lists: str, part: str) -> list[str]:
     if wrong is not None:
         raise UsageError(f"{path}: {wrong!r} leads out of the folder; a list of VOC has plain names")
     if len(set(names)) < len(names):
-        raise UsageError(f"{path}: names a picture twice; each must be there once")
+        raise UsageError(f"{path}: names an image twice; each must be there once")
     return names
 
 
@@ -163,7 +163,7 @@ def _tree(path: Path) -> ElementTree.Element:
             raise UsageError(f"{path}: declares entities; an annotation of VOC has none")
         return ElementTree.fromstring(text)
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); every picture of a list has its annotation") from error
+        raise UsageError(f"{path}: cannot be read ({error}); every image of a list has its annotation") from error
 
 
 def _text(element: ElementTree.Element, name: str) -> str:

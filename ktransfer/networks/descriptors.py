@@ -18,7 +18,7 @@ CLIP = 0.2
 EPSILON = 1e-6
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 SIZES = {"hog": 64, "pixels": 16}
-"""Arch -> side of its pictures in pixels when none is asked for."""
+"""Arch -> side of its images in pixels when none is asked for."""
 
 
 class Hog(nn.Module):
@@ -35,7 +35,7 @@ class Hog(nn.Module):
     layers: ClassVar[dict[str, str]] = {"hog": ""}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The blocks of each picture."""
+        """The blocks of each image."""
         with torch.autocast(x.device.type, enabled=False):
             x = F.pad(x.float(), (1, 1, 1, 1), mode="replicate")
             down = (x[:, :, 2:, 1:-1] - x[:, :, :-2, 1:-1]) / 2
@@ -56,7 +56,7 @@ class Hog(nn.Module):
 
 
 class Pixels(nn.Module):
-    """The picture itself: layer `rgb` (batch, 3, h, w) or `grey` (batch, 1, h, w), in 0..1."""
+    """The image itself: layer `rgb` (batch, 3, h, w) or `grey` (batch, 1, h, w), in 0..1."""
 
     layers: ClassVar[dict[str, str]] = {"grey": "grey", "rgb": "rgb"}
 

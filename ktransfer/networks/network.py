@@ -41,7 +41,7 @@ class Network:
     """What a network is: all that is needed to build it again and to feed it.
 
     `size` is the side of its input in pixels; `normalise` is "imagenet" (fixed mean and deviation), "R,G,B/R,G,B"
-    (others, in 0..1) or "picture" (each picture by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk
+    (others, in 0..1) or "picture" (each image by its own, as Jigsaw++ does with tiles); `classes` 0 means the trunk
     alone; `task` is what it learned.
     """
 
@@ -58,7 +58,7 @@ class AlexNet(nn.Module):
     """AlexNet of jigsawpp.md §2.1: convolutions `conv1`..`conv5`, and `fc6`..`fc8` when there are classes.
 
     (batch, 3, size, size) float32 -> (batch, classes), or the output of pool5 when `classes` is 0. `stride` is that of
-    conv1: 2 on the puzzle's tiles, 4 on whole pictures.
+    conv1: 2 on the puzzle's tiles, 4 on whole images.
     """
 
     def __init__(self, network: Network) -> None:
@@ -84,7 +84,7 @@ class AlexNet(nn.Module):
                     self._add(f"norm{number}", nn.LocalResponseNorm(5))
         self._add("pool5", nn.MaxPool2d(3, 2, ceil_mode=True))
         if network.classes:
-            # Smaller pictures than 227 leave less than 6x6 after pool5; the head takes what is there.
+            # Smaller images than 227 leave less than 6x6 after pool5; the head takes what is there.
             with torch.no_grad():
                 side = self.eval().maps(torch.zeros(1, 3, network.size, network.size)).shape[-1]
             fc6, fc7 = (scaled(4096, network.width) for _ in range(2))
@@ -157,7 +157,7 @@ def fitting(network: Network) -> Iterator[None]:
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"--size {network.size}: {network.arch} does not take pictures so small ({reason}); give a larger --size"
+            f"--size {network.size}: {network.arch} does not take images so small ({reason}); give a larger --size"
         ) from error
 
 
@@ -280,7 +280,7 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: s
     Args:
         paths: layer name -> module path, as `layers` gives them.
         x: (batch, 3, h, w), normalised.
-        token: what is read of a transformer: "patch", its patches where they lie in the picture; "mean" of these; or
+        token: what is read of a transformer: "patch", its patches where they lie in the image; "mean" of these; or
             "cls", its class token.
 
     Returns:
@@ -324,7 +324,7 @@ def _as_maps(model: nn.Module, out: Tensor, token: str = "patch") -> Tensor:
 
 
 def normalise(pixels: Tensor, how: str) -> Tensor:
-    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by fixed statistics or each picture's own (`Network`)."""
+    """uint8 or float (batch, 3, h, w) in 0..255 -> float32, by fixed statistics or each image's own (`Network`)."""
     x = pixels.to(torch.float32)
     if how == "picture":
         mean = x.mean(dim=(1, 2, 3), keepdim=True)

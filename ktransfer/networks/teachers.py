@@ -1,6 +1,6 @@
 """What `--teacher` names: weights of ours, those of torchvision or timm, a checkpoint made elsewhere, HOG or pixels.
 
-Nothing is ever downloaded. What pictures are fed to a teacher as, is in `Network.normalise`: each by its own mean and
+Nothing is ever downloaded. What images are fed to a teacher as, is in `Network.normalise`: each by its own mean and
 deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, unless torchvision or timm state others
 for the very weights; 0..1 for HOG and pixels.
 """
@@ -55,7 +55,7 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         given: `--teacher`.
         arch: architecture of a checkpoint made elsewhere.
         weights: for `torchvision:NAME` a path or an entry of its weights, for `timm:NAME` a path.
-        size: side of the pictures in pixels, 0 for the teacher's own.
+        size: side of the images in pixels, 0 for the teacher's own.
 
     Raises:
         UsageError: no such teacher, weights that are not here, options that it does not have.
@@ -120,7 +120,7 @@ def shapes(network: Network, model: nn.Module) -> dict[str, tuple[int, int, int]
     """Layer -> (channels, height, width) of its maps; for a transformer those of its patches.
 
     Raises:
-        UsageError: the pictures are too small.
+        UsageError: the images are too small.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with networks.fitting(network), torch.no_grad():
@@ -132,7 +132,7 @@ def shapes(network: Network, model: nn.Module) -> dict[str, tuple[int, int, int]
 def listing(network: Network, model: nn.Module) -> str:
     """The layers for people, one a line."""
     rows = [f"{name:<12} {c} x {h} x {w}" for name, (c, h, w) in shapes(network, model).items()]
-    first = f"{network.arch}, pictures of {network.size} x {network.size}: layer, channels x height x width"
+    first = f"{network.arch}, images of {network.size} x {network.size}: layer, channels x height x width"
     if networks.tokens_before(model) is not None:
         names = "cls and mean" if networks.has_class_token(model) else "mean"
         first += f" of --token patch ({names}: one number a channel)"

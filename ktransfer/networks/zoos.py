@@ -12,10 +12,10 @@ TORCHVISION, TIMM = "torchvision:", "timm:"
 
 
 def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
-    """A classifier of torchvision, with or without the prefix, for pictures of `size` pixels.
+    """A classifier of torchvision, with or without the prefix, for images of `size` pixels.
 
     Raises:
-        UsageError: a vision transformer whose patches do not divide the picture.
+        UsageError: a vision transformer whose patches do not divide the image.
     """
     name = arch.removeprefix(TORCHVISION)
     special: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
@@ -30,10 +30,10 @@ def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
 
 
 def of_timm(arch: str, size: int) -> nn.Module:
-    """A network of timm, with the prefix, without its classifier, for pictures of `size` pixels."""
+    """A network of timm, with the prefix, without its classifier, for images of `size` pixels."""
     timm: Any = importlib.import_module("timm")
     name = arch.removeprefix(TIMM)
-    try:  # transformers must know the side of the pictures, other networks do not take it
+    try:  # transformers must know the side of the images, other networks do not take it
         made = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
     except TypeError:
         made = timm.create_model(name, pretrained=False, num_classes=0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one step: `rows` (b,) int64, `pixels` (b, 3, s, s) uint8, `valid` (b,) bool, all on the device.
+    """Images of one step: `rows` (b,) int64, `pixels` (b, 3, s, s) uint8, `valid` (b,) bool, all on the device.
 
     `whole` says that all of them are valid, so that nobody has to ask the device, which would make it wait.
     """
@@ -27,7 +27,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """What batches are read from: pictures, or anything that hands out rows in the same way."""
+    """What batches are read from: images, or anything that hands out rows in the same way."""
 
     def batches(self, rows: Iterable[Tensor], /) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """(b,) rows -> those rows, their content (b, ...), (b,) valid, and the seconds that the caller waited."""

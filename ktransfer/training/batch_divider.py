@@ -1,7 +1,7 @@
 """How a batch is divided: into pieces that fit the device, one after the other, and each piece among the processes.
 
-Whatever the division, the step is that of the whole batch: the loss is the mean over all its valid pictures, gradients
-are added up, random masks are cut out of those of the whole batch, and batch norm learns from all processes' pictures.
+Whatever the division, the step is that of the whole batch: the loss is the mean over all its valid images, gradients
+are added up, random masks are cut out of those of the whole batch, and batch norm learns from all processes' images.
 What remains is the order of sums; and batch norm sees one piece at a time.
 """
 
@@ -26,7 +26,7 @@ from ktransfer.training.options import LoopOptions
 
 @dataclass(frozen=True)
 class Piece:
-    """What is computed at once: `count` valid pictures, `first` of the batch's `total` before them."""
+    """What is computed at once: `count` valid images, `first` of the batch's `total` before them."""
 
     batch: Batch
     first: int
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a batch as it was read: its pieces, their valid pictures, seconds waited."""
+    """This process's part of a batch as it was read: its pieces, their valid images, seconds waited."""
 
     batches: list[Batch]
     counts: list[int]
@@ -50,9 +50,9 @@ class Share:
 
 
 def pieces(width: int, most: int) -> list[tuple[int, int]]:
-    """[first, last) of the pieces of a batch of `width` pictures: of about equal size, at most `most` (0: no limit).
+    """[first, last) of the pieces of a batch of `width` images: of about equal size, at most `most` (0: no limit).
 
-    None is smaller than two pictures, which batch norm needs; so one of three may be made where `most` is 2.
+    None is smaller than two images, which batch norm needs; so one of three may be made where `most` is 2.
     """
     count = max(1, min(-(-width // most), width // 2)) if most else 1
     return [(width * place // count, width * (place + 1) // count) for place in range(count)]
@@ -65,16 +65,16 @@ def seen_by_batch_norm(options: LoopOptions, build: Callable[[], nn.Module]) -> 
     return {"--micro-batch, which batch norm sees,": str(options.micro_batch)}
 
 
-class Crew:
+class BatchDivider:
     """The processes that train together, from the first step to the last: a context.
 
     Whatever fails within, in any of them, all of them leave it: the leader with the error, the
-    others by `distributed.Told`.
+    others by `distributed.PeerFailed`.
 
     Args:
         model: its batch norms are shared within.
-        width: pictures of a batch; every batch has `following` more rows, which come after its own ones in the order.
-        most: pictures that are computed at once by all processes together, 0 for the whole batch.
+        width: images of a batch; every batch has `following` more rows, which come after its own ones in the order.
+        most: images that are computed at once by all processes together, 0 for the whole batch.
         shared: whether the other processes of the command do the same; else this one trains alone.
 
     Attributes:
@@ -86,8 +86,8 @@ class Crew:
         self, model: nn.Module, width: int, most: int, following: int, device: torch.device, shared: bool
     ) -> None:
         self.model, self.following, self.device = model, following, device
-        self.shared = shared and distributed.count() > 1
-        who, of = (distributed.number(), distributed.count()) if self.shared else (0, 1)
+        self.shared = shared and distributed.world_size() > 1
+        who, of = (distributed.rank(), distributed.world_size()) if self.shared else (0, 1)
         self._who = who
         self._spans = [
             (first + (last - first) * who // of, first + (last - first) * (who + 1) // of)
@@ -96,14 +96,14 @@ class Crew:
         self.places = torch.cat([torch.arange(first, last + following) for first, last in self._spans])
         self._within = contextlib.ExitStack()
         self._known = not self.shared  # that somebody failed, or all are done
-        self._bonds: distributed.Bonds | None = None
+        self._group: distributed.StepGroup | None = None
 
     def __enter__(self) -> Self:
         """Meet the others."""
         if self.shared:
-            self._bonds = distributed.Bonds(self.device.type == "cuda")
-            self._within.callback(self._bonds.cut)
-            self._within.enter_context(over_all(self.model, self._bonds.sum))
+            self._group = distributed.StepGroup(self.device.type == "cuda")
+            self._within.callback(self._group.cut)
+            self._within.enter_context(over_all(self.model, self._group.sum))
         return self
 
     def __exit__(
@@ -115,11 +115,11 @@ class Crew:
             return
         self._known = True
         try:
-            distributed.exchange([0] * (1 + len(self._spans)), error)
-        except distributed.Told:
+            distributed.all_gather([0] * (1 + len(self._spans)), error)
+        except distributed.PeerFailed:
             raise
         except KTransferError:
-            if isinstance(error, distributed.Lost):  # the other one has said why
+            if isinstance(error, distributed.PeerLost):  # the other one has said why
                 raise
 
     def same(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -127,12 +127,12 @@ class Crew:
         if not self.shared:
             return state
         data = np.zeros(0, np.uint8)
-        if distributed.leads():
+        if distributed.is_leader():
             buffer = io.BytesIO()
             torch.save(state, buffer)
             data = np.frombuffer(buffer.getvalue(), np.uint8).copy()
         length = self._exchange([len(data)] + [0] * len(self._spans))[0][0]
-        data = distributed.spread(data if distributed.leads() else np.zeros(length, np.uint8))
+        data = distributed.broadcast(data if distributed.is_leader() else np.zeros(length, np.uint8))
         found: dict[str, Any] = torch.load(io.BytesIO(data.tobytes()), self.device, weights_only=True)
         return found
 
@@ -149,11 +149,11 @@ class Crew:
             ]
             yield Share(batches, counts, wait)
 
-    def meet(self, share: Share | None, stop: bool) -> tuple[list[Piece], bool]:
+    def sync(self, share: Share | None, stop: bool) -> tuple[list[Piece], bool]:
         """All learn what the others have read, and whether one of them is to stop; the pieces of this process.
 
         Raises:
-            StageError: another process failed, or there is not one valid picture.
+            StageError: another process failed, or there is not one valid image.
             Told: in the others.
         """
         counts = share.counts if share else [0] * len(self._spans)
@@ -162,8 +162,8 @@ class Crew:
         found, first = [], 0
         if share and not total:
             self._known = True
-            raise (StageError if distributed.leads() else distributed.Told)(
-                "none of the pictures of a batch can be read; check the data and give the same command again"
+            raise (StageError if distributed.is_leader() else distributed.PeerFailed)(
+                "none of the images of a batch can be read; check the data and give the same command again"
             )
         for place, batch in enumerate(share.batches if share else []):
             for who, row in enumerate(told):
@@ -173,20 +173,20 @@ class Crew:
                 first += row[1 + place]
         return found, any(row[0] for row in told)
 
-    def part(self) -> None:
+    def close(self) -> None:
         """All are done."""
         self._known = True
 
-    def add_up(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gradients and `sums` of all processes, for all."""
-        if self._bonds is None:
+        if self._group is None:
             return sums
         names = sorted(sums)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         # What has no gradient here has none in the others, unless they are zeros.
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning] + [sums[name] for name in names]
         flat = torch.cat([part.detach().float().flatten() for part in parts])
-        self._bonds.sum(flat)
+        self._group.sum(flat)
         *summed, rest = flat.split([p.numel() for p in learning] + [len(names)])
         for parameter, part in zip(learning, summed, strict=True):
             if parameter.grad is not None:
@@ -195,7 +195,7 @@ class Crew:
 
     def _exchange(self, values: list[int]) -> list[list[int]]:
         try:
-            return distributed.exchange(values)
+            return distributed.all_gather(values)
         except KTransferError:
             self._known = True
             raise

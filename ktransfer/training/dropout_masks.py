@@ -10,16 +10,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class RowsOfBatch(TorchFunctionMode):
-    """Within, dropout and masks drawn for each picture are those of the whole batch, cut to the part's rows.
+    """Within, dropout and masks drawn for each image are those of the whole batch, cut to the part's rows.
 
     So the same seed gives a batch the same masks however it is divided. Covers `F.dropout` (and `nn.Dropout`) and
-    `Tensor.bernoulli_` (torchvision's stochastic depth) where the rows are a multiple of the part's pictures; other
+    `Tensor.bernoulli_` (torchvision's stochastic depth) where the rows are a multiple of the part's images; other
     draws are the part's own.
 
     Args:
-        first: pictures of the batch before the part's.
-        count: pictures of the part.
-        total: pictures of the batch.
+        first: images of the batch before the part's.
+        count: images of the part.
+        total: images of the batch.
     """
 
     def __init__(self, first: int, count: int, total: int) -> None:

@@ -55,7 +55,7 @@ class Log:
             raise Diverged(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
         speed = {
             "lr": lr,
-            "pictures_per_second": round(count / seconds, 1),
+            "images_per_second": round(count / seconds, 1),
             # A wait that was going on at the start of the window counts whole.
             "data_wait": round(min(self.wait / seconds, 1.0), 4),
             "memory_gb": round(memory_gb(device), 2),

@@ -22,7 +22,7 @@ from ktransfer import distributed, files, rng
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
 from ktransfer.training.batch import Loss, Source
-from ktransfer.training.batch_divider import Crew, Piece
+from ktransfer.training.batch_divider import BatchDivider, Piece
 from ktransfer.training.compiled import Compiled
 from ktransfer.training.device import autocast
 from ktransfer.training.log import Log
@@ -36,7 +36,7 @@ CHECKPOINT_SHARE = 0.02  # of the time, at most
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
 """Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
 LEFT = ((60_000 * 16, 3), (20_000 * 16, 9))
-"""Where "he" does: when so many pictures are left, 60,000 and 20,000 iterations of 16 (reference selftraining.md §2.2).
+"""Where "he" does: when so many images are left, 60,000 and 20,000 iterations of 16 (reference selftraining.md §2.2).
 
 In a training shorter than his shortest, 2x or 180,000 iterations, at a third and a ninth of it, as there."""
 SAME_CTRL_C = 2.0  # seconds
@@ -80,7 +80,7 @@ def sgd(model: nn.Module, options: TrainOptions, device: torch.device) -> torch.
 def fit(
     model: nn.Module,
     loss: Loss,
-    pictures: Source,
+    images: Source,
     batches: Callable[[int], Tensor],
     options: LoopOptions,
     folder: Path,
@@ -100,30 +100,32 @@ def fit(
         evaluate: called after each epoch with the model in evaluation mode; a `Stopping` may end the training there,
             and its network has its best weights in the end. Not for shared trainings.
         optimiser: SGD of `options`, which are TrainOptions, when not given; its rates are scaled by the schedule.
-        following: rows that a batch has beyond its own pictures, those that come after them in the epoch's order.
+        following: rows that a batch has beyond its own images, those that come after them in the epoch's order.
         shared: whether all processes of the command call this together, with the same arguments; the first one alone
             evaluates and writes. The batches are those of one process, and so are the weights but for rounding.
 
     Raises:
         Diverged: the loss is not finite.
-        StageError: none of a batch's pictures can be read, or another process failed.
+        StageError: none of a batch's images can be read, or another process failed.
         Told: in the others, when one of them failed or is to stop.
     """
     per_epoch, rows = batches(0).shape
     total = per_epoch * options.epochs
     checkpoint = folder / "checkpoint" / "last.pt"
-    leads = distributed.leads()
+    leads = distributed.is_leader()
     stopping = evaluate if isinstance(evaluate, Stopping) else None
     assert not (stopping and shared)
     with contextlib.ExitStack() as within:
-        crew = within.enter_context(Crew(model, rows - following, options.micro_batch, following, device, shared))
+        divider = within.enter_context(
+            BatchDivider(model, rows - following, options.micro_batch, following, device, shared)
+        )
         model.to(device).to(memory_format=torch.channels_last)
         if optimiser is None:
             assert isinstance(options, TrainOptions)
             optimiser = sgd(model, options, device)
         base_rates = [group["lr"] for group in optimiser.param_groups]
-        step = _begin(crew, checkpoint, model, optimiser, device, stopping)
-        network = Compiled(model, options, device, label, crew.shared)
+        step = _begin(divider, checkpoint, model, optimiser, device, stopping)
+        network = Compiled(model, options, device, label, divider.shared)
 
         def gradients(called: nn.Module, pieces: list[Piece], seed: int) -> dict[str, Tensor]:
             return _gradients(called, loss, pieces, seed, options, device, called is model)
@@ -131,7 +133,7 @@ def fit(
         log = Log(folder / "metrics.jsonl", step, options.tensorboard) if leads else None
         last_save, save_cost = time.monotonic(), 0.0
         shown = within.enter_context(bar(total * options.batch, label, done=step * options.batch))
-        stop = within.enter_context(ctrl_c_between_steps(crew.shared))
+        stop = within.enter_context(ctrl_c_between_steps(divider.shared))
 
         def keep() -> None:
             nonlocal last_save, save_cost
@@ -145,27 +147,27 @@ def fit(
 
         def leave() -> None:
             """All processes together: the leader keeps what it has."""
-            crew.part()
+            divider.close()
             if not leads:
-                raise distributed.Told("stopped")
+                raise distributed.PeerFailed("stopped")
             keep()
             raise KeyboardInterrupt
 
-        if stopping and log and stopping.judged < step // per_epoch:  # stopped between an epoch and its judgement
+        if stopping and log and stopping.evaluated < step // per_epoch:  # stopped between an epoch and its evaluation
             log.note(step, step // per_epoch - 1, evaluated(model, stopping))
         while step < total and not (stopping and stopping.over):
             epoch = step // per_epoch
             model.train()
-            for share in crew.stream(pictures, batches(epoch)[step % per_epoch :], epoch):
-                pieces, stopped = crew.meet(share, stop.is_set())
-                if stopped and crew.shared:
+            for share in divider.stream(images, batches(epoch)[step % per_epoch :], epoch):
+                pieces, stopped = divider.sync(share, stop.is_set())
+                if stopped and divider.shared:
                     leave()
                 for group, base in zip(optimiser.param_groups, base_rates, strict=True):
                     group["lr"] = base * rate(step, total, options, base)
                 optimiser.zero_grad(set_to_none=True)
                 seed = rng.torch_seed(options.seed, f"{label}/step", step)
                 with explained(model, device, label, options):
-                    sums = crew.add_up(network.run(partial(gradients, pieces=pieces, seed=seed)))
+                    sums = divider.all_reduce(network.run(partial(gradients, pieces=pieces, seed=seed)))
                     optimiser.step()
                 step += 1
                 shown.update(options.batch)
@@ -175,29 +177,29 @@ def fit(
                 if log.due(LOG_SECONDS) or step == total:
                     # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
                     shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device), False)
-                # What is to be judged first is kept after that, so that its line is written once.
+                # What is to be evaluated first is kept after that, so that its line is written once.
                 if stop.is_set() or (due() and not (stopping and step % per_epoch == 0)):
                     keep()
-                if stop.is_set() and not crew.shared:
+                if stop.is_set() and not divider.shared:
                     raise KeyboardInterrupt
             if evaluate is not None and log is not None and (stopping or not stop.is_set()):
                 log.note(step, epoch, evaluated(model, evaluate))
                 if stopping and stopping.over and log.sums:
                     log.write(step, epoch, optimiser.param_groups[0]["lr"], device)
-                if (stop.is_set() or (stopping and due())) and not crew.shared:
+                if (stop.is_set() or (stopping and due())) and not divider.shared:
                     keep()
                     if stop.is_set():  # while it was evaluated
                         raise KeyboardInterrupt
         if stopping:
             stopping.restore()
-        if crew.shared:  # the leader may have failed after the last step, or be told to stop
-            if crew.meet(None, stop.is_set())[1]:
+        if divider.shared:  # the leader may have failed after the last step, or be told to stop
+            if divider.sync(None, stop.is_set())[1]:
                 leave()
-            crew.part()
+            divider.close()
 
 
 def _begin(
-    crew: Crew,
+    divider: BatchDivider,
     checkpoint: Path,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -205,11 +207,11 @@ def _begin(
     stopping: Stopping | None,
 ) -> int:
     """Go on from the checkpoint if there is one, all processes with the leader's numbers; the steps done."""
-    step = _restore(checkpoint, model, optimiser, device, stopping) if distributed.leads() else 0
-    if not crew.shared:
+    step = _restore(checkpoint, model, optimiser, device, stopping) if distributed.is_leader() else 0
+    if not divider.shared:
         return step
-    state = crew.same(_state(model, optimiser, step, stopping))
-    if not distributed.leads():
+    state = divider.same(_state(model, optimiser, step, stopping))
+    if not distributed.is_leader():
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
     return int(state["step"])

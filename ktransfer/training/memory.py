@@ -17,11 +17,11 @@ from ktransfer.training.device import autocast
 from ktransfer.training.norms import has_batch_norm
 from ktransfer.training.options import LoopOptions
 
-_TRIED = (2, 3)  # pictures whose activations are measured; batch norm needs two
+_TRIED = (2, 3)  # images whose activations are measured; batch norm needs two
 
 
 class Need(NamedTuple):
-    """Bytes of a training on one device: `fixed` whatever is computed at once, and for each picture `each`."""
+    """Bytes of a training on one device: `fixed` whatever is computed at once, and for each image `each`."""
 
     fixed: int
     each: int
@@ -30,7 +30,7 @@ class Need(NamedTuple):
 def measure(
     model: nn.Module,
     loss: Loss,
-    pictures: Source,
+    images: Source,
     rows: Tensor,
     options: LoopOptions,
     device: torch.device,
@@ -38,14 +38,14 @@ def measure(
 ) -> Need:
     """Parameters, gradients, momentum and a batch of pixels; and what a forward pass keeps for the way back.
 
-    The latter is measured on the first of (n,) `rows`, which are enough for three pictures and those `following`; their
-    pictures may be broken. The model is moved to the device and otherwise left as it was.
+    The latter is measured on the first of (n,) `rows`, which are enough for three images and those `following`; their
+    images may be broken. The model is moved to the device and otherwise left as it was.
     """
     model.to(device).to(memory_format=torch.channels_last).train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = 2 + (options.momentum > 0) + (distributed.count() > 1)  # the last: gradients laid out for sending
-    chosen, pixels, _, _ = next(iter(pictures.batches(iter([rows[: max(_TRIED) + following]]))))
+    copies = 2 + (options.momentum > 0) + (distributed.world_size() > 1)  # the last: gradients laid out for sending
+    chosen, pixels, _, _ = next(iter(images.batches(iter([rows[: max(_TRIED) + following]]))))
     before = [value.clone() for value in model.buffers()]
     sizes: list[int] = []
     for count in _TRIED:
@@ -68,14 +68,14 @@ def measure(
         for value, old in zip(model.buffers(), before, strict=True):
             value.copy_(old)
     each = max(1, (sizes[1] - sizes[0]) // (_TRIED[1] - _TRIED[0]))
-    share = -(-options.batch // distributed.count()) + following
+    share = -(-options.batch // distributed.world_size()) + following
     return Need(own * copies + max(0, sizes[0] - each * _TRIED[0]) + share * pixels[0].nbytes, each)
 
 
 def tell_plan(
     model: nn.Module,
     loss: Loss,
-    pictures: Source,
+    images: Source,
     rows: Tensor,
     options: LoopOptions,
     device: torch.device,
@@ -86,18 +86,18 @@ def tell_plan(
     if len(rows) < max(_TRIED) + following:
         return
     with explained(model, device, label, options):
-        need = measure(model, loss, pictures, rows, options, device, following)
+        need = measure(model, loss, images, rows, options, device, following)
     cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes() // distributed.here()
+    free = torch.cuda.mem_get_info(device)[0] if cuda else available_bytes() // distributed.local_world_size()
     most = max(last - first for first, last in pieces(min(options.batch, len(rows)), options.micro_batch))
-    most = -(-most // distributed.count())
+    most = -(-most // distributed.world_size())
     total = need.fixed + most * need.each
     say(
-        f"{label}: memory: {need.fixed / 1e9:.2g} GB, and {most * need.each / 1e9:.2g} GB for {most} pictures at once; "
+        f"{label}: memory: {need.fixed / 1e9:.2g} GB, and {most * need.each / 1e9:.2g} GB for {most} images at once; "
         f"{free / 1e9:.3g} GB are free on {device}"
     )
     if total > free:
-        fits = (free - need.fixed) // need.each * distributed.count()
+        fits = (free - need.fixed) // need.each * distributed.world_size()
         way = f"--micro-batch {fits}" if fits >= 2 else "a smaller --width or --size"
         say(f"{label}: that may not suffice; if it fails, give {way}{_caution(model) if fits >= 2 else ''}")
 
@@ -119,7 +119,7 @@ def explained(model: nn.Module, device: torch.device, label: str, options: LoopO
         now = options.micro_batch or options.batch
         anew = " --overwrite, as batch norm sees so many" if has_batch_norm(model) else ""
         raise StageError(
-            f"{label}: out of memory on {device} with {now} pictures at once; give the same command with "
+            f"{label}: out of memory on {device} with {now} images at once; give the same command with "
             f"--micro-batch {max(2, now // 2)}{anew}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Batch norm over the pictures of all processes, so that a training does not depend on how many there are."""
+"""Batch norm over the images of all processes, so that a training does not depend on how many there are."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ Sum = Callable[[Tensor], object]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether what becomes of a picture in training depends on those beside it."""
+    """Whether what becomes of an image in training depends on those beside it."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 @contextmanager
 def over_all(model: nn.Module, total: Sum) -> Iterator[None]:
-    """Within, the model's batch norms learn from all processes' pictures; names and values stay as they are."""
+    """Within, the model's batch norms learn from all processes' images; names and values stay as they are."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.forward = partial(_forward, norm, total)  # type: ignore[method-assign]
@@ -59,7 +59,7 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         own = x.numel() // x.shape[1]
         places = [0, *range(2, x.ndim)]
-        # Of no pictures at all, the mean would be no number.
+        # Of no images at all, the mean would be no number.
         centre = x.float().mean(places).double() if own else x.new_zeros(x.shape[1], dtype=torch.float64)
         spread = x.float().var(places, correction=0).double() if own else torch.zeros_like(centre)
         sums = torch.cat([centre, spread + centre**2, torch.ones_like(centre[:1])]) * own

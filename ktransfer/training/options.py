@@ -20,26 +20,26 @@ class MachineOptions:
         "arithmetic of convolutions; auto: bfloat16 where the device has it in hardware",
         choices=("auto", "float32", "bfloat16"),
     )
-    workers: int = option(0, "threads that read pictures; 0: one a core", low=0, high=256, execution=True)
-    max_broken: float = option(0.01, "largest share of broken pictures that is borne", low=0, high=1, execution=True)
+    workers: int = option(0, "threads that read images; 0: one a core", low=0, high=256, execution=True)
+    max_broken: float = option(0.01, "largest share of broken images that is borne", low=0, high=1, execution=True)
 
 
 @dataclass(frozen=True)
 class LoopOptions(MachineOptions):
     """The settings of the training loop. Stages inherit them and choose their own defaults."""
 
-    epochs: int = option(90, "passes over the pictures", low=1)
-    batch: int = option(256, "pictures a step", low=2)
+    epochs: int = option(90, "passes over the images", low=1)
+    batch: int = option(256, "images a step", low=2)
     micro_batch: int = option(
         0,
-        "pictures of a step that are computed at once, so that any batch fits the device; 0: all. The step stays the "
+        "images of a step that are computed at once, so that any batch fits the device; 0: all. The step stays the "
         "same, but batch norm sees so many",
         low=0,
         execution=True,
     )
-    cache_pictures: str = option(
+    cache_images: str = option(
         "auto",
-        "where decoded pictures are kept from epoch to epoch; auto: in half of a GPU's free memory, else in a quarter "
+        "where decoded images are kept from epoch to epoch; auto: in half of a GPU's free memory, else in a quarter "
         "of the machine's, if they fit",
         choices=("auto", "device", "ram", "off"),
         execution=True,
@@ -54,7 +54,7 @@ class LoopOptions(MachineOptions):
     weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
     schedule: str = option(
         "cosine",
-        "cosine to 0; step: x 0.1 at 1/3, 2/3 and 8/9 of the way; he: x 0.1 with 960,000 and 320,000 pictures left, in "
+        "cosine to 0; step: x 0.1 at 1/3, 2/3 and 8/9 of the way; he: x 0.1 with 960,000 and 320,000 images left, in "
         "short trainings at 2/3 and 8/9 of the way; constant",
         choices=("cosine", "step", "he", "constant"),
     )
@@ -64,7 +64,7 @@ class LoopOptions(MachineOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot be, or is not installed, when the command starts."""
         if self.micro_batch == 1:
-            raise UsageError("--micro-batch 1: batch norm needs two pictures; give 0 (all) or at least 2")
+            raise UsageError("--micro-batch 1: batch norm needs two images; give 0 (all) or at least 2")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError("--tensorboard: is not installed; pip install 'ktransfer[report]'")
 

@@ -1,4 +1,4 @@
-"""Reading pictures before a training, by all processes of the command; the others keep them for what comes."""
+"""Reading images before a training, by all processes of the command; the others keep them for what comes."""
 
 from typing import Any
 
@@ -8,62 +8,62 @@ from torch import Tensor
 
 from ktransfer import distributed
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.loader import Pictures, readable
+from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError
 from ktransfer.progress import bar
 
-_kept: Pictures | None = None  # of a process that serves
+_kept: ImageLoader | None = None  # of a process that serves
 
 
-def readable_by_all(pictures: Pictures, rows: Tensor, max_broken: float) -> Tensor:
-    """`pictures.readable`, each process reading its share; the leader's call.
+def readable_by_all(images: ImageLoader, rows: Tensor, max_broken: float) -> Tensor:
+    """`images.readable`, each process reading its share; the leader's call.
 
     Args, returns and raises: as there.
     """
-    if distributed.count() == 1:
-        return readable(pictures, rows, max_broken)
-    order = {"do": "read", "size": pictures.size, "workers": pictures.workers, "cache": pictures.cache}
-    distributed.tell(order | {"device": str(pictures.device)} | data_facts(pictures.dataset), rows.numpy())
+    if distributed.world_size() == 1:
+        return readable(images, rows, max_broken)
+    order = {"do": "read", "size": images.size, "workers": images.workers, "cache": images.cache}
+    distributed.send_order(order | {"device": str(images.device)} | data_facts(images.dataset), rows.numpy())
     distributed.agree(None)
     valid = np.zeros(len(rows), np.uint8)
     own = distributed.share(len(rows))[1]
     with distributed.opening():
-        valid[:own] = _valid(pictures, rows[:own], len(rows))
-    distributed.collect(valid, len(rows))
+        valid[:own] = _valid(images, rows[:own], len(rows))
+    distributed.gather_rows(valid, len(rows))
     known = torch.from_numpy(valid).bool()
-    pictures.batch(rows[~known])  # so that their reasons are known here
-    check_broken(pictures.broken, len(rows), max_broken, pictures.dataset)
-    return readable(pictures, rows[known], max_broken) if int(known.sum()) < 2 else rows[known]
+    images.batch(rows[~known])  # so that their reasons are known here
+    check_broken(images.broken, len(rows), max_broken, images.dataset)
+    return readable(images, rows[known], max_broken) if int(known.sum()) < 2 else rows[known]
 
 
 def read_share(order: dict[str, Any]) -> None:
-    """Another process reads its share, and keeps the pictures open."""
+    """Another process reads its share, and keeps the images open."""
     global _kept
     with distributed.opening():
         data = same_data(order)
         device = torch.device(order["device"])
-        _kept = Pictures(data, order["size"], order["workers"], cache=order["cache"], device=device)
+        _kept = ImageLoader(data, order["size"], order["workers"], cache=order["cache"], device=device)
     rows = torch.from_numpy(order["arrays"][0])
     first, last = distributed.share(len(rows))
     with distributed.opening():
         valid = _valid(_kept, rows[first:last], 0)
-    distributed.collect(valid, len(rows))
+    distributed.gather_rows(valid, len(rows))
 
 
-def kept_pictures(order: dict[str, Any]) -> Pictures:
-    """The pictures that this process has read for the training of an order."""
+def kept_images(order: dict[str, Any]) -> ImageLoader:
+    """The images that this process has read for the training of an order."""
     assert _kept is not None and _kept.dataset.fingerprint == order["fingerprint"]
     return _kept
 
 
 def data_facts(data: Dataset) -> dict[str, str]:
-    """What an order says of its pictures."""
+    """What an order says of its images."""
     return {"data": data.spec, "fingerprint": data.fingerprint}
 
 
 def same_data(order: dict[str, Any]) -> Dataset:
-    """The pictures of an order, opened by another process.
+    """The images of an order, opened by another process.
 
     Raises:
         UsageError: they are not here.
@@ -71,16 +71,16 @@ def same_data(order: dict[str, Any]) -> Dataset:
     """
     data = open_dataset(order["data"])
     if data.fingerprint != order["fingerprint"]:
-        raise StageError(f"{order['data']}: holds other pictures here than where the first process runs; copy them")
+        raise StageError(f"{order['data']}: holds other images here than where the first process runs; copy them")
     return data
 
 
-def _valid(pictures: Pictures, rows: Tensor, shown: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _valid(images: ImageLoader, rows: Tensor, shown: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(n,) whether each of the rows can be read; the bar runs to `shown`, as if all processes were equally far."""
     found = [np.zeros(0, np.uint8)]
     done = 0
     with bar(shown, "read") as progress:
-        for chosen, _, valid, _ in pictures.batches(iter(rows.split(256))):
+        for chosen, _, valid, _ in images.batches(iter(rows.split(256))):
             found.append(valid.numpy().astype(np.uint8))
             done += len(chosen)
             progress.update(shown * done // len(rows) - progress.n)

@@ -1,4 +1,4 @@
-"""Early stopping: a training that a judgement no longer finds better ends, with the weights that were found best."""
+"""Early stopping: a training that an evaluation no longer finds better ends, with the weights that were found best."""
 
 import math
 from collections.abc import Callable
@@ -8,36 +8,36 @@ from torch import Tensor, nn
 
 
 class Stopping:
-    """In the place of `loop.fit`'s `evaluate`: what its judgements, one after each epoch, have said so far.
+    """In the place of `loop.fit`'s `evaluate`: what its evaluations, one after each epoch, have said so far.
 
     All of it is in the checkpoint, so that an interrupted training stops where an undisturbed one does. Before the
-    first judgement above 0 nobody is impatient: a detector that finds nothing yet is not one that has learned all.
+    first evaluation above 0 nobody is impatient: a detector that finds nothing yet is not one that has learned all.
 
     Args:
-        network: the part of the model that is judged, and whose weights are kept.
-        judge: the network, in evaluation mode, -> values by name.
+        network: the part of the model that is evaluated, and whose weights are kept.
+        evaluate: the network, in evaluation mode, -> values by name.
         measure: which of them is to grow; >= 0.
-        patience: so many judgements without growth end the training.
+        patience: so many evaluations without growth end the training.
     """
 
     def __init__(
-        self, network: nn.Module, judge: Callable[[nn.Module], dict[str, float]], measure: str, patience: int
+        self, network: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]], measure: str, patience: int
     ) -> None:
-        self.network, self.judge, self.measure, self.patience = network, judge, measure, patience
-        self.judged, self.best_epoch, self.best = 0, 0, -math.inf
+        self.network, self.evaluate, self.measure, self.patience = network, evaluate, measure, patience
+        self.evaluated, self.best_epoch, self.best = 0, 0, -math.inf
         self.weights: dict[str, Tensor] = {}
 
     @property
     def over(self) -> bool:
         """Whether the patience is at its end."""
-        return self.judged - self.best_epoch >= self.patience
+        return self.evaluated - self.best_epoch >= self.patience
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Judge the epoch that has ended; its values, and the best epoch so far, counted from 1."""
-        found = self.judge(self.network)
-        self.judged += 1
+        """Evaluate the epoch that has ended; its values, and the best epoch so far, counted from 1."""
+        found = self.evaluate(self.network)
+        self.evaluated += 1
         if found[self.measure] > self.best or not self.best > 0:
-            self.best, self.best_epoch = found[self.measure], self.judged
+            self.best, self.best_epoch = found[self.measure], self.evaluated
             self.weights = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         return found | {"best_epoch": self.best_epoch}
 
@@ -47,9 +47,9 @@ class Stopping:
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {name: getattr(self, name) for name in ("judged", "best_epoch", "best", "weights")}
+        return {name: getattr(self, name) for name in ("evaluated", "best_epoch", "best", "weights")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.judged, self.best_epoch = int(state["judged"]), int(state["best_epoch"])
+        self.evaluated, self.best_epoch = int(state["evaluated"]), int(state["best_epoch"])
         self.best, self.weights = float(state["best"]), dict(state["weights"])

@@ -1,7 +1,7 @@
-"""Pseudo-boxes that stay where they are when the teacher is shown the picture a little otherwise (`--jitter-filter`).
+"""Pseudo-boxes that stay where they are when the teacher is shown the image a little otherwise (`--jitter-filter`).
 
 Soft Teacher repeats the regression on jittered boxes (reference selftraining.md §3.2), for which a detector needs heads
-on regions. Here the picture is jittered instead, which serves every detector: it is made smaller, and mirrored half the
+on regions. Here the image is jittered instead, which serves every detector: it is made smaller, and mirrored half the
 time, so that nothing leaves the canvas and everything lies otherwise to the anchors.
 """
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from ktransfer.detection import canvas, detectors
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.canvas import Jitter
 from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.predictions import Prediction
 from ktransfer.progress import bar
 from ktransfer.training.batch import Source
 
@@ -25,13 +25,15 @@ FOUND = 0.5  # least IoU of a box that is found again
 EASIER = 0.5  # of the least score: what wavers around it is no box that moves
 
 
-def steady(answers: Mapping[int, Answer], spread: Mapping[int, Tensor], limit: float) -> tuple[dict[int, Answer], int]:
-    """The answers without the boxes whose spread is over the limit, and how many those are."""
+def steady(
+    predictions: Mapping[int, Prediction], spread: Mapping[int, Tensor], limit: float
+) -> tuple[dict[int, Prediction], int]:
+    """The predictions without the boxes whose spread is over the limit, and how many those are."""
     kept = {
-        row: Answer(*(part[spread[row] <= limit] for part in answer)) if row in spread else answer
-        for row, answer in answers.items()
+        row: Prediction(*(part[spread[row] <= limit] for part in prediction)) if row in spread else prediction
+        for row, prediction in predictions.items()
     }
-    return kept, sum(len(answers[row].scores) - len(kept[row].scores) for row in kept)
+    return kept, sum(len(predictions[row].scores) - len(kept[row].scores) for row in kept)
 
 
 @torch.no_grad()
@@ -39,7 +41,7 @@ def spreads(
     model: nn.Module,
     data: Detection,
     source: Source,
-    answers: Mapping[int, Answer],
+    predictions: Mapping[int, Prediction],
     size: int,
     settings: Settings,
     device: torch.device,
@@ -48,27 +50,29 @@ def spreads(
 ) -> dict[int, Tensor]:
     """How far the sides of each box move from view to view, as a share of its size.
 
-    In each view the answer of the same class that overlaps the box most stands for it. The spread is the standard
+    In each view the prediction of the same class that overlaps the box most stands for it. The spread is the standard
     deviation of each side over the box and these, averaged over the four sides, by the mean of width and height;
-    infinite where a view has no such answer.
+    infinite where a view has no such prediction.
 
     Args:
-        answers: of `detect` with these settings.
+        predictions: of `detect` with these settings.
         source: canvases of `size` pixels.
 
     Returns:
-        Row -> (m,) float32 on the CPU, for the pictures with boxes.
+        Row -> (m,) float32 on the CPU, for the images with boxes.
     """
     model.eval()
-    detectors.answering(model, settings.threshold * EASIER, settings.overlap, settings.most)
+    detectors.predicting(model, settings.threshold * EASIER, settings.overlap, settings.most)
     edges, scaled = canvas.extents(data, size).to(device), canvas.factors(data, size).to(device)
     shift, found = detectors.shift(model), dict[int, Tensor]()
-    rows = torch.tensor([row for row, answer in sorted(answers.items()) if len(answer.scores)], dtype=torch.int64)
+    rows = torch.tensor(
+        [row for row, prediction in sorted(predictions.items()) if len(prediction.scores)], dtype=torch.int64
+    )
     with bar(len(rows), "jitter") as shown:
         for chosen, pixels, valid, _ in source.batches(iter(rows.split(batch))):
             kept, pixels = chosen[valid].to(device), pixels[valid].to(device)
-            boxes = [answers[row].boxes.to(device) * scaled[row] for row in kept.tolist()]
-            labels = [answers[row].labels.to(device) for row in kept.tolist()]
+            boxes = [predictions[row].boxes.to(device) * scaled[row] for row in kept.tolist()]
+            labels = [predictions[row].labels.to(device) for row in kept.tolist()]
             again: list[list[Tensor]] = [[own] for own in boxes]
             for view in range(VIEWS if len(kept) else 0):
                 jitter = canvas.draw_jitter(kept, edges[kept], size, seed, view, SCALES)
@@ -76,7 +80,7 @@ def spreads(
                 limits = jitter.moved_extents()
                 prepared = canvas.normalise(moved, limits, model.backbone.how)  # type: ignore[union-attr,arg-type]
                 for place, one in enumerate(model(prepared)):
-                    # The answers end at the picture's edge, the model's boxes at the canvas': that is no movement.
+                    # The predictions end at the image's edge, the model's boxes at the canvas': that is no movement.
                     seen = _back(one["boxes"].float().minimum(limits[place].repeat(2)), jitter, place)
                     again[place].append(_found(boxes[place], labels[place], seen, one["labels"] - shift))
             for row, own, views in zip(kept.tolist(), boxes, again, strict=True):
@@ -87,7 +91,7 @@ def spreads(
 
 
 def _back(boxes: Tensor, jitter: Jitter, place: int) -> Tensor:
-    """Boxes (k, 4) of picture `place` after the jitter, as they lay before it."""
+    """Boxes (k, 4) of image `place` after the jitter, as they lay before it."""
     x1, y1, x2, y2 = ((boxes + jitter.offset[place].repeat(2)) / jitter.scale[place]).unbind(1)
     width = jitter.extents[place, 0]
     return torch.stack([width - x2, y1, width - x1, y2] if jitter.flip[place] else [x1, y1, x2, y2], dim=1)

@@ -1,4 +1,4 @@
-"""Pseudo-boxes: what a teacher sees in pictures without boxes, as a COCO file that other frameworks read too."""
+"""Pseudo-boxes: what a teacher sees in images without boxes, as a COCO file that other frameworks read too."""
 
 import json
 import re
@@ -14,26 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import files
-from ktransfer.data.dataset import UNKNOWN, Dataset, same_pictures
+from ktransfer.data.dataset import UNKNOWN, Dataset, same_images
 from ktransfer.data.folders import ENDINGS
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.coco import outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.detection.predictions import Prediction
+from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
-ANY = 2**30  # pixels, the sides of a picture whose size is not asked for: no box reaches over its edge
+ANY = 2**30  # pixels, the sides of an image whose size is not asked for: no box reaches over its edge
 YEAR = re.compile(r"^20\d\d_")
-UNREADABLE = (1, 1)  # the size of a picture that cannot be read; its canvas says why when it is wanted
+UNREADABLE = (1, 1)  # the size of an image that cannot be read; its canvas says why when it is wanted
 
 
 def without_boxes(data: Dataset, like: Detection, sizes: NDArray[np.int32] | None = None) -> Detection:
-    """The pictures of any data set with their sizes and no objects; `classes` are those of `like`.
+    """The images of any data set with their sizes and no objects; `classes` are those of `like`.
 
     Args:
         sizes: (n, 2) width and height, as `stated_sizes` gives them. Where they are not given and the data states none,
-            each picture is decoded, once in a process.
+            each image is decoded, once in a process.
     """
     if sizes is None:
         sizes = data.sizes if isinstance(data, Detection) else _decoded_sizes(data)
@@ -56,9 +56,9 @@ def without_boxes(data: Dataset, like: Detection, sizes: NDArray[np.int32] | Non
 
 
 def stated_sizes(path: Path, data: Dataset) -> NDArray[np.int32]:
-    """(n, 2) width and height of the pictures that a file of `write` lists; `UNREADABLE` for the others.
+    """(n, 2) width and height of the images that a file of `write` lists; `UNREADABLE` for the others.
 
-    With them nothing is decoded for the student, which sees no other pictures.
+    With them nothing is decoded for the student, which sees no other images.
     """
     held = {one["file_name"]: (one["width"], one["height"]) for one in files.read_json(path)["images"]}
     return np.array([held.get(key, UNREADABLE) for key in data.keys], np.int32)
@@ -86,7 +86,7 @@ def _decoded_sizes(data: Dataset) -> NDArray[np.int32]:
 def _size(data: Dataset, row: int) -> tuple[int, int]:
     try:
         height, width = data.read(row, None).shape[:2]
-    except BrokenPicture:
+    except BrokenImage:
         return UNREADABLE
     return width, height
 
@@ -94,24 +94,24 @@ def _size(data: Dataset, row: int) -> tuple[int, int]:
 def write(
     path: Path,
     data: Detection,
-    answers: Mapping[int, Answer],
+    predictions: Mapping[int, Prediction],
     about: dict[str, Any],
     outlines: Mapping[int, Sequence[Outline]] | None = None,
 ) -> None:
-    """Write the boxes of the pictures that could be read, with scores, as COCO's format has them.
+    """Write the boxes of the images that could be read, with scores, as COCO's format has them.
 
     Args:
-        answers: row of `data` -> boxes in pixels of the picture.
+        predictions: row of `data` -> boxes in pixels of the image.
         about: goes into `info`.
-        outlines: of the answers, where they have some.
+        outlines: of the predictions, where they have some.
     """
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
-    for row, answer in sorted(answers.items()):
+    for row, prediction in sorted(predictions.items()):
         width, height = (int(side) for side in data.sizes[row])
-        pictures.append({"id": data.ids[row], "file_name": data.keys[row], "width": width, "height": height})
-        masks = outlines[row] if outlines is not None else [None] * len(answer.scores)
-        for box, score, label, mask in zip(*(part.tolist() for part in answer), masks, strict=True):
+        images.append({"id": data.ids[row], "file_name": data.keys[row], "width": width, "height": height})
+        masks = outlines[row] if outlines is not None else [None] * len(prediction.scores)
+        for box, score, label, mask in zip(*(part.tolist() for part in prediction), masks, strict=True):
             x1, y1, x2, y2 = (round(value, 2) for value in box)
             wide, high = round(x2 - x1, 2), round(y2 - y1, 2)
             notes.append(
@@ -127,7 +127,7 @@ def write(
                 | ({"segmentation": mask} if mask else {})
             )
     categories = [{"id": number, "name": name} for number, name in zip(data.category_ids, data.classes, strict=True)]
-    files.write_json(path, {"info": about, "images": pictures, "annotations": notes, "categories": categories})
+    files.write_json(path, {"info": about, "images": images, "annotations": notes, "categories": categories})
 
 
 def join(path: Path, parts: Sequence[Path], about: dict[str, Any]) -> dict[str, int]:
@@ -136,30 +136,30 @@ def join(path: Path, parts: Sequence[Path], about: dict[str, Any]) -> dict[str, 
     Returns:
         The sums of the numbers that stand in the `info` of the parts.
     """
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
     facts = Counter[str]()
     held: dict[str, Any] = {}
     for part in parts:
         held = files.read_json(part)
-        pictures += held["images"]
+        images += held["images"]
         notes += [note | {"id": number} for number, note in enumerate(held["annotations"], len(notes) + 1)]
         facts.update(held["info"])
-    files.write_json(path, held | {"info": about, "images": pictures, "annotations": notes})
+    files.write_json(path, held | {"info": about, "images": images, "annotations": notes})
     return dict(facts)
 
 
 def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) -> tuple[Detection, NDArray[np.int64]]:
     """`data` with the boxes of a COCO file, ours or others', and the rows that the file lists.
 
-    Pictures are found by their file name, classes by their name. Boxes with a `score` below the threshold are left out,
+    Images are found by their file name, classes by their name. Boxes with a `score` below the threshold are left out,
     and those around many objects (`iscrowd`); those without a score count as certain.
 
     Args:
         threshold: one score, or one for each class.
 
     Raises:
-        UsageError: no COCO file, pictures or classes that the data does not have.
+        UsageError: no COCO file, images or classes that the data does not have.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error
-    for what, known, wanted in (("pictures", by_id.values(), place), ("classes", names.values(), data.classes)):
+    for what, known, wanted in (("images", by_id.values(), place), ("classes", names.values(), data.classes)):
         strange = [name for name in known if name not in wanted]
         if strange:
             raise UsageError(
@@ -185,11 +185,11 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
     least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
     found: dict[int, list[tuple[list[float], int, Outline]]] = {place[name]: [] for name in by_id.values()}
     try:
-        for picture, category, bbox, score, mask in notes:
+        for image, category, bbox, score, mask in notes:
             x, y, width, height = (float(value) for value in bbox)
             label = data.classes.index(names[category])
             if score is None or float(score) >= least[label]:
-                found[place[by_id[picture]]].append(([x, y, x + width, y + height], label, outline(mask)))
+                found[place[by_id[image]]].append(([x, y, x + width, y + height], label, outline(mask)))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
     objects = list(data.objects)
@@ -202,7 +202,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
 
 
 def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least: float) -> NDArray[np.float64]:
-    """For each class the score at which a picture has on average as many pseudo-boxes as a labelled one has boxes.
+    """For each class the score at which an image has on average as many pseudo-boxes as a labelled one has boxes.
 
     Args:
         least: no threshold is lower.
@@ -226,19 +226,19 @@ def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least:
 
 
 def shared(data: Dataset, test: Dataset) -> NDArray[np.int64]:
-    """The rows of `data` that are pictures of `test` too: of the same file name, endings aside, and the same pixels."""
+    """The rows of `data` that are images of `test` too: of the same file name, endings aside, and the same pixels."""
     named: dict[str, list[int]] = {}
     for row, key in enumerate(test.keys):
         named.setdefault(_name(key), []).append(row)
     pairs = [(row, other) for row, key in enumerate(data.keys) for other in named.get(_name(key), ())]
-    same = same_pictures(data, test, pairs)
+    same = same_images(data, test, pairs)
     return np.unique(np.array([row for (row, _), one in zip(pairs, same, strict=True) if one], np.int64))
 
 
 def _name(key: str) -> str:
     """The file name without its ending, which VOC's keys do not have; numbers as in 2007.17 are no ending.
 
-    And without the year with which VOC2012 names the pictures that it takes over: 2007_000175 is 000175 of VOC2007.
+    And without the year with which VOC2012 names the images that it takes over: 2007_000175 is 000175 of VOC2007.
     """
     path = PurePosixPath(key)
     return YEAR.sub("", path.stem if path.suffix.lower() in ENDINGS else path.name)

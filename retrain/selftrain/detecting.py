@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer.data.dataset import check_broken
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import losses as truths
 from ktransfer.detection import metrics
-from ktransfer.detection.answers import Answer, detect
 from ktransfer.detection.data import Detection, Outline
 from ktransfer.detection.losses import Truth
 from ktransfer.detection.opening import open_detection
+from ktransfer.detection.predictions import Prediction, detect
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.files import read_json
 
@@ -28,11 +28,11 @@ from .student import losses as losses
 
 NECKS = {"retinanet": "p3-p7", "fasterrcnn": "p2-p6"}
 THINGS = "box", "boxes"
-JUDGED: tuple[str, ...] = ("test_threshold",)
-AT_ONCE = 16  # pictures that the teacher looks at together
-PART = 256 * AT_ONCE  # pictures whose answers are kept together
-Seen = tuple[Mapping[int, Answer], Mapping[int, Sequence[Outline]] | None, dict[str, int]]
-"""Row -> answer, row -> outlines where there are some, and how much of what there is."""
+EVALUATED: tuple[str, ...] = ("test_threshold",)
+AT_ONCE = 16  # images that the teacher looks at together
+PART = 256 * AT_ONCE  # images whose predictions are kept together
+Seen = tuple[Mapping[int, Prediction], Mapping[int, Sequence[Outline]] | None, dict[str, int]]
+"""Row -> prediction, row -> outlines where there are some, and how much of what there is."""
 
 
 def kind(config: SelftrainConfig) -> str:
@@ -61,7 +61,7 @@ def read(
 
 
 def count(data: Detection, row: int) -> NDArray[np.int64]:
-    """(classes,) boxes of each class in a picture."""
+    """(classes,) boxes of each class in an image."""
     return np.array(boxes.count((data.objects[row],), len(data.classes)), np.int64)
 
 
@@ -70,8 +70,10 @@ def known(data: Detection, config: SelftrainConfig, device: torch.device) -> tup
     return truths.truth(data, config.size, device), {}
 
 
-def draw(path: Path, data: Detection, known: Truth, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
-    """Pictures with their boxes, plain and augmented."""
+def draw(
+    path: Path, data: Detection, known: Truth, source: ImageLoader, strength: str, seed: int, rows: Tensor
+) -> None:
+    """Images with their boxes, plain and augmented."""
     draw_augmented(path, data, source, strength, seed, rows)
 
 
@@ -82,11 +84,11 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
 
     def see(chosen: Tensor, words: str) -> Seen:
         found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, label=words)
-        facts = {"pictures": len(found)}
+        facts = {"images": len(found)}
         if config.jitter_filter:
             seen = box_jitter.spreads(model, data, source, found, described.size, settings, device, config.seed)
             found, facts["boxes that move, left out"] = box_jitter.steady(found, seen, config.jitter_filter)
-        return found, None, facts | {"boxes": sum(len(answer.scores) for answer in found.values())}
+        return found, None, facts | {"boxes": sum(len(prediction.scores) for prediction in found.values())}
 
     if config.jitter_filter:
         about = about | {"jitter_filter": config.jitter_filter}
@@ -115,11 +117,11 @@ def in_parts(
     return boxes.join(path, parts, about)
 
 
-def judge(shown: Shown, label: str) -> dict[str, Any]:
+def evaluate(shown: Shown, label: str) -> dict[str, Any]:
     """Average precision."""
     model, described, test, source, config, device = shown
-    answering = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
+    predicting = replace(described.settings, threshold=config.test_threshold, soft=config.soft_nms)
     rows = torch.arange(len(test))
-    found = detect(model, test, source, rows, described.size, answering, device, label=label)
+    found = detect(model, test, source, rows, described.size, predicting, device, label=label)
     check_broken(source.broken, len(rows), config.max_broken, test)
     return metrics.scores(test, found, config.seed)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchvision.ops import masks_to_boxes
 
 from ktransfer.data.dataset import check_broken
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, detectors, geometry, masks, metrics
-from ktransfer.detection.answers import detect
 from ktransfer.detection.data import Detection, Outline, subset
+from ktransfer.detection.predictions import detect
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
 from ktransfer.errors import UsageError
@@ -34,11 +34,11 @@ from .student import Student, Weighing, halves, total, weighed
 
 NECKS = {"maskrcnn": "p2-p6"}
 THINGS = "object", "objects"
-JUDGED: tuple[str, ...] = ("test_threshold",)
+EVALUATED: tuple[str, ...] = ("test_threshold",)
 
 
 class Known(NamedTuple):
-    """The pictures' objects, and width and height of each on its canvas, (n, 2) float32 on the device."""
+    """The images' objects, and width and height of each on its canvas, (n, 2) float32 on the device."""
 
     data: Detection
     size: int
@@ -67,7 +67,7 @@ def open_data(spec: str) -> tuple[Detection, Detection]:
 
 
 def need_outlines(data: Detection) -> None:
-    """Raise UsageError where an object has no outline, or run lengths that are broken or of another picture's size."""
+    """Raise UsageError where an object has no outline, or run lengths that are broken or of another image's size."""
     for row, one in enumerate(data.objects):
         if tuple(data.sizes[row].tolist()) == boxes.UNREADABLE:
             continue
@@ -82,7 +82,7 @@ def need_outlines(data: Detection) -> None:
                 if isinstance(outline, dict):
                     stated = data.sizes[row, ::-1].tolist()
                     if outline["size"] != stated and stated != [boxes.ANY, boxes.ANY]:
-                        raise ValueError(f"of {outline['size']} pixels, high and wide, in a picture of {stated}")
+                        raise ValueError(f"of {outline['size']} pixels, high and wide, in an image of {stated}")
                     masks.decoded(outline)
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{data.spec}: {data.keys[row]} has a broken outline ({error}); mend it") from error
@@ -106,7 +106,7 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
     """As `student.losses`, with masks.
 
     Args:
-        how: normalisation of the pictures.
+        how: normalisation of the images.
         strength: of the augmentation (`strengths.STRENGTHS`).
         split: rows from here on have pseudo-objects.
     """
@@ -134,10 +134,10 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
 
 
 def target(known: Known, row: int, moves: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """What is to be found in one augmented picture; what was moved out of it is dropped, and so are crowds.
+    """What is to be found in one augmented image; what was moved out of it is dropped, and so are crowds.
 
     Args:
-        moves: (1, 2, 3) of `strengths.augment`. after: (1, 2), width and height of the picture after it.
+        moves: (1, 2, 3) of `strengths.augment`. after: (1, 2), width and height of the image after it.
 
     Returns:
         masks (m, size, size) uint8, boxes (m, 4) around them, labels (m,) from 1.
@@ -162,8 +162,10 @@ def target(known: Known, row: int, moves: Tensor, after: Tensor) -> dict[str, Te
     return {"masks": found[there], "boxes": around, "labels": labels}
 
 
-def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
-    """Pictures with their masks, plain and augmented."""
+def draw(
+    path: Path, data: Detection, known: Known, source: ImageLoader, strength: str, seed: int, rows: Tensor
+) -> None:
+    """Images with their masks, plain and augmented."""
     maps, _ = masks.map_canvases(subset(data, rows.numpy()), known.size)
     draw_augmented(path, data, source, strength, seed, rows, maps)
 
@@ -176,12 +178,12 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     def see(chosen: Tensor, words: str) -> Seen:
         outlines = dict[int, Sequence[Outline]]()
         found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, words, outlines)
-        return found, outlines, {"pictures": len(found), "objects": sum(len(one.scores) for one in found.values())}
+        return found, outlines, {"images": len(found), "objects": sum(len(one.scores) for one in found.values())}
 
     return in_parts(path, shown, rows, about, see)
 
 
-def judge(shown: Shown, label: str) -> dict[str, Any]:
+def evaluate(shown: Shown, label: str) -> dict[str, Any]:
     """Average precision of masks and of boxes."""
     model, described, test, source, config, device = shown
     settings, outlines = replace(described.settings, threshold=config.test_threshold), dict[int, Sequence[Outline]]()

@@ -1,7 +1,7 @@
-"""Joint training: a detector learns the labelled pictures while its trunk also learns to tell the classes of others.
+"""Joint training: a detector learns the labelled images while its trunk also learns to tell the classes of others.
 
 After Zoph et al. (reference selftraining.md §1.7), in the setting of self-training: half of each batch are labelled
-pictures, half such as have a class of their own instead of pseudo-boxes, both augmented alike, and the two losses are
+images, half such as have a class of their own instead of pseudo-boxes, both augmented alike, and the two losses are
 weighed as those of a student. Where the classifier sits is not known: here it is one linear layer on the mean of the
 trunk's deepest map. It is thrown away at the end; what is written is a detector like the teacher.
 """
@@ -38,7 +38,7 @@ from .parts import SHEET, Data, finish, left_out
 from .student import Student, Weighing
 
 NAME, SELF = "joint", "self"
-SHOWN = 4  # pictures of either kind on the sheet
+SHOWN = 4  # images of either kind on the sheet
 
 
 class Joint(Student):
@@ -74,7 +74,7 @@ def methods(config: SelftrainConfig) -> list[str]:
 
 
 def check(config: SelftrainConfig, others: Dataset) -> None:
-    """Find pictures without classes where these are to be learned.
+    """Find images without classes where these are to be learned.
 
     Raises:
         UsageError: one line.
@@ -82,12 +82,12 @@ def check(config: SelftrainConfig, others: Dataset) -> None:
     if NAME not in methods(config):
         return
     if len(np.unique(others.targets[others.targets != UNKNOWN])) < 2:
-        named = f"{config.unlabelled}: has" if config.unlabelled else "selftrain: the pictures without boxes have"
-        raise UsageError(f"{named} no classes for --methods joint; name pictures in class folders with --unlabelled")
+        named = f"{config.unlabelled}: has" if config.unlabelled else "selftrain: the images without boxes have"
+        raise UsageError(f"{named} no classes for --methods joint; name images in class folders with --unlabelled")
 
 
 def classes(data: Data) -> dict[str, str]:
-    """The hash of the classes that are learned: a list can give its pictures others."""
+    """The hash of the classes that are learned: a list can give its images others."""
     held = data.unlabelled
     return {"classes": hashlib.sha256(held.targets.tobytes() + repr(held.classes).encode()).hexdigest()}
 
@@ -105,7 +105,7 @@ def train(
         made_of: what the detector is, the weights that its trunk begins with, and whether these were made elsewhere.
 
     Raises:
-        StageError: none of the pictures of either kind can be read.
+        StageError: none of the images of either kind can be read.
     """
     described, init, foreign = made_of
     inputs = {"labelled": data.labelled.fingerprint, "unlabelled": data.unlabelled.fingerprint}
@@ -117,19 +117,19 @@ def train(
             return weights
         targets, split, seed = data.unlabelled.targets, len(data.labelled), config.seed + 1
         listed = np.setdiff1d(np.flatnonzero(targets != UNKNOWN), left_out(config, data, NAME))
-        pictures = student.joined(data.labelled, subset(boxes.without_boxes(data.unlabelled, data.labelled), listed))
-        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
-        good = readable(source, torch.arange(len(pictures)), config.max_broken)
+        images = student.joined(data.labelled, subset(boxes.without_boxes(data.unlabelled, data.labelled), listed))
+        source = canvas.canvases(images, config.size, config.workers, config.cache_images, device)
+        good = readable(source, torch.arange(len(images)), config.max_broken)
         rows, added = good[good < split], good[good >= split]
-        rows, judging = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
+        rows, evaluating = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
         if not len(rows) or not len(added):
-            raise StageError(f"{NAME}: none of the pictures with {'classes' if len(rows) else 'boxes'} can be read")
+            raise StageError(f"{NAME}: none of the images with {'classes' if len(rows) else 'boxes'} can be read")
         config = replace(config, epochs=student.passes(config, rows, True))
         average = saved.make(described, config.seed, init, foreign) if config.ema else None
         detector = saved.make(described, config.seed, init, foreign)
         model = Joint(detector, len(data.unlabelled.classes), config.seed, average, config.ema)
-        draw_augmented(folder / SHEET, pictures, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]]))
-        known, how = truth(pictures, config.size, device), described.network.normalise
+        draw_augmented(folder / SHEET, images, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]]))
+        known, how = truth(images, config.size, device), described.network.normalise
         loss = losses(
             student.losses(known, how, config.augment, seed),
             known.extents,
@@ -140,11 +140,11 @@ def train(
             Weighing(config.balance, config.alpha, config.decay),
         )
         batches = partial(student.batches, rows, added, config.batch, seed)
-        early = early_stopping.stopping(model, data.labelled, source, judging, config, device, folder)
+        early = early_stopping.stopping(model, data.labelled, source, evaluating, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, NAME, early)
         facts = {"labelled": split, "of a class": len(listed), "classes": len(data.unlabelled.classes)}
-        facts |= early_stopping.facts(early, judging)
-        finish(step, NAME, data, pictures, source.broken, model, described, early, facts)
+        facts |= early_stopping.facts(early, evaluating)
+        finish(step, NAME, data, images, source.broken, model, described, early, facts)
         return weights
 
 
@@ -152,10 +152,10 @@ def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, 
     """The loss of a joint training, for `loop.fit`.
 
     Args:
-        own: that of the labelled pictures.
-        extents: (n, 2) float32 of all pictures on their canvases, the labelled ones first.
+        own: that of the labelled images.
+        extents: (n, 2) float32 of all images on their canvases, the labelled ones first.
         labels: (m,) int64, the classes of the last m of them.
-        how: normalisation of the pictures.
+        how: normalisation of the images.
         strength: of the augmentation (`strengths.STRENGTHS`).
     """
     split = len(extents) - len(labels)

@@ -1,4 +1,4 @@
-"""What the trainings of a self-training share: its pictures, which of them nobody may learn from, and their files."""
+"""What the trainings of a self-training share: its images, which of them nobody may learn from, and their files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, save_ids, subset
 from ktransfer.detection.saved import Described
@@ -27,7 +27,7 @@ PARTS = ".parts"  # ending of the folder of what a labelling has so far
 
 
 class Data(NamedTuple):
-    """The pictures of a self-training: with boxes, without, and those that judge."""
+    """The images of a self-training: with boxes, without, and those that evaluate."""
 
     labelled: Detection
     unlabelled: Dataset
@@ -35,37 +35,37 @@ class Data(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A trained network and the pictures that it is shown, on canvases of its own size."""
+    """A trained network and the images that it is shown, on canvases of its own size."""
 
     model: nn.Module
     described: Described
     data: Detection
-    source: Pictures
+    source: ImageLoader
     config: SelftrainConfig
     device: torch.device
 
 
 def show(weights: Path, data: Detection, config: SelftrainConfig, device: torch.device) -> Shown:
-    """Show pictures, each once, to the network of a file."""
+    """Show images, each once, to the network of a file."""
     model, described = saved.load(weights)
     source = canvas.canvases(data, described.size, config.workers, cache="off")
     return Shown(model.to(device), described, data, source, config, device)
 
 
 def tested(data: Data, name: str) -> NDArray[np.int64]:
-    """The unlabelled pictures that the test part holds too: nobody may learn from them."""
+    """The unlabelled images that the test part holds too: nobody may learn from them."""
     found = boxes.shared(data.unlabelled, data.test)
     if len(found):
-        say(f"{name}: {len(found)} of the unlabelled pictures are in the test part too, and are left out")
+        say(f"{name}: {len(found)} of the unlabelled images are in the test part too, and are left out")
     return found
 
 
 def held_out(config: SelftrainConfig, data: Data, name: str) -> NDArray[np.int64]:
-    """The unlabelled pictures that are held out too: pseudo-labels or classes would teach these as well."""
+    """The unlabelled images that are held out too: pseudo-labels or classes would teach these as well."""
     held = early_stopping.rows(data.labelled, config)
     found = boxes.shared(data.unlabelled, subset(data.labelled, held)) if len(held) else held
     if len(found):
-        say(f"{name}: {len(found)} of the unlabelled pictures are held out, and are left out")
+        say(f"{name}: {len(found)} of the unlabelled images are held out, and are left out")
     return found
 
 
@@ -78,7 +78,7 @@ def finish(
     step: Step,
     name: str,
     data: Data,
-    pictures: Detection,
+    images: Detection,
     broken: Mapping[int, str],
     model: nn.Module,
     described: Described,
@@ -86,10 +86,10 @@ def finish(
     facts: Mapping[str, Any],
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the weights of a training that has ended, the ids of its labelled pictures, and its record.
+    """Write the weights of a training that has ended, the ids of its labelled images, and its record.
 
     Args:
-        pictures: all that were learned from. broken: row and reason of some of them.
+        images: all that were learned from. broken: row and reason of some of them.
         early: what may have stopped the training.
         facts: of the record, and said. more: of the record alone.
     """
@@ -98,7 +98,7 @@ def finish(
     saved.save(weights, early_stopping.result(model, early), described)
     save_ids(ids, data.labelled, np.arange(len(data.labelled)))
     made = [weights, folder / SHEET, ids, *folder.glob(early_stopping.IDS)]
-    reasons = [f"{pictures.keys[row]}: {reason}" for row, reason in broken.items()]
+    reasons = [f"{images.keys[row]}: {reason}" for row, reason in broken.items()]
     step.finish(made, broken=reasons, result={**facts, **(more or {})})
     loop.remove_checkpoint(folder)
     say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from ktransfer import files
 from ktransfer.data.dataset import check_broken
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, detectors, masks, segmentation
 from ktransfer.detection.data import Detection
 from ktransfer.detection.masks import IGNORE
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.progress import bar, track
 from ktransfer.training.batch import Batch, Loss
 
@@ -40,8 +40,8 @@ from .student import Student, Weighing, weighed
 
 NECKS = segmentation.HEADS
 THINGS = "pixel of a class", "pixels"
-JUDGED: tuple[str, ...] = ()
-AT_ONCE = 4  # pictures that the teacher looks at together: at 1.75 times their size they are large
+EVALUATED: tuple[str, ...] = ()
+AT_ONCE = 4  # images that the teacher looks at together: at 1.75 times their size they are large
 
 
 class Known(NamedTuple):
@@ -66,7 +66,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     if config.adaptive:
         raise UsageError("--adaptive: counts boxes, and masks have none; leave it away with --task segment")
     if config.head == "deeplab" and config.norm in ("bn", "syncbn") and min(labelled, other) < 2:
-        raise UsageError("--head deeplab: batch norm of one picture's mean has no variance; give --norm gn")
+        raise UsageError("--head deeplab: batch norm of one image's mean has no variance; give --norm gn")
     masks.need_memory(f"--size {config.size}", labelled + other, config.size)
 
 
@@ -96,10 +96,10 @@ def open_data(spec: str) -> tuple[Detection, Detection]:
 def read(
     path: Path, other: Detection, labelled: Detection, config: SelftrainConfig
 ) -> tuple[Detection, NDArray[np.int64]]:
-    """`other` with the masks that a file lists; pictures are found by their name, classes by theirs.
+    """`other` with the masks that a file lists; images are found by their name, classes by theirs.
 
     Raises:
-        UsageError: no such file, or pictures, classes or masks that are not there or lie outside of its folder.
+        UsageError: no such file, or images, classes or masks that are not there or lie outside of its folder.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def read(
             f"{path}: lacks {error}; a list of masks has classes, and images with file_name, mask"
         ) from error
     place = {key: row for row, key in enumerate(other.keys)}
-    for what, known_names, wanted in (("pictures", listed, place), ("classes", names, other.classes)):
+    for what, known_names, wanted in (("images", listed, place), ("classes", names, other.classes)):
         strange = [name for name in known_names if name not in wanted]
         if strange:
             raise UsageError(
@@ -138,11 +138,11 @@ def read(
 
     def label_map(row: int) -> NDArray[np.uint8]:
         name, digest = listed[other.keys[row]]
-        if tuple(other.sizes[row].tolist()) == boxes.UNREADABLE:  # the picture itself is broken, and counted as that
+        if tuple(other.sizes[row].tolist()) == boxes.UNREADABLE:  # the image itself is broken, and counted as that
             return np.full((1, 1), IGNORE, np.uint8)
         try:
             found = masks.read_map(root / name)
-        except BrokenPicture as error:
+        except BrokenImage as error:
             raise StageError(f"{path}: {error}; make this mask again") from error
         size = int(other.sizes[row, 0]), int(other.sizes[row, 1])
         if digest is not None and files.sha256(root / name) != digest:
@@ -158,10 +158,10 @@ def read(
 
 
 def count(data: Detection, row: int) -> NDArray[np.int64]:
-    """(classes,) pixels of each class in a picture, background left out; none where its own mask is broken."""
+    """(classes,) pixels of each class in an image, background left out; none where its own mask is broken."""
     try:
         found = masks.classes_of_pixels(data, row)
-    except BrokenPicture:
+    except BrokenImage:
         return np.zeros(len(data.classes), np.int64)
     return np.bincount(found.ravel(), minlength=256)[1 : len(data.classes) + 1]
 
@@ -176,7 +176,7 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
     """Cross-entropy over the pixels that are not ignored, each half of a student's batch by its own pixels.
 
     Args:
-        how: normalisation of the pictures.
+        how: normalisation of the images.
         strength: of the augmentation (`strengths.STRENGTHS`); masks follow it.
         split: rows from here on have pseudo-masks.
     """
@@ -203,17 +203,19 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
     return loss
 
 
-def draw(path: Path, data: Detection, known: Known, source: Pictures, strength: str, seed: int, rows: Tensor) -> None:
-    """Pictures with their masks, plain and augmented."""
+def draw(
+    path: Path, data: Detection, known: Known, source: ImageLoader, strength: str, seed: int, rows: Tensor
+) -> None:
+    """Images with their masks, plain and augmented."""
     draw_augmented(path, data, source, strength, seed, rows, known.maps[rows])
 
 
 @torch.no_grad()
 def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
-    """Write the masks that a teacher sees, of the pictures' own size; groups that lie there already are kept.
+    """Write the masks that a teacher sees, of the images' own size; groups that lie there already are kept.
 
     A group of which a mask is missing is looked at as a whole: by another one its last digits would not be the same.
-    A mask is named by its row, so that no name of a picture can lead out of the folder.
+    A mask is named by its row, so that no name of an image can lead out of the folder.
     """
     model, described, data, source, config, device = shown
     assert isinstance(model, segmentation.Segmenter)
@@ -229,10 +231,12 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
             if not len(kept):
                 continue
             extents = edges[kept.to(device)]
-            answers = segmentation.probabilities(model, pixels[valid].to(device), extents, scales(config))
-            for row, answer, (width, height) in zip(kept.tolist(), answers, extents.int().tolist(), strict=True):
+            predictions = segmentation.probabilities(model, pixels[valid].to(device), extents, scales(config))
+            for row, prediction, (width, height) in zip(
+                kept.tolist(), predictions, extents.int().tolist(), strict=True
+            ):
                 whole = int(data.sizes[row, 0]), int(data.sizes[row, 1])
-                found = segmentation.hard_map(answer, (width, height), whole, config.threshold)
+                found = segmentation.hard_map(prediction, (width, height), whole, config.threshold)
                 masks.save_map(masked[row], found.numpy())
     check_broken(source.broken, len(rows), config.max_broken, data)
     listed = [
@@ -247,11 +251,11 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
         if row not in source.broken
     ]
     files.write_json(path, {"info": about | {"scales": scales(config)}, "classes": data.classes, "images": listed})
-    return {"pictures": len(listed), "masks": len(listed)}
+    return {"images": len(listed), "masks": len(listed)}
 
 
-def judge(shown: Shown, label: str) -> dict[str, Any]:
-    """Mean IoU and the share of right pixels, each picture at its own size, once and as it is."""
+def evaluate(shown: Shown, label: str) -> dict[str, Any]:
+    """Mean IoU and the share of right pixels, each image at its own size, once and as it is."""
     model, described, test, source, config, device = shown
     assert isinstance(model, segmentation.Segmenter)
     found = segmentation.confusion(model, test, source, described.size, device, label=label)

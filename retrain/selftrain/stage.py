@@ -1,10 +1,10 @@
-"""Self-training: a teacher learns the labelled pictures, labels others, and a student learns both.
+"""Self-training: a teacher learns the labelled images, labels others, and a student learns both.
 
 After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable, with files between them,
 
     selftrain/teacher/model.safetensors  selftrain/pseudo.json  selftrain/student/model.safetensors
 
-and a fourth that judges both (selftrain/scores.json). What differs between boxes and masks is in `tasks.Task`.
+and a fourth that evaluates both (selftrain/scores.json). What differs between boxes and masks is in `tasks.Task`.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,12 +42,12 @@ from .parts import PARTS, SHEET, Data, finish, held_out, show, tested
 from .steps import STAGE, end_of, planned, remove, rounds
 from .tasks import TASKS, suited
 
-SHOWN = 8  # pictures on it
-FEW = 0.2  # of the things in a labelled picture: with fewer, students found less than their teachers (results.md)
+SHOWN = 8  # images on it
+FEW = 0.2  # of the things in a labelled image: with fewer, students found less than their teachers (results.md)
 
 
 class Checked(NamedTuple):
-    """What `check` found: the settings, the pictures, and the steps that will be done, in order."""
+    """What `check` found: the settings, the images, and the steps that will be done, in order."""
 
     config: SelftrainConfig
     data: Data
@@ -55,7 +55,7 @@ class Checked(NamedTuple):
 
 
 def selftrain(run: str | Path, **options: Any) -> Path:
-    """Train a teacher, label pictures with it, train a student on both, and judge both on the test part.
+    """Train a teacher, label images with it, train a student on both, and evaluate both on the test part.
 
     Args:
         run: the run folder; the stage writes below `run/selftrain`.
@@ -81,7 +81,7 @@ def selftrain(run: str | Path, **options: Any) -> Path:
         arms["student"] = weights[-1]
     if joint.NAME in joint.methods(config):
         arms[joint.NAME] = joint.train(run, config, data, device, _described(run, config, data.labelled))
-    return _judge(run, config, data, device, arms)
+    return _evaluate(run, config, data, device, arms)
 
 
 def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> Checked:
@@ -94,7 +94,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     config = replace(config, lr=config.lr or RATES[config.task] * config.batch / 256)
     choose_device(config)
     if not config.labelled:
-        raise UsageError("selftrain: no pictures with boxes given; name them with --labelled")
+        raise UsageError("selftrain: no images with boxes given; name them with --labelled")
     if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
         raise UsageError(
             "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter away"
@@ -108,7 +108,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     suited(config)
     whole, test = task.open_data(config.labelled)
     if config.ids and config.fraction < 1:
-        raise UsageError("--ids: says already which pictures are labelled; leave --fraction away")
+        raise UsageError("--ids: says already which images are labelled; leave --fraction away")
     rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
     if config.fraction < 1:
         rows = fraction(whole, config.fraction, config.seed, config.stratified)
@@ -116,13 +116,13 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     labelled = subset(whole, rows)
     if not any((~one.crowd).any() for one in labelled.objects):
         given = "ids" if config.ids else "fraction" if config.fraction < 1 else "labelled"
-        raise UsageError(f"--{given} {getattr(config, given)}: no box among {len(rows)} pictures; take more")
+        raise UsageError(f"--{given} {getattr(config, given)}: no box among {len(rows)} images; take more")
     early_stopping.rows(labelled, config)
     if not config.unlabelled and not len(left):
-        raise UsageError("selftrain: no pictures for pseudo-boxes; name some with --unlabelled, or give --fraction")
+        raise UsageError("selftrain: no images for pseudo-boxes; name some with --unlabelled, or give --fraction")
     unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
     task.check(config, len(labelled), len(unlabelled))
-    cache_place(config.cache_pictures, len(labelled) + len(unlabelled), config.size, choose_device(config))
+    cache_place(config.cache_images, len(labelled) + len(unlabelled), config.size, choose_device(config))
     described, file, foreign = _described(run, config, labelled, pending)
     coming = config.init == "run" and "retrain" in (pending or {})  # what lies there now will be another one
     saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
@@ -136,15 +136,16 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         if held.classes != whole.classes:
             raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
     if config.pseudo:
-        # The file is what is checked, and pictures are not read.
+        # The file is what is checked, and images are not read.
         any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
         task.read(Path(config.pseudo), boxes.without_boxes(unlabelled, labelled, any_size), labelled, config)
     joint.check(config, unlabelled)
-    judging = boxes.shared(labelled, test)
-    if len(judging):
+    evaluating = boxes.shared(labelled, test)
+    if len(evaluating):
         raise UsageError(
-            f"--labelled {config.labelled}: {len(judging)} of its pictures would be learned and judge too, such as "
-            f"{labelled.keys[judging[0]]}; give a training and a test part that share none, or leave them out by --ids"
+            f"--labelled {config.labelled}: {len(evaluating)} of its images would be learned and evaluate too, such as "
+            f"{labelled.keys[evaluating[0]]}; give a training and a test part that share none, or leave them out by "
+            "--ids"
         )
     data = Data(labelled, unlabelled, test)
     return Checked(config, data, planned(config, data, None if coming else file))
@@ -153,7 +154,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
 def _train(
     run: Path, config: SelftrainConfig, data: Data, device: torch.device, name: str, pseudo: Path | None
 ) -> Path:
-    """One training: of the teacher on the labelled pictures, or of a student on these and on pseudo-boxes."""
+    """One training: of the teacher on the labelled images, or of a student on these and on pseudo-boxes."""
     described, init, foreign = _described(run, config, data.labelled)
     inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
     if pseudo:
@@ -165,24 +166,24 @@ def _train(
             return weights
         model: nn.Module = saved.make(described, config.seed, init, foreign)
         how, task = described.network.normalise, TASKS[config.task]
-        pictures, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
+        images, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
         by_class: dict[str, Any] = {}
         if pseudo:
-            pictures, more, by_class = _with_pseudo(config, data, name, pseudo)
+            images, more, by_class = _with_pseudo(config, data, name, pseudo)
             facts |= more
             average = saved.make(described, config.seed, init, foreign) if config.ema else None
             model = student.Student(model, average, config.ema)
-        source = canvas.canvases(pictures, config.size, config.workers, config.cache_pictures, device)
-        good = readable(source, torch.arange(len(pictures)), config.max_broken)
+        source = canvas.canvases(images, config.size, config.workers, config.cache_images, device)
+        good = readable(source, torch.arange(len(images)), config.max_broken)
         split = len(data.labelled)
         rows, added = good[good < split], good[good >= split]
-        rows, judging = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
+        rows, evaluating = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
         if not len(rows) or (pseudo and not len(added)):
             which = "pseudo-labelled" if len(rows) else "labelled"
-            raise StageError(f"{name}: none of the {which} pictures can be read; mend them")
+            raise StageError(f"{name}: none of the {which} images can be read; mend them")
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
-        known, unknown = task.known(pictures, config, device)
-        check_broken(source.broken | unknown, len(pictures), config.max_broken, pictures)
+        known, unknown = task.known(images, config, device)
+        check_broken(source.broken | unknown, len(images), config.max_broken, images)
         seed = config.seed if name == "teacher" else config.seed + 1
         task.draw(folder / SHEET, data.labelled, known, source, config.augment, seed, rows[:SHOWN])
         batches: Callable[[int], Tensor] = partial(loop.epoch_batches, rows, config.batch, seed)
@@ -190,18 +191,18 @@ def _train(
             batches = partial(student.batches, rows, added, config.batch, seed)
         config = replace(config, epochs=student.passes(config, rows, bool(pseudo)))
         loss = task.losses(known, how, config.augment, seed, weighing, split)
-        early = early_stopping.stopping(model, data.labelled, source, judging, config, device, folder)
+        early = early_stopping.stopping(model, data.labelled, source, evaluating, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, name, early)
-        facts |= early_stopping.facts(early, judging)
+        facts |= early_stopping.facts(early, evaluating)
         broken = source.broken | unknown
-        finish(step, name, data, pictures, broken, model, described, early, facts, by_class)
+        finish(step, name, data, images, broken, model, described, early, facts, by_class)
         return weights
 
 
 def _with_pseudo(
     config: SelftrainConfig, data: Data, name: str, pseudo: Path
 ) -> tuple[Detection, dict[str, int], dict[str, Any]]:
-    """The labelled pictures and behind them the pseudo-labelled ones that a student learns, and how much there is.
+    """The labelled images and behind them the pseudo-labelled ones that a student learns, and how much there is.
 
     Raises:
         StageError: there is nothing in the pseudo-labels.
@@ -221,17 +222,17 @@ def _with_pseudo(
     if not counted.any():
         steady_too = ", raise --jitter-filter" if config.jitter_filter else ""
         raise StageError(
-            f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} pictures; train the "
+            f"selftrain: no pseudo-{one} reaches the score {config.threshold} in {len(listed)} images; train the "
             f"teacher longer{steady_too}, or lower --threshold, with --overwrite"
         )
     own = np.sum([task.count(data.labelled, row) for row in range(len(data.labelled))], axis=0)
     pairs = {kind: [int(human), int(made)] for kind, human, made in zip(other.classes, own, counted, strict=True)}
     words = ", ".join(f"{kind} {number}" for kind, number in zip(other.classes, counted, strict=True))
-    say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} pictures: {words}")
+    say(f"{name}: {counted.sum()} pseudo-{several} in {len(listed)} images: {words}")
     made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
     if config.task != "segment" and made < FEW * usual:  # of masks, what is not sure is ignored, not background
         say(
-            f"{name}: {made:.2g} a picture, where labelled ones have {usual:.2g}: all others are background then, "
+            f"{name}: {made:.2g} an image, where labelled ones have {usual:.2g}: all others are background then, "
             "so train the teacher longer, lower --threshold, or give --empty drop"
         )
     facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
@@ -240,7 +241,7 @@ def _with_pseudo(
 
 
 def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
-    """What a teacher sees in the unlabelled pictures, with scores from the threshold on."""
+    """What a teacher sees in the unlabelled images, with scores from the threshold on."""
     name, other = f"pseudo{end}", data.unlabelled
     inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
     settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name, f"{name}{PARTS}"]
@@ -260,7 +261,7 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         return path
 
 
-def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
+def _evaluate(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
     """What teacher and student reach on the test part."""
     inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
     settings = settings_of(config, "scores")
@@ -271,10 +272,10 @@ def _judge(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
             found: dict[str, Any] = {}
             for name, weights in arms.items():
                 shown = show(weights, data.test, config, device)
-                found[name] = TASKS[config.task].judge(shown, f"judge {name}")
-            pictures = {"labelled": len(data.labelled), "test": len(data.test)}
-            judged = {name: getattr(config, name) for name in TASKS[config.task].JUDGED}
-            files.write_json(path, {"schema": 1, "data": pictures, **judged, "scores": found})
+                found[name] = TASKS[config.task].evaluate(shown, f"evaluate {name}")
+            images = {"labelled": len(data.labelled), "test": len(data.test)}
+            evaluated = {name: getattr(config, name) for name in TASKS[config.task].EVALUATED}
+            files.write_json(path, {"schema": 1, "data": images, **evaluated, "scores": found})
             step.finish([path])
         print(_table(files.read_json(path)))
         return path
@@ -324,7 +325,7 @@ def _backbone(
 
 
 def _table(result: dict[str, Any]) -> str:
-    """The measures in per cent with 95 % intervals over resampled pictures."""
+    """The measures in per cent with 95 % intervals over resampled images."""
     first = next(iter(result["scores"].values()))
     names = [name for name in first if f"{name}_interval" in first]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
@@ -334,6 +335,6 @@ def _table(result: dict[str, Any]) -> str:
             low, high = found[f"{name}_interval"]
             cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    pictures = result["data"]
+    images = result["data"]
     least = f"; scores from {result['test_threshold']} on" if "test_threshold" in result else ""
-    return "\n".join(lines) + (f"\n\n{pictures['labelled']} labelled pictures, {pictures['test']} to test{least}.\n")
+    return "\n".join(lines) + (f"\n\n{images['labelled']} labelled images, {images['test']} to test{least}.\n")

@@ -100,8 +100,8 @@ class Student(nn.Module):
         for mine, theirs in zip(self.average.buffers(), self.detector.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def judged(self) -> nn.Module:
-        """What `--patience` judges and keeps: the average where there is one."""
+    def evaluated(self) -> nn.Module:
+        """What `--patience` evaluates and keeps: the average where there is one."""
         return self.detector if self.average is None else self.average
 
     def result(self) -> nn.Module:
@@ -169,7 +169,7 @@ def losses(
 
     Args:
         truth: the boxes, of both parts where there are two.
-        how: normalisation of the pictures.
+        how: normalisation of the images.
         strength: of the augmentation (`strengths.STRENGTHS`).
         split: rows from here on have pseudo-boxes.
     """
@@ -217,7 +217,7 @@ def weighed(
 
 
 def _filled(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    """The boxes of all pictures in one tensor (n, m, 4), which of them are there (n, m), and their labels (n, m)."""
+    """The boxes of all images in one tensor (n, m, 4), which of them are there (n, m), and their labels (n, m)."""
     most = max(1, *(len(boxes) for boxes in truth.boxes))
     device = truth.extents.device
     boxes = torch.zeros(len(truth.boxes), most, 4, device=device)
@@ -234,7 +234,7 @@ def total(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]]) ->
 
 
 def halves(model: nn.Module, pixels: Tensor, targets: list[dict[str, Tensor]], mine: Tensor) -> list[Tensor]:
-    """The losses of the human pictures, (b,) `mine`, and of the others; 0 where there are none of them.
+    """The losses of the human images, (b,) `mine`, and of the others; 0 where there are none of them.
 
     RetinaNet's is a sum over anchors divided by the number of positive ones: here by those of the whole batch. Divided
     by its own, a half that happens to have none would for one step weigh a hundred times as much as any other, which

@@ -1,7 +1,7 @@
 """What a study found, as tables and plots shaped like those of the papers, which stand beside them.
 
 Every row of a table has a baseline, as in Tables 2, 3, 4 and 7 of Zoph et al.: what a student or a joint training
-reaches is compared with the labelled pictures alone in the same cell; and these, from other weights, with the same from
+reaches is compared with the labelled images alone in the same cell; and these, from other weights, with the same from
 random ones.
 """
 
@@ -21,7 +21,7 @@ PUBLISHED = ("AP", "mask_AP")
 """Those beside which the published tables can stand."""
 BASELINE = "teacher"
 WORDS = {
-    "teacher": "labelled pictures alone",
+    "teacher": "labelled images alone",
     "student": "with self-training",
     "joint": "with joint training",
 }
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 
 
 def lines_of(recipe: Recipe, scores: list[dict[str, Any]]) -> list[Line]:
-    """The lines of the cells that were judged, in the order of the grid.
+    """The lines of the cells that were evaluated, in the order of the grid.
 
     Args:
         scores: for each cell `cell` (the values of its axes) and `scores` (method -> measure -> share).
@@ -100,14 +100,14 @@ def gain(line: Line, other: Line | None) -> tuple[float, float | None] | None:
 
 
 def baseline(line: Line, lines: list[Line]) -> Line | None:
-    """Of a student or joint training the labelled pictures alone; of these the same from random weights."""
+    """Of a student or joint training the labelled images alone; of these the same from random weights."""
     if line.method != BASELINE:
         return _like(line, line.cell, lines)
     return from_random(line, lines)
 
 
 def from_random(line: Line, lines: list[Line]) -> Line | None:
-    """The labelled pictures alone, from random weights, in the same cell; None where that is the line itself, or where
+    """The labelled images alone, from random weights, in the same cell; None where that is the line itself, or where
     the study does not vary the weights."""
     other = _like(line, line.cell | {"init": "random"}, lines) if "init" in line.cell else None
     return None if other is line else other
@@ -170,7 +170,7 @@ def to_markdown(recipe: Recipe, lines: list[Line]) -> str:
     seeds = len(own[0].values)
     spread = f"{seeds} seeds; ± is half of the 95 % interval of the mean over them" if seeds > 1 else "One seed"
     text.append(
-        f"{spread}. In brackets the gain, seed by seed: of a training with unlabelled pictures over the labelled ones "
+        f"{spread}. In brackets the gain, seed by seed: of a training with unlabelled images over the labelled ones "
         "alone, of these over the same from random weights."
     )
     if measure not in PUBLISHED:

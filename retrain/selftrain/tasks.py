@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection.data import Detection
 from ktransfer.errors import UsageError
 from ktransfer.training.batch import Loss
@@ -22,19 +22,19 @@ from .student import Weighing
 class Task(Protocol):
     """Names of each module.
 
-    NECKS: kind of network -> neck of its trunk. THINGS: what pseudo-labels are counted in, one and several. JUDGED:
+    NECKS: kind of network -> neck of its trunk. THINGS: what pseudo-labels are counted in, one and several. EVALUATED:
     settings that stand beside the scores.
     """
 
     NECKS: dict[str, str]
     THINGS: tuple[str, str]
-    JUDGED: tuple[str, ...]
+    EVALUATED: tuple[str, ...]
 
     def kind(self, config: SelftrainConfig) -> str:
         """A key of NECKS."""
 
     def check(self, config: SelftrainConfig, labelled: int, other: int) -> None:
-        """Find settings that are not for this task, or not for so many pictures."""
+        """Find settings that are not for this task, or not for so many images."""
 
     def open_data(self, spec: str) -> tuple[Detection, Detection]:
         """Training and test part."""
@@ -45,7 +45,7 @@ class Task(Protocol):
         """`other` with the pseudo-labels of a file, and the rows that it lists."""
 
     def count(self, data: Detection, row: int) -> NDArray[np.int64]:
-        """(classes,) things of each class in a picture."""
+        """(classes,) things of each class in an image."""
 
     def known(self, data: Detection, config: SelftrainConfig, device: torch.device) -> tuple[Any, dict[int, str]]:
         """The labels on canvases, as `losses` takes them, and row and reason of those that are broken."""
@@ -56,14 +56,14 @@ class Task(Protocol):
         """The loss of a teacher, or, with `weighing`, that of a student whose rows from `split` on are pseudo."""
 
     def draw(
-        self, path: Path, data: Detection, known: Any, source: Pictures, strength: str, seed: int, rows: Tensor
+        self, path: Path, data: Detection, known: Any, source: ImageLoader, strength: str, seed: int, rows: Tensor
     ) -> None:
-        """The sheet of augmented pictures."""
+        """The sheet of augmented images."""
 
     def label(self, path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict[str, int]:
         """Write what a teacher sees in (n,) rows; returns how much of what there is."""
 
-    def judge(self, shown: Shown, label: str) -> dict[str, Any]:
+    def evaluate(self, shown: Shown, label: str) -> dict[str, Any]:
         """Measures of the test part, NAME_interval beside each that tables show."""
 
 

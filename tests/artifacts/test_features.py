@@ -120,7 +120,7 @@ def test_another_header_starts_again(tmp_path, change):
     assert create_or_resume(path, **{**settings, **change}).rows_done == 0
 
 
-def test_float16_overflow_and_nan_name_the_picture(tmp_path):
+def test_float16_overflow_and_nan_name_the_image(tmp_path):
     writer = create_or_resume(tmp_path / "train.h5", KEYS, TARGETS, 5, "float16", ATTRIBUTES)
     rows = ROWS[:2].copy()
     rows[1, 2] = 70000

@@ -54,7 +54,7 @@ def test_time_and_waiting_are_measured() -> None:
 
     done = []
     found = measure.timed("t", lambda b: (done.append(b), time.sleep(0.02)), batches(), 4, 0.4, CPU)
-    assert found["pictures_per_second"] == pytest.approx(100, rel=0.3)
+    assert found["images_per_second"] == pytest.approx(100, rel=0.3)
     assert found["data_wait"] == pytest.approx(0.5, abs=0.15)
     assert 0.01 < found["peak_gb"] < 100
 
@@ -99,29 +99,29 @@ def test_every_part(
     if part != "decode":  # once will do
         for name in ("products", "copies", "jpegs"):
             monkeypatch.setattr(measure, name, lambda *_: 1e6)
-    folder = write_photographs(tmp_path / "pictures", 3)
+    folder = write_photographs(tmp_path / "images", 3)
     out = tmp_path / "b.json"
     assert main(["bench", part, "--data", str(folder), "--json", str(out), *SMALL, *options]) == 0
     table = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert list(found["rows"])[-len(rows) :] == rows and all(f"\n{name} " in table for name in rows)
-    assert found["part"] == part and found["facts"]["batch"] == 2 and found["facts"]["pictures"] == 3
+    assert found["part"] == part and found["facts"]["batch"] == 2 and found["facts"]["images"] == 3
     for row in found["rows"].values():
-        assert row["pictures_per_second"] > 0 and 0 <= row["data_wait"] <= 1 and row["peak_gb"] > 0
+        assert row["images_per_second"] > 0 and 0 <= row["data_wait"] <= 1 and row["peak_gb"] > 0
     assert all(value > 0 for value in found["ceilings"].values())
     if part in ("step", "extract", "retrain"):
         last = found["rows"][rows[-1]]
         assert 0 < last["of_gemm"] < 1
-        assert last["tflops"] == pytest.approx(last["flops_per_picture"] * last["pictures_per_second"] / 1e12)
+        assert last["tflops"] == pytest.approx(last["flops_per_image"] * last["images_per_second"] / 1e12)
 
 
-def test_made_pictures_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_made_images_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr(measure, "MADE", 3)
     assert main(["bench", "decode", *SMALL]) == 0
     assert "of jpeg" in capsys.readouterr().out
     for words, message in (
         (["decode", "--json", str(tmp_path / "no" / "b.json")], "there is no folder"),
-        (["step", "--batch", "1"], "--batch 1: batch norm needs two pictures"),
+        (["step", "--batch", "1"], "--batch 1: batch norm needs two images"),
         (["retrain", "--arch", "vgg17"], "no such network"),
         (["step", "--task", "chess"], "chess"),
         (["everything"], "'everything' is not one of"),

@@ -141,7 +141,7 @@ def test_cluster_extracts_what_is_missing(run):
     assert {int(line["label"]) for line in table(run)} == set(range(5))
 
 
-def test_broken_pictures_have_no_label_and_shift_no_row(run, folder):
+def test_broken_images_have_no_label_and_shift_no_row(run, folder):
     extract(run, data=str(folder), max_broken=0.1)
     cluster(run, data=str(folder), k=3)
     assign(run)
@@ -152,10 +152,10 @@ def test_broken_pictures_have_no_label_and_shift_no_row(run, folder):
 
 
 def test_too_many_clusters_are_refused_before_anything_is_made(run, planted, tmp_path):
-    with pytest.raises(UsageError, match=r"--k 41: more clusters than the 40 pictures"):
+    with pytest.raises(UsageError, match=r"--k 41: more clusters than the 40 images"):
         cluster(run, k=41)
     assert not (run / "features").exists()
-    with pytest.raises(UsageError, match=f"--k 200: more clusters than the {planted[2].sum()} pictures"):
+    with pytest.raises(UsageError, match=f"--k 200: more clusters than the {planted[2].sum()} images"):
         cluster(tmp_path / "new", features=str(planted[0]), k=200)
     assert not (tmp_path / "new").exists()
 

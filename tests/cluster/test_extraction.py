@@ -1,4 +1,4 @@
-"""The extract stage against a forward pass written out here, over broken pictures and interruptions."""
+"""The extract stage against a forward pass written out here, over broken images and interruptions."""
 
 import json
 from functools import partial
@@ -27,7 +27,7 @@ def record(run, name):
 
 
 def squares(data, size):
-    """(n, 3, size, size) float32, each picture normalised by itself."""
+    """(n, 3, size, size) float32, each image normalised by itself."""
     pixels = np.stack([square(data.read(row, size), size) for row in range(len(data))]).astype(np.float64)
     mean = pixels.mean(axis=(1, 2, 3), keepdims=True)
     x = (pixels - mean) / np.sqrt(pixels.var(axis=(1, 2, 3), keepdims=True) + 1e-5)
@@ -87,7 +87,7 @@ def test_l2_rows_have_length_one_and_the_same_direction(run):
     assert "l2" in unit.attributes["pooling"]
 
 
-def test_broken_pictures_keep_their_row(run, folder):
+def test_broken_images_keep_their_row(run, folder):
     path = extract(run, data=str(folder), max_broken=0.1, batch=4)
     found = open_features(path)
     assert path.name == "pics.h5"
@@ -141,13 +141,13 @@ def test_interrupted_extraction_gives_the_same_bytes(run, folder, monkeypatch, b
     assert sorted(p.name for p in (run / "features").iterdir()) == ["other.h5", "pics.h5", "stage.json"]
 
 
-def test_too_many_broken_pictures_fail_also_when_they_were_met_before_an_interruption(run, folder, monkeypatch):
+def test_too_many_broken_images_fail_also_when_they_were_met_before_an_interruption(run, folder, monkeypatch):
     options = {"data": str(folder), "batch": 4}
     with pytest.raises(StageError, match=r"1 of 24 .*a/05.jpg.*--max-broken"):
         extract(run, **options)
     assert not (run / "features" / "pics.h5").exists()
     assert record(run, "pics")["state"] == "failed"
-    # What is done is on disk: now not one broken picture is met, and still there are too many.
+    # What is done is on disk: now not one broken image is met, and still there are too many.
     monkeypatch.setattr(extraction, "create_or_resume", partial(create_or_resume, save_seconds=0.0))
     with pytest.raises(StageError, match="1 of 24"):
         extract(run, **options)
@@ -219,7 +219,7 @@ def test_a_teacher_of_its_own(run, tmp_path):
         ({"teacher": "hog", "layer": "conv1"}, r"--layer conv1: hog has no such layer; valid: hog"),
         ({"teacher": "torchvision:resnet81"}, r"no such network; did you mean 'resnet18'"),
         ({"teacher": "hogg"}, r"--teacher hogg: no such file; give .*hog or pixels"),
-        ({"size": 5}, r"--size 5: vgg16_bn does not take pictures so small"),
+        ({"size": 5}, r"--size 5: vgg16_bn does not take images so small"),
         ({"teacher": "none.safetensors"}, "none.safetensors"),
         ({"data": "nowhere"}, "nowhere does not exist"),
         ({"pool": 0}, "pool = 0"),
@@ -233,12 +233,12 @@ def test_misuse_is_one_line_and_writes_nothing(run, options, words):
     assert not (run / "features").exists()
 
 
-def test_the_list_of_layers_is_an_answer(run, capsys):
+def test_the_list_of_layers_is_an_prediction(run, capsys):
     before = sorted(run.rglob("*"))
     assert main(["--run", str(run), "extract", "--layer", "list"]) == 0
     shown = capsys.readouterr().out.splitlines()
     side = networks.describe(run / "pretext" / "model.safetensors").size
-    assert shown[0].startswith(f"vgg16_bn, pictures of {side} x {side}: ")
+    assert shown[0].startswith(f"vgg16_bn, images of {side} x {side}: ")
     names = [f"conv{block}_{place}" for block in (1, 2, 3, 4) for place in range(1, 3 + (block > 2))]
     assert [line.split()[0] for line in shown[1:]] == names
     assert shown[1].split()[1:] == ["8", "x", str(side), "x", str(side)]
@@ -247,8 +247,8 @@ def test_the_list_of_layers_is_an_answer(run, capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == ["hog", "36", "x", "7", "x", "7"]
 
 
-def test_without_teacher_or_pictures(tmp_path):
-    with pytest.raises(UsageError, match="no pictures given"):
+def test_without_teacher_or_images(tmp_path):
+    with pytest.raises(UsageError, match="no images given"):
         extract(tmp_path / "new")
     with pytest.raises(UsageError, match="pretext is missing"):
         extract(tmp_path / "new", data="scenes:images=12,size=48")

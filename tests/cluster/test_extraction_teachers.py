@@ -20,7 +20,7 @@ SCENES = "scenes:images=24,size=48"
 EXACT = {"precision": "float32", "dtype": "float32"}
 
 
-def pictures(size):
+def images(size):
     """(n, 3, size, size) float32 in 0..1."""
     data = open_dataset(SCENES)
     pixels = np.stack([square(data.read(row, size), size) for row in range(len(data))])
@@ -36,10 +36,10 @@ def test_without_pretext_down_to_a_network(tmp_path, teacher, rest):
     assert (run / "retrain" / "model.safetensors").is_file()
     found = open_features(run / "features" / "scenes.h5")
     if teacher == "hog":
-        wanted = Hog()(pictures(64)).flatten(1).numpy()
+        wanted = Hog()(images(64)).flatten(1).numpy()
         assert found.attributes["layer"] == "hog" and "64" in found.attributes["transform"]
     else:
-        wanted = (pictures(8) * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1).flatten(1).numpy()
+        wanted = (images(8) * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1).flatten(1).numpy()
         assert found.attributes["layer"] == "grey"
     assert found.attributes["pooling"] == "none"
     np.testing.assert_allclose(found.rows, wanted, atol=1e-3)
@@ -59,17 +59,17 @@ def test_a_resnet_from_elsewhere(tmp_path):
     found = open_features(extract(run, data=SCENES, layer="layer2", pool=2, **given))
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     with torch.no_grad():
-        x = model.maxpool(model.relu(model.bn1(model.conv1((pictures(48) - mean) / deviation))))
+        x = model.maxpool(model.relu(model.bn1(model.conv1((images(48) - mean) / deviation))))
         wanted = torch.nn.functional.adaptive_max_pool2d(model.layer2(model.layer1(x)), 2).flatten(1).numpy()
     np.testing.assert_allclose(found.rows, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
     assert found.attributes["transform"].endswith("normalised by imagenet")
-    # Other pictures are read by the same teacher, in the same way.
+    # Other images are read by the same teacher, in the same way.
     cluster(run, k=4)
     other = "scenes:images=12,size=48,seed=5"
     assert assign(run, data=other).is_file()
     record = json.loads((run / "features" / "stage.json").read_text())
     assert len(record) == 2
-    # Pictures fed in another way do not go with these centroids.
+    # Images fed in another way do not go with these centroids.
     odd = extract(run, data=other, name="odd", layer="layer2", pool=2, **(given | {"size": 64}))
     with pytest.raises(UsageError, match="transform is 'short side 64"):
         assign(run, features=str(odd), overwrite=True)
@@ -103,7 +103,7 @@ def test_a_vision_transformer(tmp_path, monkeypatch, token, dim):
     assert found.attributes["pooling"] == ("max 2x2" if token == "patch" else f"token {token or 'cls'}")
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     with torch.no_grad():
-        x = model._process_input((pictures(48) - mean) / deviation)
+        x = model._process_input((images(48) - mean) / deviation)
         tokens = model.encoder(torch.cat([model.class_token.expand(24, -1, -1), x], 1))
     if token == "patch":
         maps = tokens[:, 1:].transpose(1, 2).reshape(24, 24, 3, 3)

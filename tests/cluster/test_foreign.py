@@ -1,4 +1,4 @@
-"""Features made elsewhere: rows land at their pictures, and whatever is wrong with a file is one line."""
+"""Features made elsewhere: rows land at their images, and whatever is wrong with a file is one line."""
 
 import json
 
@@ -17,7 +17,7 @@ SCENES = "scenes:images=40,size=48"
 
 @pytest.fixture
 def rows():
-    """Rows of 40 pictures around 4 far centres."""
+    """Rows of 40 images around 4 far centres."""
     rng = np.random.default_rng(0)
     return (rng.normal(size=(4, 6))[np.arange(40) % 4] * 5 + rng.normal(size=(40, 6)) * 0.1).astype(np.float32)
 
@@ -31,8 +31,8 @@ def keys_of(spec=SCENES):
     return list(open_dataset(spec).keys)
 
 
-def test_rows_come_to_their_pictures_and_the_chain_goes_on(tmp_path, rows):
-    order = np.random.default_rng(1).permutation(40)[:37]  # three pictures have no row
+def test_rows_come_to_their_images_and_the_chain_goes_on(tmp_path, rows):
+    order = np.random.default_rng(1).permutation(40)[:37]  # three images have no row
     keys = [keys_of()[place] for place in order]
     np.save(tmp_path / "dino.npy", rows[order].astype(np.float64))
     run = tmp_path / "run"
@@ -55,7 +55,7 @@ def test_rows_come_to_their_pictures_and_the_chain_goes_on(tmp_path, rows):
     assert retrain(run, arch="alexnet_bn", width=0.05, epochs=1, batch=8, stride=2).is_file()
 
 
-def test_without_pictures_rows_stay_and_npz_brings_its_keys(tmp_path, rows):
+def test_without_images_rows_stay_and_npz_brings_its_keys(tmp_path, rows):
     keys = keys_of()[::-1]
     np.savez(tmp_path / "mine.npz", features=rows.astype(np.float16), keys=np.array(keys))
     run = tmp_path / "run"
@@ -66,7 +66,7 @@ def test_without_pictures_rows_stay_and_npz_brings_its_keys(tmp_path, rows):
     stamp = file.stat().st_mtime_ns
     assert cluster(run, features=str(tmp_path / "mine.npz"), k=4).stat().st_mtime_ns == stamp
     assign(run)
-    # A second file, made alike, is labelled by the same centroids; the pictures are named only now.
+    # A second file, made alike, is labelled by the same centroids; the images are named only now.
     other = tmp_path / "other.npy"
     np.save(other, rows[:8])
     labels = assign(run, features=str(other), keys=listed(tmp_path / "k.txt", keys[:8]), overwrite=True)
@@ -104,7 +104,7 @@ def test_features_of_another_kind_are_not_assigned(tmp_path, rows):
     hog = extract(run, data=SCENES, teacher="hog", name="hog")
     with pytest.raises(UsageError, match="layer is 'hog', not 'made elsewhere'"):
         assign(run, features=str(hog))
-    with pytest.raises(UsageError, match="was made elsewhere; make the features of these pictures there too"):
+    with pytest.raises(UsageError, match="was made elsewhere; make the features of these images there too"):
         assign(run, data="scenes:images=24,size=48,seed=5")
 
 
@@ -112,7 +112,7 @@ WRONG = {
     "no keys": (lambda rows: rows, None, None, r"has no keys; give --keys FILE"),
     "too few keys": (lambda rows: rows, lambda keys: keys[:-1], None, r"39 keys for 40 rows"),
     "a key twice": (lambda rows: rows, lambda keys: [*keys[:-1], keys[0]], None, r"comes twice"),
-    "other pictures": (lambda rows: rows, lambda keys: ["x.jpg", *keys[1:]], SCENES, r"1 of 40 keys .* such as x.jpg"),
+    "other images": (lambda rows: rows, lambda keys: ["x.jpg", *keys[1:]], SCENES, r"1 of 40 keys .* such as x.jpg"),
     "one dimension": (lambda rows: rows[0], lambda keys: keys, None, r"float32 of shape \(6,\), must be floats"),
     "integers": (lambda rows: rows.astype(int), lambda keys: keys, None, r"int64 of shape"),
     "NaN": (
@@ -122,7 +122,7 @@ WRONG = {
         r"row 7 \(.*\) holds NaN",
     ),
     "too large": (lambda rows: rows * 1e300, lambda keys: keys, None, r"row 0 .* beyond float32"),
-    "k": (lambda rows: rows[:3], lambda keys: keys[:3], None, r"--k 4: more clusters than the 3 pictures"),
+    "k": (lambda rows: rows[:3], lambda keys: keys[:3], None, r"--k 4: more clusters than the 3 images"),
 }
 
 

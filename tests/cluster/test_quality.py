@@ -55,7 +55,7 @@ def test_without_classes(targets):
     assert "purity" not in summary(found)
 
 
-def test_no_valid_picture():
+def test_no_valid_image():
     found = quality(array(-1, -1), array(0, 1), 3)
     assert (found["rows"], found["empty"], found["imbalance"]) == (0, 3, 0)
 

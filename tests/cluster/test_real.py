@@ -1,4 +1,4 @@
-"""Real pictures, from the command line: every part of the quality record, and engines that agree."""
+"""Real images, from the command line: every part of the quality record, and engines that agree."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PACKS = os.environ.get("KTRANSFER_DATA")
 
 
 @pytest.mark.skipif(PACKS is None, reason="KTRANSFER_DATA names no folder that holds det_bccd")
-def test_hog_of_real_pictures(tmp_path):
+def test_hog_of_real_images(tmp_path):
     data = str(Path(PACKS) / "det_bccd")
     assert cli.main(["--run", str(tmp_path / "exact"), "extract", "--data", data, "--teacher", "hog"]) == 0
     features = str(tmp_path / "exact" / "features" / "det_bccd.h5")

@@ -1,4 +1,4 @@
-"""The sheet shows the pictures that it should, in their order, as they are; and the stage writes it and the record."""
+"""The sheet shows the images that it should, in their order, as they are; and the stage writes it and the record."""
 
 import json
 
@@ -46,8 +46,8 @@ def test_nearest_members_in_order():
     assert nearest_members(labels, far, 1, 2).tolist() == [5, 2]
 
 
-def test_a_sheet_holds_the_nearest_pictures(tmp_path):
-    """30 pictures in one cluster, 3 in another, none in a third; every seventh picture was not clustered."""
+def test_a_sheet_holds_the_nearest_images(tmp_path):
+    """30 images in one cluster, 3 in another, none in a third; every seventh image was not clustered."""
     data = open_dataset(SCENES)
     places = np.array([place for place in range(40) if place % 7][:33])
     labels = np.array([2] * 30 + [0] * 3, np.int32)
@@ -67,7 +67,7 @@ def test_a_sheet_holds_the_nearest_pictures(tmp_path):
         assert (caption != 255).any()
 
 
-def test_an_unreadable_picture_is_grey(tmp_path, folder):
+def test_an_unreadable_image_is_grey(tmp_path, folder):
     data = open_dataset(str(folder))
     labels, distances = np.zeros(24, np.int32), np.arange(24, dtype=np.float32)
     save_sheet(tmp_path / "sheet.png", data, np.arange(24), labels, distances, 1, 4)
@@ -85,7 +85,7 @@ def outputs(run):
 
 
 def test_the_stage_draws_the_rows_that_are_nearest(run, folder):
-    """Through broken pictures, the whole way: features, labels and distances as `assign` writes them."""
+    """Through broken images, the whole way: features, labels and distances as `assign` writes them."""
     extract(run, data=str(folder), max_broken=0.1)
     file = cluster(run, data=str(folder), k=3, normalise=False, sheet=3)
     assert outputs(run) == {"clusters.h5", "quality.json", "clusters.png"}
@@ -106,11 +106,11 @@ def test_the_stage_draws_the_rows_that_are_nearest(run, folder):
     assert sum(record["sizes"]["histogram"].values()) == 3
 
 
-def test_clusters_do_not_depend_on_how_they_are_judged(run, tmp_path, capsys):
+def test_clusters_do_not_depend_on_how_they_are_evaluated(run, tmp_path, capsys):
     file = cluster(run, k=5)
     first = made(run)
     said = capsys.readouterr().err
-    assert "cluster: silhouette" in said and "no picture sheet" not in said
+    assert "cluster: silhouette" in said and "no image sheet" not in said
     cluster(run, k=5, overwrite=True)
     assert made(run) == first
     cluster(run, k=5, overwrite=True, stability=True, quality_rows=7, sheet=0)
@@ -125,16 +125,16 @@ def test_clusters_do_not_depend_on_how_they_are_judged(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["unknown", "gone", "others"])
-def test_without_the_pictures_there_is_a_line_and_no_sheet(tmp_path, kind, capsys):
+def test_without_the_images_there_is_a_line_and_no_sheet(tmp_path, kind, capsys):
     path = tmp_path / "mine.h5"
     said = {"teacher": "mine", "layer": "hog", "pooling": "none", "transform": "none", "fingerprint": "f"}
     writer = create_or_resume(path, [f"{row}.jpg" for row in range(20)], np.full(20, -1, np.int32), 4, "float32", said)
     writer.write(0, np.random.default_rng(0).random((20, 4)).astype(np.float32), np.ones(20, bool))
     writer.finish()
     options = {"unknown": {}, "gone": {"data": str(tmp_path / "gone")}, "others": {"data": SCENES}}[kind]
-    words = {"unknown": "--data names them", "gone": "does not exist", "others": "was not made of the pictures"}[kind]
+    words = {"unknown": "--data names them", "gone": "does not exist", "others": "was not made of the images"}[kind]
     cluster(tmp_path / "run", features=str(path), k=3, **options)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "no picture sheet" in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no image sheet" in line]
     assert len(lines) == 1 and words in lines[0]
     assert outputs(tmp_path / "run") == {"clusters.h5", "quality.json"}
     assert "clusters.png" not in made(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Random crops are torchvision's crop and resize at the same places, picture by picture."""
+"""Random crops are torchvision's crop and resize at the same places, image by image."""
 
 import math
 
@@ -35,14 +35,14 @@ def boxes(rows: torch.Tensor, smallest: float, epoch: int = 2) -> list[tuple[flo
     return found
 
 
-def test_it_is_torchvisions_crop_and_resize_of_each_picture():
+def test_it_is_torchvisions_crop_and_resize_of_each_image():
     rows = torch.arange(100, 116)
     pixels = smooth(16)
     crops = random_resized_crop(pixels, rows, OUT, 5, 2, "t", 0.3)
     assert crops.shape == (16, 3, OUT, OUT) and crops.dtype == torch.float32
-    for picture, crop, (left, top, width, height, mirrored) in zip(pixels, crops, boxes(rows, 0.3), strict=True):
+    for image, crop, (left, top, width, height, mirrored) in zip(pixels, crops, boxes(rows, 0.3), strict=True):
         box = [round(value * 16) for value in (top, left, height, width)]  # torchvision's boxes are whole pixels
-        large = v2.resize(picture.float(), [SIZE * 16, SIZE * 16], antialias=False)
+        large = v2.resize(image.float(), [SIZE * 16, SIZE * 16], antialias=False)
         expected = v2.resized_crop(large, *box, [OUT, OUT], antialias=False)
         expected = v2.horizontal_flip(expected) if mirrored else expected
         torch.testing.assert_close(crop, expected, atol=1.0, rtol=0)
@@ -52,8 +52,8 @@ def test_enlarging_is_exactly_pillows():
     rows = torch.arange(12)
     pixels = noise(12)
     crops = random_resized_crop(pixels, rows, 2 * SIZE, 5, 2, "t", 0.2)
-    for picture, crop, (left, top, width, height, mirrored) in zip(pixels, crops, boxes(rows, 0.2), strict=True):
-        for plane, result in zip(picture.numpy(), crop, strict=True):
+    for image, crop, (left, top, width, height, mirrored) in zip(pixels, crops, boxes(rows, 0.2), strict=True):
+        for plane, result in zip(image.numpy(), crop, strict=True):
             image = Image.fromarray(plane.astype(np.float32))
             box = (left, top, min(left + width, SIZE), min(top + height, SIZE))
             resized = image.resize((2 * SIZE, 2 * SIZE), Image.Resampling.BILINEAR, box=box)
@@ -74,7 +74,7 @@ def test_half_are_mirrored_and_crops_are_spread():
     assert centre.min() < 0.3 and centre.max() > 0.7
 
 
-def test_a_crop_depends_on_its_picture_alone():
+def test_a_crop_depends_on_its_image_alone():
     pixels, rows = noise(6), torch.tensor([4, 9, 2, 7, 7, 0])
     whole = random_resized_crop(pixels, rows, OUT, 5, 2, "t")
     again = random_resized_crop(pixels, rows, OUT, 5, 2, "t")
@@ -93,7 +93,7 @@ def test_torchs_own_generator_is_not_touched():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_whole_picture_comes_back(monkeypatch):
+def test_the_whole_image_comes_back(monkeypatch):
     pixels = noise(2)
     draws = torch.tensor([[1.0, 0.5, 0.3, 0.8, 0.9], [1.0, 0.5, 0.3, 0.8, 0.1]])
     monkeypatch.setattr(rng, "uniform", lambda *_: draws)
@@ -120,7 +120,7 @@ def test_centre_crop_is_torchvisions(side, size):
     assert torch.equal(found, pixels[..., rest : rest + size, rest : rest + size])
 
 
-def test_random_squares_are_parts_of_the_pictures_mirrored_half_the_time() -> None:
+def test_random_squares_are_parts_of_the_images_mirrored_half_the_time() -> None:
     pixels, rows = noise(200), torch.arange(200) + 7
     found = random_square(pixels, rows, OUT, 0, 3, "test")
     assert found.shape == (200, 3, OUT, OUT) and found.dtype == torch.uint8

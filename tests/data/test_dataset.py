@@ -1,4 +1,4 @@
-"""Folders, lists and scenes: the same rows everywhere, whatever lies between the pictures."""
+"""Folders, lists and scenes: the same rows everywhere, whatever lies between the images."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ktransfer.data import folders, scenes
 from ktransfer.data.opening import open_dataset, open_parts
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 
 PAST = 1_600_000_000
 
@@ -38,7 +38,7 @@ def settle(root: Path) -> None:
 def test_flat_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("b.PNG", "a.jpg", "Z.webp", ".hidden.png", "._a.jpg", ".git/x.png"):
         put(tmp_path / name)
-    (tmp_path / "README.txt").write_text("no picture")
+    (tmp_path / "README.txt").write_text("no image")
     (tmp_path / "empty.jpg").touch()
     data = open_dataset(str(tmp_path))
     assert data.keys == ("Z.webp", "a.jpg", "b.PNG", "empty.jpg")
@@ -46,7 +46,7 @@ def test_flat_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert data.targets.dtype == np.int32
     assert data.name == tmp_path.name.replace("[", "_").replace("]", "_")
     assert data.read(1, None).shape == (6, 8, 3)
-    with pytest.raises(BrokenPicture, match="empty file"):
+    with pytest.raises(BrokenImage, match="empty file"):
         data.read(3, None)
     assert "1 files with other endings are ignored" in capsys.readouterr().err
 
@@ -115,7 +115,7 @@ def test_links_and_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert data.keys == ("b/x.png", "c/dangling.png", "c/link.png", "c/out/z.png", "c/y.png")
     assert data.classes == ("b", "c")
     assert "3 links to folders that are already in" in capsys.readouterr().err
-    with pytest.raises(BrokenPicture, match="No such file"):
+    with pytest.raises(BrokenImage, match="No such file"):
         data.read(1, None)
 
 
@@ -206,7 +206,7 @@ def test_text_list(tmp_path: Path) -> None:
     assert list(data.keys) == [line for line in lines if line]
     assert data.read(0, None)[0, 0].tolist() == [255, 0, 0]
     assert data.read(1, None)[0, 0].tolist() == data.read(3, None)[0, 0].tolist() == [0, 0, 255]
-    with pytest.raises(BrokenPicture, match="No such file"):
+    with pytest.raises(BrokenImage, match="No such file"):
         data.read(2, None)
     assert (data.targets == -1).all() and data.classes == ()
 
@@ -235,11 +235,11 @@ def test_table_of_paths_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.txt", "", "lists no pictures"),
+        ("l.txt", "", "lists no images"),
         ("l.txt", "a.png\nb\0.png\n", "line 2: a NUL"),
-        ("l.csv", "picture,label\na.png,1\n", "no column path"),
+        ("l.csv", "image,label\na.png,1\n", "no column path"),
         ("l.csv", "path,label\na.png,1\n,2\n", "row 3 has no path"),
-        ("l.csv", "path,label\n", "lists no pictures"),
+        ("l.csv", "path,label\n", "lists no images"),
         ("l.txt", "a.png\nb.png\na.png\n", "lists a.png 2 times"),
         ("l.json", "[]", "neither a folder, nor a list"),
     ],
@@ -252,11 +252,11 @@ def test_bad_lists(tmp_path: Path, name: str, text: str, message: str) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/notes.txt").touch()
-    with pytest.raises(UsageError, match=r"no pictures in .* \(looked for .jpg"):
-        open_dataset(str(tmp_path / "pictures"))
-    with pytest.raises(UsageError, match=r"did you mean .*/pictures"):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/notes.txt").touch()
+    with pytest.raises(UsageError, match=r"no images in .* \(looked for .jpg"):
+        open_dataset(str(tmp_path / "images"))
+    with pytest.raises(UsageError, match=r"did you mean .*/images"):
         open_dataset(str(tmp_path / "picturse/deep/er"))
     with pytest.raises(UsageError, match="does not exist"):
         open_dataset(str(tmp_path / ("x" * 300)))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ktransfer.data import decoding
 from ktransfer.data.decoding import decode, square
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 
 
 def photo(width: int = 40, height: int = 30) -> np.ndarray:
@@ -27,9 +27,9 @@ def photo(width: int = 40, height: int = 30) -> np.ndarray:
     )
 
 
-def encode(picture: Image.Image, kind: str, **options: object) -> bytes:
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -117,7 +117,7 @@ def test_deep_greys(values: np.ndarray, expected: list[int]) -> None:
     assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == expected
 
 
-# What each orientation means (EXIF 2.3, tag 274): where row 0 and column 0 of the stored picture are shown.
+# What each orientation means (EXIF 2.3, tag 274): where row 0 and column 0 of the stored image are shown.
 SHOWN = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -143,7 +143,7 @@ def test_orientation(kind: str, orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_keeps_the_picture() -> None:
+def test_damaged_exif_keeps_the_image() -> None:
     got = decode(encode(Image.fromarray(photo()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"))
     assert got.shape == (30, 40, 3)
 
@@ -183,7 +183,7 @@ def test_square_is_the_resized_centre(height: int, width: int, size: int) -> Non
     assert np.abs(got - expected[0].permute(1, 2, 0).numpy()).max() <= 1.01
 
 
-def test_one_pixel_and_very_long_pictures() -> None:
+def test_one_pixel_and_very_long_images() -> None:
     for width, height in ((1, 1), (1, 30_000), (30_000, 20)):
         source = np.full((height, width, 3), 77, np.uint8)
         got = decode(encode(Image.fromarray(source), "PNG"), 32)
@@ -204,7 +204,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb(width: int) -> None:
     for read in (decode, decoding.short_side):
-        with pytest.raises(BrokenPicture, match="over the limit of 400,000,000 pixels"):
+        with pytest.raises(BrokenImage, match="over the limit of 400,000,000 pixels"):
             read(png_header(width, 20_000))
 
 
@@ -216,7 +216,7 @@ def whole_jpeg() -> bytes:
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"this is not a picture\n", "known format"),
+        (b"this is not an image\n", "known format"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "known format"),
         (whole_jpeg()[:-700], "truncated"),
         (whole_jpeg()[:30], "known format|damaged"),
@@ -232,7 +232,7 @@ def test_broken_files(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(data)
     for source in (path, data):
-        with pytest.raises(BrokenPicture, match=reason) as caught:
+        with pytest.raises(BrokenImage, match=reason) as caught:
             decode(source)
         assert "\n" not in str(caught.value)
 
@@ -246,24 +246,24 @@ def test_flipped_bytes_never_raise_anything_else(kind: str, random: object) -> N
         data[random.randrange(len(data))] = random.randrange(256)
     try:
         got = decode(bytes(data), 8)
-    except BrokenPicture:
+    except BrokenImage:
         return
     assert got.ndim == 3 and got.shape[2] == 3 and got.dtype == np.uint8
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
-    with pytest.raises(BrokenPicture, match="No such file"):
+    with pytest.raises(BrokenImage, match="No such file"):
         decode(tmp_path / "missing.jpg")
-    with pytest.raises(BrokenPicture, match="not a regular file"):
+    with pytest.raises(BrokenImage, match="not a regular file"):
         decode(tmp_path)
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(BrokenPicture, match="not a regular file"):
+    with pytest.raises(BrokenImage, match="not a regular file"):
         decode(tmp_path / "pipe.jpg")
-    with pytest.raises(BrokenPicture, match="too long"):
+    with pytest.raises(BrokenImage, match="too long"):
         decode(tmp_path / ("x" * 300))
 
 
-def test_a_machine_that_is_short_is_not_a_broken_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_short_is_not_a_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(whole_jpeg())
 
     def refuse(*_: object) -> None:

@@ -10,16 +10,16 @@ from PIL import Image
 
 from ktransfer.bench.photographs import photograph
 from ktransfer.data import decoding, jpegs
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 
 NEEDED = pytest.mark.skipif(
     not jpegs.decoders_agree(), reason="torchvision here has no decoder that agrees with Pillow's"
 )
 
 
-def encoded(picture: Image.Image, **options: object) -> bytes:
+def encoded(image: Image.Image, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", **options)
+    image.save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 
@@ -33,9 +33,9 @@ def test_pixels_are_pillows(height: int, width: int, quality: int, monkeypatch: 
     assert np.array_equal(jpegs.decode(data), expected)
 
 
-@pytest.mark.skipif("KTRANSFER_DATA" not in os.environ, reason="needs real pictures: KTRANSFER_DATA")
+@pytest.mark.skipif("KTRANSFER_DATA" not in os.environ, reason="needs real images: KTRANSFER_DATA")
 @NEEDED
-def test_pixels_of_real_pictures_are_pillows() -> None:
+def test_pixels_of_real_images_are_pillows() -> None:
     files = sorted(Path(os.environ["KTRANSFER_DATA"]).rglob("*.jpg"))
     assert files
     for path in files[:: max(1, len(files) // 100)]:
@@ -48,9 +48,9 @@ def test_pixels_of_real_pictures_are_pillows() -> None:
 def test_what_is_broken_is_broken_in_pillows_words() -> None:
     data = encoded(photograph(0, 60, 80))
     for damaged in (data[: len(data) // 2], data[:20], b"nothing"):
-        with pytest.raises(BrokenPicture) as ours:
+        with pytest.raises(BrokenImage) as ours:
             jpegs.decode(damaged)
-        with pytest.raises(BrokenPicture) as pillows:
+        with pytest.raises(BrokenImage) as pillows:
             decoding.decode(damaged)
         assert str(ours.value) == str(pillows.value)
 

@@ -1,4 +1,4 @@
-"""Layouts of labelled pictures: what is found by looking, and which file is missing where it is not."""
+"""Layouts of labelled images: what is found by looking, and which file is missing where it is not."""
 
 import json
 import os
@@ -80,9 +80,9 @@ def test_csv_files_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text("path\na.png\n")
     refused(tmp_path, r"val\.csv has no label; write a column label")
     (tmp_path / "val.csv").write_text("path,label\n")
-    refused(tmp_path, r"val\.csv lists no pictures")
+    refused(tmp_path, r"val\.csv lists no images")
     table(tmp_path, "val.csv", "x.png,dog")
-    refused(tmp_path, r"none of the 1 pictures of its part val is there, such as .*x\.png")
+    refused(tmp_path, r"none of the 1 images of its part val is there, such as .*x\.png")
     table(tmp_path, "train.csv", "a.png,dog", "b.png,dog")
     refused(tmp_path, "fewer than two different labels")
     (tmp_path / "train.csv").unlink()
@@ -105,7 +105,7 @@ def voc(root: Path, year: str = "VOC2007", parts: tuple[str, ...] = ("train", "v
     for part in parts:
         (main / f"{part}.txt").write_text("\n".join(rows[part].split()) + "\n")
         for label, known in truth.items():
-            lines = [f"{picture} {known[picture]}" for picture in rows[part].split()]
+            lines = [f"{image} {known[image]}" for image in rows[part].split()]
             (main / f"{label}_{part}.txt").write_text("\n".join(lines) + "\n")
     put(place, *(f"JPEGImages/00000{number}.jpg" for number in (1, 2, 3, 4)))
     return place
@@ -140,9 +140,9 @@ def test_voc_files_that_are_missing(tmp_path: Path) -> None:
     (main / "dog_test.txt").unlink()
     refused(place, r"dog_test\.txt: No such file.*needed for the labels")
     (main / "dog_test.txt").write_text("000003 1\n")
-    refused(place, r"dog_test\.txt does not list the pictures of cat_test\.txt")
+    refused(place, r"dog_test\.txt does not list the images of cat_test\.txt")
     (main / "dog_test.txt").write_text("000003 2\n")
-    refused(place, r"dog_test\.txt, line 1: must be a picture and 1, 0 or -1, not '000003 2'")
+    refused(place, r"dog_test\.txt, line 1: must be an image and 1, 0 or -1, not '000003 2'")
     (main / "dog_trainval.txt").unlink()
     refused(place, r"Main has no CLASS_trainval\.txt of two classes")
     voc(tmp_path / "other")
@@ -158,7 +158,7 @@ def coco(path: Path, names: tuple[str, ...], marks: tuple[tuple[int, int], ...],
     content = {
         "images": [{"id": 10 + place, "file_name": name} for place, name in enumerate(names)],
         "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-        "annotations": [{"image_id": 10 + picture, "category_id": kind} for picture, kind in marks],
+        "annotations": [{"image_id": 10 + image, "category_id": kind} for image, kind in marks],
     }
     path.write_text(json.dumps(content | more))
 
@@ -184,15 +184,15 @@ def test_coco_files_that_are_wrong(tmp_path: Path) -> None:
     coco(path, ("a.jpg",), ((0, 7),))
     refused(tmp_path, r"annotations has no instances_val\*\.json or .*instances_test\*\.json; put it there")
     coco(path.with_name("instances_val.json"), ("a.jpg",), ((0, 7),))
-    refused(tmp_path, r"instances_train\.json: its pictures are not there \(looked for .*images/train/a\.jpg\)")
+    refused(tmp_path, r"instances_train\.json: its images are not there \(looked for .*images/train/a\.jpg\)")
     put(tmp_path, "a.jpg")
     open_parts(str(tmp_path))
     coco(path, ("a.jpg",), ())
-    refused(tmp_path, "no picture of its part train has a label")
+    refused(tmp_path, "no image of its part train has a label")
     coco(path, ("a.jpg",), ((5, 7),))
-    refused(tmp_path, "an annotation names picture 15 or category 7, which it does not list")
+    refused(tmp_path, "an annotation names image 15 or category 7, which it does not list")
     coco(path, (), ())
-    refused(tmp_path, "names no pictures")
+    refused(tmp_path, "names no images")
     coco(path, ("a.jpg",), ((0, 7),), categories=[{"id": 7, "name": "cow"}])
     refused(tmp_path, r"have different categories \(cat, cow, dog\)")
     coco(path, ("a.jpg",), ((0, 7),), categories=3)

@@ -15,9 +15,9 @@ from PIL import Image
 from ktransfer.cli import main
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.decoding import square
-from ktransfer.data.loader import Pictures, cache_place, typical_short_side
+from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 
 BROKEN = {3: "known format", 7: "empty file"}
 COUNT = 24
@@ -25,12 +25,12 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for row in range(COUNT):
         pixels = random.integers(0, 256, (20 + 4 * row, 40, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{row:02}.{'jpg' if row % 2 else 'png'}")
-    (root / "03.jpg").write_text("not a picture")
+    (root / "03.jpg").write_text("not an image")
     (root / "07.jpg").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -46,21 +46,21 @@ def expected(data: Dataset, rows: list[int], size: int) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("cache_bytes", [0, None])
 @pytest.mark.parametrize("workers", [1, 5])
 def test_a_batch_depends_on_its_rows_alone(data: Dataset, workers: int, cache_bytes: int | None) -> None:
-    pictures = Pictures(data, 12, workers, cache_bytes)
+    images = ImageLoader(data, 12, workers, cache_bytes)
     orders = [[5, 3, 5, 0], list(range(COUNT)), list(reversed(range(COUNT))), [7], [3, 1]]
     for _ in range(2):
         for rows in orders:
-            pixels, valid = pictures.batch(torch.tensor(rows))
+            pixels, valid = images.batch(torch.tensor(rows))
             truth, sound = expected(data, rows, 12)
             assert pixels.dtype == torch.uint8 and valid.dtype == torch.bool
             assert torch.equal(pixels, truth) and torch.equal(valid, sound)
     for (rows, pixels, valid, waited), order in zip(
-        pictures.batches(torch.tensor(order) for order in orders), orders, strict=True
+        images.batches(torch.tensor(order) for order in orders), orders, strict=True
     ):
         truth, sound = expected(data, order, 12)
         assert rows.tolist() == order and torch.equal(pixels, truth) and torch.equal(valid, sound) and waited >= 0
-    assert pictures.broken.keys() == BROKEN.keys()
-    assert all(part in pictures.broken[row] for row, part in BROKEN.items())
+    assert images.broken.keys() == BROKEN.keys()
+    assert all(part in images.broken[row] for row, part in BROKEN.items())
 
 
 def counted(data: Dataset) -> tuple[Dataset, list[int]]:
@@ -73,26 +73,26 @@ def counted(data: Dataset) -> tuple[Dataset, list[int]]:
     return replace(data, read=read), reads
 
 
-def test_cache_reads_each_picture_once_and_only_when_all_fit(data: Dataset) -> None:
+def test_cache_reads_each_image_once_and_only_when_all_fit(data: Dataset) -> None:
     everything = torch.arange(COUNT)
     for budget, times in ((COUNT * 3 * 64, 1), (COUNT * 3 * 64 - 1, 2)):
         watched, reads = counted(data)
-        pictures = Pictures(watched, 8, 2, budget)
-        pictures.batch(everything)
-        pictures.batch(everything.flip(0))
+        images = ImageLoader(watched, 8, 2, budget)
+        images.batch(everything)
+        images.batch(everything.flip(0))
         assert len(reads) == times * (COUNT - len(BROKEN)) + len(BROKEN)
 
 
 def test_results_are_the_callers_own(data: Dataset) -> None:
-    pictures = Pictures(data, 8, 2)
-    first = pictures.batch(torch.arange(4))[0]
+    images = ImageLoader(data, 8, 2)
+    first = images.batch(torch.arange(4))[0]
     first.zero_()
-    assert torch.equal(pictures.batch(torch.arange(4))[0], expected(data, [0, 1, 2, 3], 8)[0])
+    assert torch.equal(images.batch(torch.arange(4))[0], expected(data, [0, 1, 2, 3], 8)[0])
 
 
 def test_two_batches_are_prepared_ahead(data: Dataset) -> None:
     watched, reads = counted(data)
-    stream = Pictures(watched, 8, 2, 0).batches(torch.tensor([row]) for row in (0, 1, 2, 4, 5, 6))
+    stream = ImageLoader(watched, 8, 2, 0).batches(torch.tensor([row]) for row in (0, 1, 2, 4, 5, 6))
     next(stream)
     deadline = time.monotonic() + 5
     while len(reads) < 3 and time.monotonic() < deadline:
@@ -109,7 +109,7 @@ def test_waiting_is_measured(data: Dataset) -> None:
         time.sleep(0.05)
         return np.zeros((8, 8, 3), np.uint8)
 
-    stream = Pictures(replace(data, read=slow), 8, 1, 0).batches([torch.tensor([0])])
+    stream = ImageLoader(replace(data, read=slow), 8, 1, 0).batches([torch.tensor([0])])
     assert 0.03 < next(stream)[3] < 5
 
 
@@ -119,14 +119,14 @@ def test_what_a_thread_raises_reaches_the_consumer(data: Dataset) -> None:
             raise MemoryError("no memory")
         return data.read(row, short_side)
 
-    pictures = Pictures(replace(data, read=fail), 8, 2)
-    stream = pictures.batches(torch.tensor([row]) for row in range(3))
+    images = ImageLoader(replace(data, read=fail), 8, 2)
+    stream = images.batches(torch.tensor([row]) for row in range(3))
     assert [next(stream)[0].item(), next(stream)[0].item()] == [0, 1]
     with pytest.raises(MemoryError):
         next(stream)
     with pytest.raises(MemoryError):
-        pictures.batch(torch.tensor([2]))
-    assert pictures.broken == {}
+        images.batch(torch.tensor([2]))
+    assert images.broken == {}
 
 
 def test_close_stops_what_is_under_way(data: Dataset) -> None:
@@ -139,7 +139,7 @@ def test_close_stops_what_is_under_way(data: Dataset) -> None:
         done.append(row)
         return np.zeros((8, 8, 3), np.uint8)
 
-    stream = Pictures(replace(data, read=read), 8, 1, 0).batches(torch.tensor([row]) for row in range(20))
+    stream = ImageLoader(replace(data, read=read), 8, 1, 0).batches(torch.tensor([row]) for row in range(20))
     next(stream)
     running.wait(5)
     threading.Timer(0.05, release.set).start()
@@ -148,13 +148,13 @@ def test_close_stops_what_is_under_way(data: Dataset) -> None:
 
 
 def test_rows_out_of_range_and_empty_batches(data: Dataset) -> None:
-    pictures = Pictures(data, 8, 2)
+    images = ImageLoader(data, 8, 2)
     for row in (-1, COUNT):
         with pytest.raises(IndexError):
-            pictures.batch(torch.tensor([row]))
-    pixels, valid = pictures.batch(torch.empty(0, dtype=torch.int64))
+            images.batch(torch.tensor([row]))
+    pixels, valid = images.batch(torch.empty(0, dtype=torch.int64))
     assert pixels.shape == (0, 3, 8, 8) and valid.shape == (0,)
-    assert list(pictures.batches([])) == []
+    assert list(images.batches([])) == []
 
 
 def test_typical_short_side(data: Dataset) -> None:
@@ -164,9 +164,9 @@ def test_typical_short_side(data: Dataset) -> None:
     assert typical_short_side(data, sample=2) == 20
 
     def broken(row: int) -> int:
-        raise BrokenPicture("empty file")
+        raise BrokenImage("empty file")
 
-    with pytest.raises(StageError, match=r"none of 24 pictures can be read \(23.jpg: empty file\)"):
+    with pytest.raises(StageError, match=r"none of 24 images can be read \(23.jpg: empty file\)"):
         typical_short_side(replace(data, short_side=broken))
 
 
@@ -188,10 +188,10 @@ def test_files_of_a_path_stay_on_their_rows(data: Dataset) -> None:
 @pytest.mark.parametrize("cache", ["auto", "ram", "off"])
 def test_where_they_are_kept_changes_nothing(data: Dataset, cache: str) -> None:
     watched, reads = counted(data)
-    pictures = Pictures(watched, 8, 2, cache=cache)
-    assert pictures.kept_on == (None if cache == "off" else torch.device("cpu"))
+    images = ImageLoader(watched, 8, 2, cache=cache)
+    assert images.kept_on == (None if cache == "off" else torch.device("cpu"))
     for _ in range(2):
-        pixels, valid = pictures.batch(torch.arange(COUNT))
+        pixels, valid = images.batch(torch.arange(COUNT))
         truth, sound = expected(data, list(range(COUNT)), 8)
         assert torch.equal(pixels, truth) and torch.equal(valid, sound)
     sound_ones = COUNT - len(BROKEN)
@@ -205,11 +205,9 @@ def test_a_cache_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_place("auto", 53, 8, cpu) is None
     assert cache_place("ram", 208, 8, cpu) == cpu
     assert cache_place("off", 1, 8, cpu) is None
-    with pytest.raises(UsageError, match=r"--cache-pictures ram: 209 pictures of 8 x 8 take 0.0 GB, .* are free; give"):
+    with pytest.raises(UsageError, match=r"--cache-images ram: 209 images of 8 x 8 take 0.0 GB, .* are free; give"):
         cache_place("ram", 209, 8, cpu)
-    with pytest.raises(
-        UsageError, match=r"--cache-pictures device: cpu has no memory of its own; give auto, ram or off"
-    ):
+    with pytest.raises(UsageError, match=r"--cache-images device: cpu has no memory of its own; give auto, ram or off"):
         cache_place("device", 1, 8, cpu)
 
 
@@ -221,18 +219,18 @@ def test_a_gpu_with_room_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_place("auto", 105, 8, gpu) == cpu
     assert cache_place("device", 208, 8, gpu) == gpu
     assert cache_place("ram", 1, 8, gpu) == cpu
-    with pytest.raises(UsageError, match="--cache-pictures device: 209 pictures"):
+    with pytest.raises(UsageError, match="--cache-images device: 209 images"):
         cache_place("device", 209, 8, gpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cache", ["device", "ram", "off"])
 def test_on_a_gpu_they_are_the_same(data: Dataset, cache: str) -> None:
-    pictures = Pictures(data, 12, 3, cache=cache, device=torch.device("cuda"))
-    assert (pictures.kept_on is not None) == (cache != "off")
+    images = ImageLoader(data, 12, 3, cache=cache, device=torch.device("cuda"))
+    assert (images.kept_on is not None) == (cache != "off")
     orders = [[5, 3, 5, 0], list(range(COUNT)), list(reversed(range(COUNT))), [7], [3, 1]]
     for _ in range(2):
-        found = list(pictures.batches(torch.tensor(order) for order in orders))
+        found = list(images.batches(torch.tensor(order) for order in orders))
         for (_, pixels, valid, _), order in zip(found, orders, strict=True):
             truth, sound = expected(data, order, 12)
             assert pixels.device.type == "cuda" and valid.device.type == "cpu"
@@ -242,21 +240,21 @@ def test_on_a_gpu_they_are_the_same(data: Dataset, cache: str) -> None:
 READ_ALL = """
 import sys, numpy as np, torch
 from ktransfer.dataset import Dataset
-from ktransfer.pictures import Pictures
+from ktransfer.images import Images
 
 count = int(sys.argv[1])
 read = lambda row, short_side: np.full((64, 64, 3), row % 256, np.uint8)
 keys = tuple(f"{row:06}" for row in range(count))
 data = Dataset("made", "made", keys, np.full(count, -1, np.int32), (), "0" * 64, read)
-pictures = Pictures(data, 64, 2, cache="off")
-for rows, pixels, valid, wait in pictures.batches(torch.arange(count).split(64)):
+images = ImageLoader(data, 64, 2, cache="off")
+for rows, pixels, valid, wait in images.batches(torch.arange(count).split(64)):
     assert int(pixels[0, 0, 0, 0]) == int(rows[0]) % 256
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see the peak of memory")
-def test_memory_does_not_grow_with_the_pictures() -> None:
+def test_memory_does_not_grow_with_the_images() -> None:
     peaks = []
     for count in (1000, 10_000):  # 12 and 123 MB of squares
         done = subprocess.run([sys.executable, "-c", READ_ALL, str(count)], capture_output=True, text=True, check=True)
@@ -266,7 +264,7 @@ def test_memory_does_not_grow_with_the_pictures() -> None:
 
 @pytest.mark.parametrize("stage", [["pretext"], ["retrain", "--labels", "classes"]])
 def test_stages_refuse_before_they_start(stage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [*stage, "--data", "scenes:images=20,size=64", "--device", "cpu", "--cache-pictures", "device"]
+    line = [*stage, "--data", "scenes:images=20,size=64", "--device", "cpu", "--cache-images", "device"]
     assert main(["--run", str(tmp_path / "run"), *line]) == 2
-    assert "--cache-pictures device: cpu has no memory of its own" in capsys.readouterr().err
+    assert "--cache-images device: cpu has no memory of its own" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""`ktransfer pack` against Pillow picture by picture; killed, on a full disk or with other workers: the same bytes."""
+"""`ktransfer pack` against Pillow image by image; killed, on a full disk or with other workers: the same bytes."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from ktransfer import cli
 from ktransfer.data import decoding, packing
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import _begin_worker, pack
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -39,7 +39,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Exif:
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of many kinds, none of which is decoded at a reduced scale for a short side of 40."""
+    """Images of many kinds, none of which is decoded at a reduced scale for a short side of 40."""
     root = tmp_path_factory.mktemp("zoo") / "zoo"
     root.mkdir()
     photo(50, 75).save(root / "wide.jpg", quality=95)
@@ -77,7 +77,7 @@ def test_raw_pixels_are_those_of_pillow(zoo: Path, tmp_path: Path) -> None:
     for row, key in enumerate(found.keys):
         try:
             pixels = found.read(row, None)
-        except BrokenPicture as error:
+        except BrokenImage as error:
             broken[key] = str(error)
         else:
             np.testing.assert_array_equal(pixels, small(zoo / key, 40), key)
@@ -145,13 +145,13 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 pictures in two classes, of which row 33 is broken, and `whole.h5`, the pack of them at 24."""
+    """70 images in two classes, of which row 33 is broken, and `whole.h5`, the pack of them at 24."""
     root = tmp_path_factory.mktemp("many")
     for number in range(70):
         path = root / "many" / "ab"[number // 35] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(30, 30 + number, number).save(path)
-    next(iter(sorted((root / "many/a").iterdir()))).write_text("no picture")
+    next(iter(sorted((root / "many/a").iterdir()))).write_text("no image")
     pack(str(root / "many"), root / "whole.h5", 24, workers=1, max_broken=0.1)
     return root
 
@@ -266,11 +266,11 @@ def test_workers_of_a_killed_process_end(many: Path, tmp_path: Path) -> None:
 
 def test_it_goes_on_and_says_so(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.h5"
-    with pytest.raises(StageError, match=r"1 of 70 pictures .* a/0.png: not a picture .* raise --max-broken"):
+    with pytest.raises(StageError, match=r"1 of 70 images .* a/0.png: not an image .* raise --max-broken"):
         pack(str(many / "many"), out, 24, workers=1)
     assert not out.exists()
     pack(str(many / "many"), out, 24, workers=1, max_broken=0.1)
-    assert "goes on after 70 of 70 pictures" in capsys.readouterr().err
+    assert "goes on after 70 of 70 images" in capsys.readouterr().err
     assert bytes_of(tmp_path) == {"a.h5": (many / "whole.h5").read_bytes()}
     before = out.stat().st_mtime_ns
     pack(str(many / "many"), out, 24, workers=1, max_broken=0.1)
@@ -330,7 +330,7 @@ def test_full_disk(many: Path, tmp_path: Path, share: float) -> None:
 
 def test_disk_is_asked_first(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 5000))
-    with pytest.raises(UsageError, match=r"pack \(70 pictures\) needs 0.00 GB.* make room"):
+    with pytest.raises(UsageError, match=r"pack \(70 images\) needs 0.00 GB.* make room"):
         pack(str(many / "many"), tmp_path / "new/a.h5", 24, workers=1)
     assert not (tmp_path / "new").exists()
 
@@ -370,7 +370,7 @@ def test_misuse(
 def test_command(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", str(many / "many"), "--size", "24", "--out", str(tmp_path / "a.h5"), "--workers", "1"]
     assert cli.main(["pack", *words]) == 1
-    assert "1 of 70 pictures" in capsys.readouterr().err
+    assert "1 of 70 images" in capsys.readouterr().err
     assert cli.main(["pack", *words, "--max-broken", "0.05"]) == 0
-    assert "pack: done; 70 pictures" in capsys.readouterr().err
+    assert "pack: done; 70 images" in capsys.readouterr().err
     assert bytes_of(tmp_path) == {"a.h5": (many / "whole.h5").read_bytes()}

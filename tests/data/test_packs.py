@@ -1,4 +1,4 @@
-"""A pack against h5py and against the folder of its pictures; whatever is cut off, foreign or changed is refused."""
+"""A pack against h5py and against the folder of its images; whatever is cut off, foreign or changed is refused."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ from PIL import Image
 from ktransfer import cli
 from ktransfer.artifacts.features import create_or_resume
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.loader import Pictures, typical_short_side
+from ktransfer.data.loader import ImageLoader, typical_short_side
 from ktransfer.data.opening import open_dataset, open_parts
 from ktransfer.data.pack import pack
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 
 SIDE = 48
 
@@ -32,16 +32,16 @@ def draw(path: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`pictures/train` and `/val` with two classes, row 5 of train broken, and packs of both in `jpeg` and `raw`."""
+    """`images/train` and `/val` with two classes, row 5 of train broken, and packs of both in `jpeg` and `raw`."""
     root = tmp_path_factory.mktemp("packs")
     for part, count in (("train", 24), ("val", 8)):
         for number in range(count):
-            draw(root / "pictures" / part / f"class{number % 2}" / f"{number:02}.jpg", 100 * len(part) + number)
-    (root / "pictures/train/class0/10.jpg").write_bytes(b"no picture")
+            draw(root / "images" / part / f"class{number % 2}" / f"{number:02}.jpg", 100 * len(part) + number)
+    (root / "images/train/class0/10.jpg").write_bytes(b"no image")
     for name in ("jpeg", "raw"):
         for part in ("train", "val"):
             pack(
-                str(root / "pictures" / part),
+                str(root / "images" / part),
                 root / name / f"{part}.h5",
                 SIDE,
                 name == "raw",
@@ -52,7 +52,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unpacked(file: Path, folder: Path) -> Path:
-    """The pictures of a pack as files with its keys, found by h5py alone; raw ones as PNG in spite of their name."""
+    """The images of a pack as files with its keys, found by h5py alone; raw ones as PNG in spite of their name."""
     with h5py.File(file) as found:
         data, offset = found["data"][:], found["offset"][:]
         for row, key in enumerate(found["key"].asstr()[:]):
@@ -68,26 +68,26 @@ def unpacked(file: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "raw"])
-def test_equals_the_folder_of_its_pictures(root: Path, tmp_path: Path, encoding: str) -> None:
+def test_equals_the_folder_of_its_images(root: Path, tmp_path: Path, encoding: str) -> None:
     found = open_dataset(str(root / encoding / "train.h5"))
     folder = open_dataset(str(unpacked(root / encoding / "train.h5", tmp_path / "train")))
-    source = open_dataset(str(root / "pictures/train"))
+    source = open_dataset(str(root / "images/train"))
     assert found.keys == folder.keys == source.keys and found.classes == folder.classes == source.classes
     assert found.targets.tolist() == folder.targets.tolist() == source.targets.tolist()
     assert found.name == "train" and len({found.fingerprint, folder.fingerprint, source.fingerprint}) == 3
     assert typical_short_side(found) == typical_short_side(folder) == SIDE
     for size in (SIDE, 30, 11):
-        batches = [Pictures(data, size, 2).batch(torch.arange(24)) for data in (found, folder)]
+        batches = [ImageLoader(data, size, 2).batch(torch.arange(24)) for data in (found, folder)]
         assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
         assert batches[0][1].tolist() == [row != 5 for row in range(24)]
 
 
-def test_a_broken_picture_keeps_its_row_and_its_reason(root: Path) -> None:
-    source, found = (open_dataset(str(root / name)) for name in ("pictures/train", "raw/train.h5"))
-    with pytest.raises(BrokenPicture) as expected:
+def test_a_broken_image_keeps_its_row_and_its_reason(root: Path) -> None:
+    source, found = (open_dataset(str(root / name)) for name in ("images/train", "raw/train.h5"))
+    with pytest.raises(BrokenImage) as expected:
         source.read(5, None)
     for attempt in (lambda: found.read(5, SIDE), lambda: found.short_side(5)):
-        with pytest.raises(BrokenPicture) as reason:
+        with pytest.raises(BrokenImage) as reason:
             attempt()
         assert str(reason.value) == str(expected.value)
 
@@ -133,23 +133,23 @@ def test_parts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shutil.copy(root / "jpeg/train.h5", tmp_path / "train.h5")
     with pytest.raises(UsageError, match=r"has no folder val or valid .* train.h5 and val.h5"):
         open_parts(str(tmp_path))
-    shutil.copytree(root / "pictures/val", tmp_path / "val")
+    shutil.copytree(root / "images/val", tmp_path / "val")
     mixed = open_parts(str(tmp_path))
     assert mixed[0].fingerprint == train.fingerprint and mixed[1].read(0, None).shape != val.read(0, None).shape
-    shutil.copytree(root / "pictures/train", tmp_path / "train")
-    assert open_parts(str(tmp_path))[0].fingerprint == open_dataset(str(root / "pictures/train")).fingerprint
+    shutil.copytree(root / "images/train", tmp_path / "train")
+    assert open_parts(str(tmp_path))[0].fingerprint == open_dataset(str(root / "images/train")).fingerprint
     with pytest.raises(UsageError, match=r"train.h5 has no folder train"):
         open_parts(str(root / "jpeg/train.h5"))
 
 
-def test_parts_need_a_class_for_every_picture(root: Path, tmp_path: Path) -> None:
+def test_parts_need_a_class_for_every_image(root: Path, tmp_path: Path) -> None:
     lines = [
         f"{path},{label}" for path, label in (("class0/00.jpg", "x"), ("class1/01.jpg", "y"), ("class0/02.jpg", ""))
     ]
-    (root / "pictures/train/list.csv").write_text("\n".join(["path,label", *lines]))
-    pack(str(root / "pictures/train/list.csv"), tmp_path / "train.h5", SIDE, workers=1)
+    (root / "images/train/list.csv").write_text("\n".join(["path,label", *lines]))
+    pack(str(root / "images/train/list.csv"), tmp_path / "train.h5", SIDE, workers=1)
     shutil.copy(root / "jpeg/val.h5", tmp_path / "val.h5")
-    (root / "pictures/train/list.csv").unlink()
+    (root / "images/train/list.csv").unlink()
     with pytest.raises(UsageError, match=r"train.h5: class0/02.jpg has no class"):
         open_parts(str(tmp_path))
 
@@ -220,7 +220,7 @@ REFUSED = {
     "offset before the one before": (put("offset", 3, 1), "offsets do not grow"),
     "offset below zero": (put("offset", 0, -1), "offsets do not grow"),
     "target": (put("target", 0, 2), "a target is not one of 2 classes"),
-    "shape": (put("shape", 0, [0, 9]), "a picture has no pixels"),
+    "shape": (put("shape", 0, [0, 9]), "an image has no pixels"),
     "other offsets": (put("offset", 1, 7), "more or fewer bytes than its shape says"),
     "key": (put("key", 0, b"class0/99.jpg"), "the fingerprint differs"),
     "digest": (put("digest", 3, 1), "the fingerprint differs"),
@@ -274,10 +274,10 @@ def test_changed_bytes_are_noticed_when_they_are_read(root: Path, tmp_path: Path
             data.read(0, None)
     assert data.read(1, None).shape[2] == 3
     with pytest.raises(StageError, match="not those that were packed"):
-        Pictures(data, 20, 2).batch(torch.arange(24))
+        ImageLoader(data, 20, 2).batch(torch.arange(24))
 
 
-def test_a_file_that_goes_away_is_a_failure_and_not_a_broken_picture(root: Path, tmp_path: Path) -> None:
+def test_a_file_that_goes_away_is_a_failure_and_not_a_broken_image(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.h5"
     shutil.copy(root / "raw/train.h5", path)
     data: Dataset = open_dataset(str(path))

@@ -38,7 +38,7 @@ def longer(item: SceneObject) -> float:
 
 @settings(max_examples=15, deadline=None)
 @given(CASES)
-def test_a_picture_is_a_pure_function_of_its_arguments(case: tuple[int, str, int]) -> None:
+def test_an_image_is_a_pure_function_of_its_arguments(case: tuple[int, str, int]) -> None:
     pixels, objects = render(*case, 48)
     np.random.default_rng().random()
     render(1, "other", 7, 64)
@@ -48,7 +48,7 @@ def test_a_picture_is_a_pure_function_of_its_arguments(case: tuple[int, str, int
     assert objects[0].name == CLASSES[case[2] % len(CLASSES)]
 
 
-def test_seed_part_and_index_each_change_the_picture() -> None:
+def test_seed_part_and_index_each_change_the_image() -> None:
     drawn = [render(*case, 48)[0] for case in [(0, "train", 0), (1, "train", 0), (0, "val", 0), (0, "train", 12)]]
     assert all(np.abs(a.astype(int) - b).mean() > 5 for a, b in combinations(drawn, 2))
 
@@ -95,10 +95,10 @@ def test_painting_changes_the_silhouette_and_nothing_else(monkeypatch: pytest.Mo
     changes = []
     paint = scenes._paint
 
-    def watched(rng: np.random.Generator, picture: np.ndarray, *rest: object) -> None:
-        before = picture.copy()
-        paint(rng, picture, *rest)  # type: ignore[arg-type]
-        changes.append(np.abs(picture - before).max(axis=2))
+    def watched(rng: np.random.Generator, image: np.ndarray, *rest: object) -> None:
+        before = image.copy()
+        paint(rng, image, *rest)  # type: ignore[arg-type]
+        changes.append(np.abs(image - before).max(axis=2))
 
     monkeypatch.setattr(scenes, "_paint", watched)
     for index in range(24):
@@ -135,7 +135,7 @@ def test_objects_stand_out_lighter_or_darker() -> None:
     assert 0.25 < np.mean(signs) < 0.75
 
 
-def test_a_quarter_of_the_pictures_have_several_objects() -> None:
+def test_a_quarter_of_the_images_have_several_objects() -> None:
     counts = np.bincount([len(render(0, "train", index, 32)[1]) for index in range(600)])
     assert 0.18 < counts[2:].sum() / 600 < 0.32 and counts[2] > 0 and counts[3] > 0
 
@@ -156,13 +156,13 @@ def test_written_folders_and_coco_files_agree_with_the_renderer(tmp_path: Path) 
         assert [item["id"] for item in coco["categories"]] == list(range(1, len(CLASSES) + 1))
         assert len(coco["images"]) == count == len(list((out / part).glob("*/*.jpg")))
         assert [item["id"] for item in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
-        for index, picture in enumerate(coco["images"]):
+        for index, image in enumerate(coco["images"]):
             pixels, objects = render(9, part, index, 64)
-            assert picture["file_name"] == f"{part}/{objects[0].name}/{index:06d}.jpg"
-            assert (picture["width"], picture["height"]) == (64, 64)
-            stored = np.asarray(Image.open(out / picture["file_name"])).astype(int)
+            assert image["file_name"] == f"{part}/{objects[0].name}/{index:06d}.jpg"
+            assert (image["width"], image["height"]) == (64, 64)
+            stored = np.asarray(Image.open(out / image["file_name"])).astype(int)
             assert np.abs(stored.mean(axis=2) - pixels.mean(axis=2)).mean() < 6
-            notes = [note for note in coco["annotations"] if note["image_id"] == picture["id"]]
+            notes = [note for note in coco["annotations"] if note["image_id"] == image["id"]]
             assert len(notes) == len(objects)
             for note, item in zip(notes, objects, strict=True):
                 assert note["category_id"] == item.category + 1 and note["iscrowd"] == 0
@@ -255,5 +255,5 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# Deviation over 24 pictures of the mean of each quarter and channel, for VERSION 1.
+# Deviation over 24 images of the mean of each quarter and channel, for VERSION 1.
 GOLDEN = [42.08, 42.74, 41.41, 36.97, 39.77, 34.95, 40.27, 41.83, 45.84, 37.12, 36.2, 40.94]

@@ -1,4 +1,4 @@
-"""A sheet holds its pictures where they belong: whole, blank where they could not be read, framed as they should be."""
+"""A sheet holds its images where they belong: whole, blank where they could not be read, framed as they should be."""
 
 import numpy as np
 from PIL import Image
@@ -6,7 +6,7 @@ from PIL import Image
 from ktransfer.data.sheets import BLANK, FRAME, GAP, MARGIN, PAPER, TEXT, Strip, draw_sheet, save_sheet
 
 
-def test_pictures_blanks_and_frames(tmp_path):
+def test_images_blanks_and_frames(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 20, 20)).astype(np.uint8)
     valid = np.array([True, False, True])
     strips = [Strip("plain", pixels, valid), Strip("framed", pixels[:1], valid[:1], np.array([True]))]

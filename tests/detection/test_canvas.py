@@ -21,7 +21,7 @@ def still(extents, size, scale=1.0, offset=(0.0, 0.0), flip=False):
 
 @pytest.fixture
 def wide(tmp_path):
-    """One picture of 80 x 20 with one box."""
+    """One image of 80 x 20 with one box."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (20, 80, 3)).astype(np.uint8)).save(tmp_path / "1.png")
     path = tmp_path / "a.json"
@@ -37,7 +37,7 @@ def wide(tmp_path):
     return path
 
 
-def test_a_wide_picture_lies_at_the_top_of_its_canvas(wide):
+def test_a_wide_image_lies_at_the_top_of_its_canvas(wide):
     data = read(wide, "x")
     source = canvas.canvases(data, 40)
     pixels, valid = source.batch(torch.tensor([0]))
@@ -62,7 +62,7 @@ def test_a_large_jpeg_is_read_at_reduced_scale_and_still_fits(tmp_path, wide):
     assert valid.all() and not source.broken and (pixels[0, :, :42] > 0).any() and (pixels[0, :, 42:] == 0).all()
 
 
-def test_a_picture_of_other_sides_is_broken(tmp_path, wide):
+def test_an_image_of_other_sides_is_broken(tmp_path, wide):
     Image.new("RGB", (20, 80)).save(tmp_path / "1.png")
     source = canvas.canvases(read(wide, "x"), 40)
     assert not source.batch(torch.tensor([0]))[1].any()
@@ -84,7 +84,7 @@ def test_jitter_is_a_function_of_seed_epoch_and_row():
 
 
 def test_pixels_and_boxes_move_together():
-    """A bright rectangle in the picture is where its box says, after every jitter."""
+    """A bright rectangle in the image is where its box says, after every jitter."""
     size, count = 64, 60
     boxes = torch.tensor([[10.0, 6.0, 34.0, 30.0]])
     extents = torch.tensor([[64.0, 44.0]]).expand(count, 2)

@@ -9,13 +9,13 @@ from PIL import Image
 from ktransfer.data import dataset, scenes
 from ktransfer.detection import data as detection
 from ktransfer.detection.coco import read
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 
 PACKS = os.environ.get("KTRANSFER_DATA")
 
 
 def coco(root, name="instances_train.json", **changes):
-    """Three pictures of 60 x 40, the last without an object."""
+    """Three images of 60 x 40, the last without an object."""
     (root / "images").mkdir(parents=True, exist_ok=True)
     for number in (1, 2, 3):
         Image.new("RGB", (60, 40), (number * 60, 0, 0)).save(root / "images" / f"{number}.png")
@@ -34,9 +34,9 @@ def coco(root, name="instances_train.json", **changes):
     return root / name
 
 
-def note(number, picture, category, bbox, **more):
+def note(number, image, category, bbox, **more):
     outline = [[bbox[0], bbox[1], bbox[0] + 5, bbox[1], bbox[0], bbox[1] + 5]]
-    return {"id": number, "image_id": picture, "category_id": category, "bbox": bbox, "segmentation": outline} | more
+    return {"id": number, "image_id": image, "category_id": category, "bbox": bbox, "segmentation": outline} | more
 
 
 def test_boxes_are_clipped_dropped_and_counted(tmp_path):
@@ -51,12 +51,12 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
     assert third.boxes.shape == (0, 4) and third.labels.dtype == np.int64
     assert data.counts == {
         "boxes": 3,
-        "boxes over the edge of their picture, clipped": 1,
+        "boxes over the edge of their image, clipped": 1,
         "boxes without width or height, dropped": 1,
-        "boxes wholly outside of their picture, dropped": 1,
+        "boxes wholly outside of their image, dropped": 1,
         "crowd boxes": 1,
-        "pictures": 3,
-        "pictures without a box": 1,
+        "images": 3,
+        "images without a box": 1,
     }
     assert data.read(1, None)[0, 0].tolist() == [120, 0, 0]
     assert (data.targets == dataset.UNKNOWN).all() and data.short_side(0) == 40
@@ -65,7 +65,7 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"images": []}, "lists no pictures"),
+        ({"images": []}, "lists no images"),
         ({"images": [{"id": 1, "file_name": "1.png", "width": 60}]}, "lacks 'height'"),
         ({"images": [{"id": 1, "file_name": "../1.png", "width": 6, "height": 6}]}, "leads out of the folder"),
         ({"images": [{"id": 1, "file_name": "/etc/1.png", "width": 6, "height": 6}]}, "leads out of the folder"),
@@ -73,7 +73,7 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
         ({"images": [{"id": 1, "file_name": "1.png", "width": 0, "height": 6}]}, "no width or height"),
         (
             {"images": [{"id": 1, "file_name": f"{n}.png", "width": 6, "height": 6} for n in (1, 2)]},
-            "picture id 1 is there 2",
+            "image id 1 is there 2",
         ),
         (
             {"images": [{"id": n, "file_name": "1.png", "width": 6, "height": 6} for n in (1, 2)]},
@@ -87,7 +87,7 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
         ),
         ({"annotations": [note(1, 10, 4, [0, 0, 1, 1])]}, "category_id that is not listed, such as 4"),
         ({"annotations": [note(1, [10], 3, [0, 0, 1, 1])]}, "image_id that is not listed"),
-        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "a picture id is no number or text"),
+        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "an image id is no number or text"),
         ({"images": [{"id": 1, "file_name": "1.png", "width": 1e400, "height": 6}]}, "COCO's have id"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3}]}, "an annotation is not as COCO's are"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2]}]}, "an annotation is not as"),
@@ -106,17 +106,17 @@ def test_crowds_have_run_lengths(tmp_path):
     assert one.crowd.all() and one.outlines == (lengths,)
 
 
-def test_missing_pictures_and_repeated_annotation_ids_are_counted(tmp_path):
+def test_missing_images_and_repeated_annotation_ids_are_counted(tmp_path):
     path = coco(tmp_path, annotations=[note(1, 10, 3, [0, 0, 9, 9]), note(1, 20, 3, [0, 0, 9, 9])])
     (tmp_path / "images" / "1.png").unlink()
     data = read(path, "x")
-    assert data.counts["pictures that are not there"] == 1 and data.counts["annotation ids that are there again"] == 1
+    assert data.counts["images that are not there"] == 1 and data.counts["annotation ids that are there again"] == 1
     assert data.counts["of 2 categories without a box"] == 1
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(BrokenImage):
         data.read(0, None)
     for name in ("2.png", "3.png"):
         (tmp_path / "images" / name).unlink()
-    with pytest.raises(UsageError, match="none of its pictures is there"):
+    with pytest.raises(UsageError, match="none of its images is there"):
         read(path, "x")
 
 
@@ -150,8 +150,8 @@ def test_cocos_own_layout_is_found(tmp_path):
         path = coco(tmp_path / part)
         (tmp_path / "annotations").mkdir(exist_ok=True)
         path.rename(tmp_path / "annotations" / f"instances_{part}.json")
-        for picture in (tmp_path / part / "images").iterdir():
-            picture.rename(tmp_path / part / picture.name)
+        for image in (tmp_path / part / "images").iterdir():
+            image.rename(tmp_path / part / image.name)
     train, test = detection.open_detection(str(tmp_path))
     assert train.read(2, None)[0, 0].tolist() == [180, 0, 0] and len(test) == 3
 
@@ -180,7 +180,7 @@ def test_scenes_have_the_boxes_of_their_own_coco_files(tmp_path):
     assert scenes.objects(5, "val", 3, 48) == scenes.render(5, "val", 3, 48)[1]
 
 
-def test_fractions_have_no_picture_twice_and_nest():
+def test_fractions_have_no_image_twice_and_nest():
     data = detection.open_file("scenes:images=200,size=32")
     small, large = (detection.fraction(data, share, 1) for share in (0.1, 0.3))
     assert len(small) == 20 and len(large) == 60 and len(set(large.tolist())) == 60
@@ -200,7 +200,7 @@ def test_id_lists_come_back(tmp_path):
     assert json.loads((tmp_path / "ids.json").read_text()) == (rows + 1).tolist()
     assert detection.load_ids(tmp_path / "ids.json", data).tolist() == rows.tolist()
     for text, words in (
-        ("[1, 99]", "99 is no picture"),
+        ("[1, 99]", "99 is no image"),
         ("[1, 1]", "twice"),
         ("{}", "not a JSON list"),
         ("[", "not a JSON"),

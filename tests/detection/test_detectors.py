@@ -69,13 +69,13 @@ def test_focal_and_huber_losses_are_those_of_the_reference():
     matched = [torch.tensor([0, -1, -2]), torch.full((3,), -1)]
     found = head.compute_loss(targets, {"cls_logits": logits, "bbox_regression": offsets}, anchors, matched)
     focal = 0.0
-    for picture in range(2):
+    for image in range(2):
         for anchor in range(3):
-            if matched[picture][anchor] == -2:  # between the thresholds
+            if matched[image][anchor] == -2:  # between the thresholds
                 continue
             for label in range(3):
-                p = float(torch.sigmoid(logits[picture, anchor, label]))
-                true = picture == 0 and anchor == 0 and label == 2
+                p = float(torch.sigmoid(logits[image, anchor, label]))
+                true = image == 0 and anchor == 0 and label == 2
                 focal -= (
                     0.25 * (1 - p) ** 1.5 * torch.log(torch.tensor(p))
                     if true
@@ -107,7 +107,7 @@ def test_heads_are_a_function_of_the_seed():
     assert not torch.equal(first["backbone.body.conv1.weight"], other["backbone.body.conv1.weight"])
 
 
-def test_mask_rcnn_is_built_and_answers_with_masks():
+def test_mask_rcnn_is_built_and_predictions_with_masks():
     model, _ = made("maskrcnn", "gn", "p2-p6")
     target = {
         "boxes": torch.tensor([[4.0, 4, 40, 40]]),
@@ -117,9 +117,9 @@ def test_mask_rcnn_is_built_and_answers_with_masks():
     torch.manual_seed(0)
     found = model.train()(torch.randn(1, 3, 64, 64), [target])
     assert {"loss_mask", "loss_classifier", "loss_objectness"} <= set(found)
-    detectors.answering(model, 0.0, 0.5, 5)
-    answer = model.eval()(torch.randn(1, 3, 64, 64))[0]
-    assert answer["masks"].shape == (len(answer["boxes"]), 1, 28, 28)
+    detectors.predicting(model, 0.0, 0.5, 5)
+    prediction = model.eval()(torch.randn(1, 3, 64, 64))[0]
+    assert prediction["masks"].shape == (len(prediction["boxes"]), 1, 28, 28)
 
 
 def test_the_background_is_class_zero_of_faster_rcnn_alone():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ktransfer.detection import answers, canvas, detectors, losses, metrics, trunks
+from ktransfer.detection import canvas, detectors, losses, metrics, predictions, trunks
 from ktransfer.detection.data import subset
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_file
@@ -69,7 +69,7 @@ def test_masks_follow_the_boxes():
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fasterrcnn"])
-def test_pictures_without_objects_train_too(kind):
+def test_images_without_objects_train_too(kind):
     data = open_file("scenes:images=24,size=64")
     empty = [one._replace(**{name: getattr(one, name)[:0] for name in one._fields}) for one in data.objects]
     data = subset(data, torch.arange(24).numpy())
@@ -86,13 +86,13 @@ def test_pictures_without_objects_train_too(kind):
     ("kind", "neck", "norm", "lr"),
     [("retinanet", "p3-p7", "bn", 0.03), ("fasterrcnn", "single", "bn", 0.02)],
 )
-def test_a_detector_learns_a_few_pictures_by_heart(tmp_path, kind, neck, norm, lr):
+def test_a_detector_learns_a_few_images_by_heart(tmp_path, kind, neck, norm, lr):
     data, rows = subset(open_file("scenes:images=12,size=64,seed=3"), torch.arange(3).numpy()), torch.arange(3)
     model, settings = made(kind, norm, neck, "alexnet_bn")
     options = TrainOptions(epochs=150, batch=3, lr=lr, weight_decay=0.0, precision="float32")
     source, loss = canvas.canvases(data, 64), losses.detection_loss(losses.truth(data, 64, CPU), "imagenet", 0)
     loop.fit(model, loss, source, lambda epoch: loop.epoch_batches(rows, 3, 0, epoch), options, tmp_path, CPU, "t")
-    found = answers.detect(model, data, source, rows, 64, settings, CPU)
+    found = predictions.detect(model, data, source, rows, 64, settings, CPU)
     assert metrics.coco_scores(data, found)["AP50"] > 0.8
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] > 0 and set(lines[-1]) & {"classification", "loss_classifier"}
@@ -129,7 +129,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
 def test_what_would_divide_a_batch_is_refused(monkeypatch):
     options = TrainOptions(batch=8, micro_batch=4)
     losses.check_batches(options, "bn", 4)
-    with pytest.raises(UsageError, match=r"--micro-batch 4: .* all 8 pictures"):
+    with pytest.raises(UsageError, match=r"--micro-batch 4: .* all 8 images"):
         losses.check_batches(options, "bn", 8)
     config = EvalConfig(batch=8, micro_batch=4)
     for protocol in (detect, segment):

@@ -12,7 +12,7 @@ from ktransfer.detection import canvas, geometry, masks
 from ktransfer.detection.coco import read
 from ktransfer.detection.opening import open_file
 from ktransfer.detection.strengths import Boxed, augment
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 
 
 def test_polygons_are_filled_as_the_renderer_covers_them():
@@ -106,7 +106,7 @@ def test_small_objects_lie_on_top_and_crowds_are_ignored(drawn):
     assert (maps[0, 10:] == masks.IGNORE).all() and (maps[0, 1:6, 1:6] > 0).all() and (maps[0, 2:4, 2:4] == 2).all()
 
 
-def test_maps_move_with_their_pictures():
+def test_maps_move_with_their_images():
     data = open_file("scenes:images=12,size=64")
     maps, rows = masks.map_canvases(data, 64)[0], torch.arange(12)
     jitter = canvas.draw_jitter(rows, canvas.extents(data, 64), 64, 0, 0, (0.7, 1.5))
@@ -132,21 +132,21 @@ def test_data_without_masks_is_one_line(drawn):
         masks.need_masks(drawn)
 
 
-def test_broken_maps_are_broken_pictures(drawn):
+def test_broken_maps_are_broken_images(drawn):
     for counts in (None, [7]):
         outlines = ({"size": [20, 40], "counts": counts}, *drawn.objects[0].outlines[1:])
         object.__setattr__(drawn, "objects", (drawn.objects[0]._replace(outlines=outlines),))
-        with pytest.raises(BrokenPicture, match="an outline of it is broken"):
+        with pytest.raises(BrokenImage, match="an outline of it is broken"):
             masks.classes_of_pixels(drawn, 0)
     maps, broken = masks.map_canvases(drawn, 20)
     assert (maps == masks.IGNORE).all() and "an outline of it is broken" in broken[0]
     object.__setattr__(drawn, "label_map", lambda row: np.zeros((5, 5), np.uint8))
-    with pytest.raises(BrokenPicture, match="map of classes is 5 x 5"):
+    with pytest.raises(BrokenImage, match="map of classes is 5 x 5"):
         masks.classes_of_pixels(drawn, 0)
 
 
 @pytest.mark.parametrize("strength", ["none", "S1", "S2", "S3", "S4"])
-def test_maps_follow_what_strengths_do_to_pictures(strength):
+def test_maps_follow_what_strengths_do_to_images(strength):
     """Against the outlines, moved point by point and drawn where they come to lie."""
     data, rows = open_file("scenes:images=24,size=96"), torch.arange(24)
     maps, before = masks.map_canvases(data, 96)[0], canvas.extents(data, 96)
@@ -176,7 +176,7 @@ def test_maps_follow_what_strengths_do_to_pictures(strength):
     assert checked >= 4
 
 
-def test_maps_are_palette_pictures_with_the_colours_of_voc(tmp_path):
+def test_maps_are_palette_images_with_the_colours_of_voc(tmp_path):
     found = np.random.default_rng(0).integers(0, 256, (7, 5)).astype(np.uint8)
     masks.save_map(tmp_path / "m.png", found)
     np.testing.assert_array_equal(masks.read_map(tmp_path / "m.png"), found)
@@ -187,11 +187,11 @@ def test_maps_are_palette_pictures_with_the_colours_of_voc(tmp_path):
     known = {1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 12: (64, 0, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     assert all(tuple(masks.colours()[number]) == colour for number, colour in known.items())
     (tmp_path / "m.png").write_bytes((tmp_path / "m.png").read_bytes()[:40])
-    with pytest.raises(BrokenPicture, match=r"m\.png"):
+    with pytest.raises(BrokenImage, match=r"m\.png"):
         masks.read_map(tmp_path / "m.png")
 
 
-def test_a_damaged_map_is_a_broken_picture(tmp_path):
+def test_a_damaged_map_is_a_broken_image(tmp_path):
     """Pillow raises SyntaxError for a chunk whose name is none, and DecompressionBombError for a huge one."""
     path = tmp_path / "a.png"
     masks.save_map(path, np.random.default_rng(0).integers(0, 20, (64, 64), np.uint8))
@@ -204,5 +204,5 @@ def test_a_damaged_map_is_a_broken_picture(tmp_path):
         whole[: header + 4] + huge + struct.pack(">I", zlib.crc32(b"IHDR" + huge)) + whole[header + 21 :],
     ):
         path.write_bytes(broken)
-        with pytest.raises(BrokenPicture, match=r"a\.png"):
+        with pytest.raises(BrokenImage, match=r"a\.png"):
             masks.read_map(path)

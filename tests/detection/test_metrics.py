@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from ktransfer.detection import masks, metrics
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import subset
 from ktransfer.detection.opening import open_file
+from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
 
 
 def noisy(data, seed=0, crowds=False):
-    """Answers around the true boxes, some doubled, some wrong, some missing; now and then a crowd or difficult box."""
+    """Predictions around the true boxes, some doubled, some wrong, some missing; now and then a crowd or difficult
+    box."""
     generator = np.random.default_rng(seed)
     found, objects = {}, []
     for row, one in enumerate(data.objects):
@@ -30,7 +31,7 @@ def noisy(data, seed=0, crowds=False):
         whole = np.concatenate(boxes).astype(np.float32)
         whole[:, 2:] = np.maximum(whole[:, 2:], whole[:, :2] + 1)
         order = np.argsort(-np.concatenate(scores), kind="stable")
-        found[row] = Answer(
+        found[row] = Prediction(
             torch.from_numpy(whole[order]),
             torch.from_numpy(np.concatenate(scores)[order].astype(np.float32)),
             torch.from_numpy(np.concatenate(labels)[order].astype(np.int64)),
@@ -46,12 +47,12 @@ def by_pycocotools(data, found, outlines=None):
         truth = coco.COCO()
         truth.dataset = metrics.coco_truth(data, sorted(found), outlines is not None)
         truth.createIndex()
-        results = truth.loadRes(metrics.coco_answers(data, found, outlines))
-        judged = evaluation.COCOeval(truth, results, "segm" if outlines else "bbox")
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
-    return judged.stats[:6]
+        results = truth.loadRes(metrics.coco_predictions(data, found, outlines))
+        evaluated = evaluation.COCOeval(truth, results, "segm" if outlines else "bbox")
+        evaluated.evaluate()
+        evaluated.accumulate()
+        evaluated.summarize()
+    return evaluated.stats[:6]
 
 
 @pytest.mark.parametrize("crowds", [False, True])
@@ -75,15 +76,15 @@ def test_coco_numbers_are_those_of_pycocotools(crowds):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_numbers_of_masks_are_those_of_pycocotools(packed):
-    """Answers are true masks moved by the noise of their boxes; the truth as polygons, and as run lengths."""
+    """Predictions are true masks moved by the noise of their boxes; the truth as polygons, and as run lengths."""
     data, found = noisy(open_file("scenes:images=60,size=96"), crowds=True)
     objects, outlines = list(data.objects), {}
-    for row, answer in found.items():
+    for row, prediction in found.items():
         one = objects[row]
         whole = tuple(masks.encoded(masks.filled(outline, (96, 96))) for outline in one.outlines)
         objects[row] = one._replace(outlines=whole) if packed else one
         outlines[row] = []
-        for box in answer.boxes.numpy():
+        for box in prediction.boxes.numpy():
             near = int(np.abs(one.boxes - box).sum(1).argmin())
             by = np.round(box - one.boxes[near])[:2].astype(int)
             outlines[row].append(masks.encoded(np.roll(masks.decoded(whole[near]), by[::-1], (0, 1))))
@@ -128,7 +129,7 @@ def test_overlaps_of_masks_by_hand_and_in_little_memory():
     assert metrics._mask_overlaps(own, [], (500, 400), crowd[:0]).shape == (40, 0)
 
 
-def test_a_picture_that_counts_twice_is_a_picture_twice():
+def test_an_image_that_counts_twice_is_an_image_twice():
     data, found = noisy(open_file("scenes:images=30,size=96"), crowds=True)
     rows = np.r_[np.arange(30), 4, 4, 9]
     twice = subset(data, rows)
@@ -140,7 +141,7 @@ def test_a_picture_that_counts_twice_is_a_picture_twice():
 
 
 def scene(boxes, difficult=()):
-    """One picture with boxes of class 0."""
+    """One image with boxes of class 0."""
     data = subset(open_file("scenes:images=12,size=96"), np.arange(1))
     objects = data.objects[0]._replace(
         boxes=np.array(boxes, np.float32),
@@ -154,15 +155,15 @@ def scene(boxes, difficult=()):
     return data
 
 
-def answer(rows):
+def prediction(rows):
     table = torch.tensor(rows).view(-1, 5)
-    return {0: Answer(table[:, :4], table[:, 4], torch.zeros(len(table), dtype=torch.int64))}
+    return {0: Prediction(table[:, :4], table[:, 4], torch.zeros(len(table), dtype=torch.int64))}
 
 
 def test_voc_by_hand():
     """Two objects; a hit, a second hit of the same one (wrong), a hit of the other: precisions 1, 1/2, 2/3."""
     data = scene([[0, 0, 10, 10], [20, 20, 30, 30]])
-    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
+    found = prediction([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
     # Recalls 0 to 0.5 (six points) at precision 1, 0.6 to 1 (five) at 2/3.
     wanted = (6 + 5 * 2 / 3) / 11
     assert metrics.scores(data, found, 0)["VOC07"] == pytest.approx(wanted)
@@ -171,14 +172,14 @@ def test_voc_by_hand():
 
 def test_difficult_objects_are_neither_right_nor_wrong():
     data = scene([[0, 0, 10, 10], [20, 20, 30, 30]], difficult=(0,))
-    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
+    found = prediction([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
     scores = metrics.scores(data, found, 0)
     assert scores["VOC07"] == 1.0 and scores["AP50"] == pytest.approx(1.0)
 
 
 def test_voc_takes_the_largest_overlap_and_coco_what_is_left():
     data = scene([[0, 0, 10, 10], [0, 4, 10, 14]])
-    found = answer([[0.0, 0, 10, 10, 0.9], [0.0, 1, 10, 11, 0.8]])
+    found = prediction([[0.0, 0, 10, 10, 0.9], [0.0, 1, 10, 11, 0.8]])
     voc = metrics.match_all(data, found, [0.5], voc=True)[data.classes[0]]
     coco = metrics.match_all(data, found, [0.5], voc=False)[data.classes[0]]
     assert voc.hit.tolist() == [[True, False]] and coco.hit.tolist() == [[True, True]]
@@ -186,7 +187,7 @@ def test_voc_takes_the_largest_overlap_and_coco_what_is_left():
 
 def test_nothing_found_is_zero():
     data = scene([[0, 0, 10, 10]])
-    scores = metrics.scores(data, answer([]), 0)
+    scores = metrics.scores(data, prediction([]), 0)
     assert scores["AP"] == scores["VOC07"] == 0 and scores["AP_interval"] == [0, 0]
 
 
@@ -199,11 +200,11 @@ def test_the_missing_extra_is_one_line(monkeypatch):
 
 def test_nothing_to_be_found_is_said_in_a_line():
     data, found = noisy(open_file("scenes:images=12,size=64"))
-    with pytest.raises(StageError, match="no object in the 0 pictures"):
+    with pytest.raises(StageError, match="no object in the 0 images"):
         metrics.scores(data, {}, 0)
     crowds = tuple(one._replace(crowd=np.ones_like(one.crowd)) for one in data.objects)
     object.__setattr__(data, "objects", crowds)
-    with pytest.raises(StageError, match="no object in the 12 pictures"):
+    with pytest.raises(StageError, match="no object in the 12 images"):
         metrics.scores(data, found, 0)
 
 

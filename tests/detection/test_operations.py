@@ -16,8 +16,8 @@ def pixels():
     return torch.nn.functional.interpolate(smooth, (40, 40), mode="bicubic").clamp(0, 255).to(torch.uint8)
 
 
-def pillow(picture, function):
-    return torch.from_numpy(np.array(function(Image.fromarray(picture.permute(1, 2, 0).numpy())))).permute(2, 0, 1)
+def pillow(image, function):
+    return torch.from_numpy(np.array(function(Image.fromarray(image.permute(1, 2, 0).numpy())))).permute(2, 0, 1)
 
 
 def test_equalise_is_pillows(pixels):
@@ -27,7 +27,7 @@ def test_equalise_is_pillows(pixels):
         assert torch.equal(after, v2.equalize(before))
 
 
-def test_equalise_counts_the_picture_alone(pixels):
+def test_equalise_counts_the_image_alone(pixels):
     found = operations.equalise(pixels, torch.tensor([[20.0, 30.0]] * len(pixels)))
     for before, after in zip(pixels, found, strict=True):
         assert torch.equal(after[:, :30, :20], pillow(before[:, :30, :20], ImageOps.equalize))
@@ -58,7 +58,7 @@ def test_what_is_not_kept_is_filled(pixels):
 def test_blends_are_pillows_but_for_rounding(pixels, level, ours, theirs):
     found = getattr(operations, ours)(pixels, level)
     for before, after in zip(pixels, found, strict=True):
-        expected = pillow(before, lambda picture: theirs(picture).enhance(1.8 * level / 10 + 0.1))
+        expected = pillow(before, lambda image: theirs(image).enhance(1.8 * level / 10 + 0.1))
         assert int((after.int() - expected.int()).abs().max()) <= 2
 
 

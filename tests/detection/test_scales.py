@@ -1,4 +1,4 @@
-"""Detectors at several scales and mirrored: views against pictures by hand, merging against a plain loop."""
+"""Detectors at several scales and mirrored: views against images by hand, merging against a plain loop."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-from ktransfer.detection import answers, canvas, detectors, scales, trunks
+from ktransfer.detection import canvas, detectors, predictions, scales, trunks
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_file
-from ktransfer.errors import BrokenPicture
+from ktransfer.errors import BrokenImage
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
@@ -29,14 +29,14 @@ def made(size=96, **more):
 
 def test_one_scale_is_the_detector_itself(data):
     source, (model, settings) = canvas.canvases(data, 96), made(threshold=0.05)
-    plain = answers.detect(model, data, source, ROWS, 96, settings, CPU)
+    plain = predictions.detect(model, data, source, ROWS, 96, settings, CPU)
     found, _ = scales.detect_at(model, data, source, ROWS, 96, settings, CPU, [1.0])
-    for row, answer in plain.items():
-        for one, other in zip(answer, found[row], strict=True):
+    for row, prediction in plain.items():
+        for one, other in zip(prediction, found[row], strict=True):
             assert torch.equal(one, other)
 
 
-def test_a_mirrored_canvas_is_the_canvas_of_the_mirrored_picture(data):
+def test_a_mirrored_canvas_is_the_canvas_of_the_mirrored_image(data):
     narrow = canvas.extents(data, 64)
     narrow[:, 0] -= 10  # as if each had a margin at the right
     source = canvas.canvases(data, 64)
@@ -48,7 +48,8 @@ def test_a_mirrored_canvas_is_the_canvas_of_the_mirrored_picture(data):
 
 
 class Bright(nn.Module):
-    """Answers the box around what is brighter than 128; its score is 0.9, less 0.1 for each hundred pixels of side."""
+    """Predicts the box around what is brighter than 128; its score is 0.9, less 0.1 for each hundred pixels of
+    side."""
 
     def __init__(self):
         super().__init__()
@@ -57,19 +58,19 @@ class Bright(nn.Module):
 
     def forward(self, pixels):
         found = []
-        for picture in pixels:
-            down, across = (picture.mean(0) > 0.5).nonzero().unbind(1)
+        for image in pixels:
+            down, across = (image.mean(0) > 0.5).nonzero().unbind(1)
             box = torch.tensor([[across.min(), down.min(), across.max() + 1, down.max() + 1]]).float()
-            score = torch.tensor([0.9 - len(picture[0]) / 1000])
+            score = torch.tensor([0.9 - len(image[0]) / 1000])
             found.append({"boxes": box, "scores": score, "labels": torch.tensor([4])})
         return found
 
 
 def test_every_view_finds_the_same_place(data, monkeypatch):
     def lit(row, side):
-        picture = np.zeros((48, 48, 3), np.uint8)
-        picture[10:30, 4:20] = 255
-        return picture
+        image = np.zeros((48, 48, 3), np.uint8)
+        image[10:30, 4:20] = 255
+        return image
 
     monkeypatch.setattr(canvas.networks, "normalise", lambda pixels, how: pixels.float() / 255)
     lit_data = data.__class__(**{**vars(data), "read": lit})
@@ -92,7 +93,7 @@ def test_merging_is_that_of_a_plain_loop(data):
     for side in (96, 128):
         own = canvas.canvases(data, side)
         for view in (own, scales.Mirrored(own, canvas.extents(data, side))):
-            boxes, values, labels = answers.detect(model, data, view, ROWS, side, settings, CPU)[3]
+            boxes, values, labels = predictions.detect(model, data, view, ROWS, side, settings, CPU)[3]
             if view is not own:
                 boxes = torch.stack([48 - boxes[:, 2], boxes[:, 1], 48 - boxes[:, 0], boxes[:, 3]], 1)
             views += zip(values.tolist(), labels.tolist(), boxes, strict=True)
@@ -110,10 +111,10 @@ def test_sides_are_whole_strides():
 
 
 @pytest.mark.parametrize("at", [[1.0], [0.66, 1.34]])
-def test_broken_pictures_are_told_whatever_the_scales(data, at):
+def test_broken_images_are_told_whatever_the_scales(data, at):
     def read(row, side):
         if row == 5:
-            raise BrokenPicture("is empty")
+            raise BrokenImage("is empty")
         return data.read(row, side)
 
     torn = data.__class__(**{**vars(data), "read": read})

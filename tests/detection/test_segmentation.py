@@ -24,10 +24,10 @@ def made(norm="bn", head="fcn"):
 
 def test_confusion_is_scikit_learns_without_ignored_pixels():
     generator = torch.Generator().manual_seed(0)
-    true, answered = (torch.randint(0, 4, (9, 11), generator=generator) for _ in range(2))
+    true, predicted = (torch.randint(0, 4, (9, 11), generator=generator) for _ in range(2))
     true[0] = masks.IGNORE
-    wanted = confusion_matrix(true[1:].flatten(), answered[1:].flatten(), labels=range(5))
-    np.testing.assert_array_equal(segmentation.confusion_matrix(true, answered, 5), wanted)
+    wanted = confusion_matrix(true[1:].flatten(), predicted[1:].flatten(), labels=range(5))
+    np.testing.assert_array_equal(segmentation.confusion_matrix(true, predicted, 5), wanted)
 
 
 def test_iou_by_hand():
@@ -63,7 +63,7 @@ def test_ignored_pixels_teach_nothing():
 
 
 @pytest.mark.parametrize(("head", "least"), [("fcn", 0.4), ("fpn", 0.6)])
-def test_a_few_pictures_are_learned_by_heart(tmp_path, head, least):
+def test_a_few_images_are_learned_by_heart(tmp_path, head, least):
     data, rows = subset(open_file("scenes:images=12,size=64,seed=3"), np.arange(3)), torch.arange(3)
     model, source = made(head=head), canvas.canvases(data, 64)
     loss = segmentation.segmentation_loss(masks.map_canvases(data, 64)[0], canvas.extents(data, 64), "imagenet", 0)
@@ -77,7 +77,7 @@ def test_a_few_pictures_are_learned_by_heart(tmp_path, head, least):
     assert np.nanmean(segmentation.intersection_over_union(found.counts.sum(0))) > least
 
 
-def test_broken_pictures_and_broken_maps_are_left_out():
+def test_broken_images_and_broken_maps_are_left_out():
     data = open_file("scenes:images=12,size=64")
     broken = data.objects[1]._replace(outlines=({"size": [64, 64], "counts": [3]},) * len(data.objects[1].boxes))
     data = subset(data, np.arange(12))
@@ -90,15 +90,15 @@ def test_broken_pictures_and_broken_maps_are_left_out():
 
 def test_the_head_on_a_pyramid_sums_its_maps_at_the_finest():
     model = made("gn", "fpn").eval()
-    picture = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        maps = model.backbone(picture)
+        maps = model.backbone(image)
         assert list(maps)[-1] == "pool"  # what the neck adds for detectors
         total = 0
         for name in ("p2", "p3", "p4"):
             total = total + torch.nn.Upsample(maps["p2"].shape[-2:], mode="bilinear")(maps[name])
         wanted = torch.nn.Upsample((96, 64), mode="bilinear")(torch.nn.Sequential(*model.classifier)(total))
-        torch.testing.assert_close(model(picture), wanted)
+        torch.testing.assert_close(model(image), wanted)
 
 
 def test_deeplab_looks_as_far_in_pixels_on_every_trunk():
@@ -119,7 +119,7 @@ def test_segmenters_are_files(tmp_path):
 
 
 class Columns(torch.nn.Module):
-    """In place of a segmenter: class 1 where the picture is bright, without any neighbourhood."""
+    """In place of a segmenter: class 1 where the image is bright, without any neighbourhood."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Columns(torch.nn.Module):
         return torch.cat([-4 * bright, 4 * bright], dim=1)
 
 
-def test_answers_of_scales_and_mirror_images_lie_where_the_picture_is():
+def test_predictions_of_scales_and_mirror_images_lie_where_the_image_is():
     pixels, extents = torch.zeros(2, 3, 64, 64).byte(), torch.tensor([[64.0, 64], [40, 64]])
     pixels[0, :, :, 40:], pixels[1, :, 20:50, :20] = 255, 255
     wanted = torch.zeros(2, 64, 64).bool()
@@ -141,16 +141,16 @@ def test_answers_of_scales_and_mirror_images_lie_where_the_picture_is():
     found = segmentation.probabilities(model, pixels, extents, (0.5, 0.75, 1, 1.25, 1.5, 1.75))
     assert found.shape == (2, 2, 64, 64)
     torch.testing.assert_close(found.sum(1), torch.ones(2, 64, 64))
-    answered = found[:, 1] > 0.5
-    assert torch.equal(answered[0], wanted[0])
-    assert (answered[1] != wanted[1])[:, :40].sum() <= 4  # corners
+    predicted = found[:, 1] > 0.5
+    assert torch.equal(predicted[0], wanted[0])
+    assert (predicted[1] != wanted[1])[:, :40].sum() <= 4  # corners
     # Padded to sides that are whole strides of 32 from the canvas's.
     assert model.sides == [(32, 32), (64, 64), (64, 64), (96, 96), (96, 96), (128, 128)] * 2
     once = segmentation.probabilities(model, pixels, extents, (1,))
     torch.testing.assert_close(once, Columns()(canvas.normalise(pixels, extents, "imagenet")).softmax(1))
 
 
-def test_pictures_are_mirrored_in_their_places():
+def test_images_are_mirrored_in_their_places():
     canvases = torch.arange(2 * 4 * 4).view(2, 1, 4, 4)
     found = canvas.mirror(canvases, torch.tensor([[4.0, 4], [3, 4]]))
     assert torch.equal(found[0], canvases[0].flip(2))

@@ -1,4 +1,4 @@
-"""The sheet of augmented pictures: plain ones above, boxes drawn."""
+"""The sheet of augmented images: plain ones above, boxes drawn."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
 
 
-def test_the_sheet_holds_plain_and_augmented_pictures_with_boxes(tmp_path):
+def test_the_sheet_holds_plain_and_augmented_images_with_boxes(tmp_path):
     data, _ = open_detection("scenes:images=12,size=64")
     source = canvas.canvases(data, 64)
     for strength in ("none", "S4"):
@@ -28,7 +28,7 @@ def test_the_sheet_holds_plain_and_augmented_pictures_with_boxes(tmp_path):
     assert np.array_equal(found[other], inside[other])
 
 
-def test_masks_lie_on_the_pictures_in_their_colours(tmp_path):
+def test_masks_lie_on_the_images_in_their_colours(tmp_path):
     data, _ = open_detection("scenes:images=12,size=64")
     source, maps = canvas.canvases(data, 64), masks.map_canvases(data, 64)[0]
     draw_augmented(tmp_path / "s.png", data, source, "S1", 0, torch.arange(4), maps[:4])

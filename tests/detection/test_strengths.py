@@ -1,4 +1,4 @@
-"""Augment-S1 .. S4: boxes follow their pictures, draws depend on nothing but (seed, epoch, row)."""
+"""Augment-S1 .. S4: boxes follow their images, draws depend on nothing but (seed, epoch, row)."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ SIDE, HEIGHT, WIDTH = 96, 72, 96
 
 
 def batch(count=24):
-    """White rectangles on black pictures, one box each, a second place for a box empty."""
+    """White rectangles on black images, one box each, a second place for a box empty."""
     pixels = torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8)
     boxes = torch.zeros(count, 2, 4)
     for number in range(count):
@@ -55,7 +55,7 @@ def test_moved_corners_lie_in_their_boxes(strength):
     inside = (moved >= 0).all(2) & (moved <= SIDE).all(2)
     low, high = found.boxes[:, :1, :2] - 1e-3, found.boxes[:, :1, 2:] + 1e-3
     held = ((moved >= low) & (moved <= high)).all(2)
-    # What lies on the canvas and on the picture is in the box; mirrored and scaled, the picture's own border may cut.
+    # What lies on the canvas and on the image is in the box; mirrored and scaled, the image's own border may cut.
     whole = inside.all(1) & found.kept[:, 0]
     assert whole.sum() > 60
     assert held[whole].float().mean() > 0.95
@@ -83,7 +83,7 @@ def test_within_autocast_nothing_is_computed_in_bfloat16(strength):
 
 
 @pytest.mark.parametrize(("width", "height"), [(96.0, 61.0), (61.0, 96.0)])
-def test_padding_does_not_bleed_into_the_picture(width, height):
+def test_padding_does_not_bleed_into_the_image(width, height):
     pixels = torch.zeros(40, 3, SIDE, SIDE, dtype=torch.uint8)
     pixels[:, :, : int(height), : int(width)] = 200
     extents = torch.tensor([[width, height]] * 40)
@@ -95,7 +95,7 @@ def test_padding_does_not_bleed_into_the_picture(width, height):
 
 
 @pytest.mark.parametrize("strength", list(STRENGTHS))
-def test_a_picture_is_augmented_alike_in_any_batch(strength):
+def test_an_image_is_augmented_alike_in_any_batch(strength):
     given, rows = batch(), torch.arange(100, 124)
     whole, maps = augment(given, strength, rows, 3, 7)
     order = torch.tensor([20, 3, 11])
@@ -109,8 +109,8 @@ def test_a_picture_is_augmented_alike_in_any_batch(strength):
 
 
 @pytest.mark.parametrize("strength", ["S2", "S3"])
-def test_a_picture_is_augmented_alike_beside_pictures_of_many_boxes(strength):
-    """The places for boxes are as many as the fullest picture of a set has."""
+def test_an_image_is_augmented_alike_beside_images_of_many_boxes(strength):
+    """The places for boxes are as many as the fullest image of a set has."""
     given, rows = batch(200), torch.arange(200)
     given = given._replace(pixels=torch.randint(0, 256, given.pixels.shape, generator=torch.manual_seed(0)).byte())
     whole, maps = augment(given, strength, rows, 3, 7)
@@ -185,7 +185,7 @@ def test_masks_follow_by_the_same_maps():
     found, maps = augment(given, "S1", torch.arange(100), 9, 0)
     masks = (given.pixels[:, :1] > 0).to(torch.uint8)
     moved = geometry.move_pixels(masks, maps, given.extents, "nearest", 0)
-    white = (found.pixels[:, :1] > 127) & (found.pixels[:, :1] != 128)  # 128 is where there is no picture
+    white = (found.pixels[:, :1] > 127) & (found.pixels[:, :1] != 128)  # 128 is where there is no image
     agree = (moved.bool() == white).float().mean()
     assert float(agree) > 0.995
 

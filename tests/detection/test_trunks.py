@@ -128,6 +128,6 @@ def test_unknown_trunks_are_one_line():
 
 
 def test_a_trunk_with_one_map_gets_its_pyramid_too():
-    """AlexNet of stride 2, as targets for small pictures are: C3 alone, and two coarser maps made from it."""
+    """AlexNet of stride 2, as targets for small images are: C3 alone, and two coarser maps made from it."""
     trunk = trunks.build(Network("alexnet_bn", 0.1, 2), None, "p3-p7", "gn", 0, 16)
     assert list(trunks.strides(trunk).values()) == [8, 16, 32]

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from ktransfer.detection.opening import open_detection
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 
 BOX = "<object><name>{name}</name><difficult>{hard}</difficult><bndbox>{box}</bndbox></object>"
 
@@ -24,7 +24,7 @@ def annotation(objects):
 
 @pytest.fixture
 def devkit(tmp_path):
-    """VOC2007 with four pictures, two for training and two for testing."""
+    """VOC2007 with four images, two for training and two for testing."""
     year = tmp_path / "VOCdevkit" / "VOC2007"
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages", "SegmentationClass"):
         (year / folder).mkdir(parents=True)
@@ -47,11 +47,11 @@ def test_a_devkit_opens(devkit):
         train, test = open_detection(str(root))
         assert len(train) == len(test) == 2 and len(train.classes) == 20
     first = train.objects[0]
-    # Pixels count from 1 and both ends belong to the box: 1..50 is the whole picture, 5..10 six pixels.
+    # Pixels count from 1 and both ends belong to the box: 1..50 is the whole image, 5..10 six pixels.
     assert first.boxes.tolist() == [[0, 0, 50, 30], [4, 5, 10, 12]]
     assert [train.classes[label] for label in first.labels] == ["dog", "person"]
     assert first.difficult.tolist() == [False, True] and not first.crowd.any()
-    assert test.counts["pictures without a box"] == 1 and train.keys[0] == "VOC2007/000001"
+    assert test.counts["images without a box"] == 1 and train.keys[0] == "VOC2007/000001"
     assert test.read(0, None).shape == (30, 50, 3)
 
 
@@ -60,7 +60,7 @@ def test_without_test_boxes_val_is_the_test_part(devkit):
     (devkit / "VOCdevkit" / "VOC2007").rename(year)
     lists = year / "ImageSets" / "Main"
     (lists / "test.txt").unlink()
-    with pytest.raises(UsageError, match="lists no pictures"):
+    with pytest.raises(UsageError, match="lists no images"):
         open_detection(str(devkit))
     (lists / "train.txt").write_text("000001\n")
     (lists / "val.txt").write_text("000002\n")
@@ -84,18 +84,18 @@ def test_a_broken_annotation_is_one_line(devkit, text, words):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_pictures_are_counted(devkit):
-    pictures = devkit / "VOCdevkit" / "VOC2007" / "JPEGImages"
-    (pictures / "000001.jpg").unlink()
+def test_missing_images_are_counted(devkit):
+    images = devkit / "VOCdevkit" / "VOC2007" / "JPEGImages"
+    (images / "000001.jpg").unlink()
     train, _ = open_detection(str(devkit))
-    assert train.counts["pictures that are not there"] == 1
-    (pictures / "000002.jpg").unlink()
-    with pytest.raises(UsageError, match="none of its pictures is there"):
+    assert train.counts["images that are not there"] == 1
+    (images / "000002.jpg").unlink()
+    with pytest.raises(UsageError, match="none of its images is there"):
         open_detection(str(devkit))
 
 
 def test_segmentation_has_lists_of_its_own(devkit):
-    with pytest.raises(UsageError, match="ImageSets/Segmentation lists no pictures"):
+    with pytest.raises(UsageError, match="ImageSets/Segmentation lists no images"):
         open_detection(str(devkit), masks=True)
     lists = devkit / "VOCdevkit" / "VOC2007" / "ImageSets" / "Segmentation"
     lists.mkdir()
@@ -105,8 +105,8 @@ def test_segmentation_has_lists_of_its_own(devkit):
     assert train.keys == ("VOC2007/000002",) and test.keys == ("VOC2007/000003",)
 
 
-def test_a_picture_that_another_year_lists_too_is_there_once(devkit, capsys):
-    """000003 of VOC2007 is judged, 2007_000003 of VOC2012 the same picture; so are 000002 and 2007_000002."""
+def test_an_image_that_another_year_lists_too_is_there_once(devkit, capsys):
+    """000003 of VOC2007 is evaluated, 2007_000003 of VOC2012 the same image; so are 000002 and 2007_000002."""
     first = devkit / "VOCdevkit" / "VOC2007"
     second = first.with_name("VOC2012")
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
@@ -115,7 +115,7 @@ def test_a_picture_that_another_year_lists_too_is_there_once(devkit, capsys):
         old, new = f"00000{number}", f"2007_00000{number}"
         (second / "JPEGImages" / f"{new}.jpg").write_bytes((first / "JPEGImages" / f"{old}.jpg").read_bytes())
         (second / "Annotations" / f"{new}.xml").write_text((first / "Annotations" / f"{old}.xml").read_text())
-    for one in ("2010_000003", "000003"):  # another picture of that number
+    for one in ("2010_000003", "000003"):  # another image of that number
         (second / "JPEGImages" / f"{one}.jpg").write_bytes((first / "JPEGImages" / "000001.jpg").read_bytes())
         (second / "Annotations" / f"{one}.xml").write_text((first / "Annotations" / "000001.xml").read_text())
     for year, lists in (
@@ -129,8 +129,8 @@ def test_a_picture_that_another_year_lists_too_is_there_once(devkit, capsys):
     assert test.keys == ("VOC2007/000003",)
     names = [key.split("/")[1] for key in train.keys]
     assert names == ["000001", "000002", "2007_000004", "2010_000003", "000003"]
-    assert "2 pictures left out that the test part or another year lists too" in capsys.readouterr().err
-    # Without a test list val is judged, by the same rule.
+    assert "2 images left out that the test part or another year lists too" in capsys.readouterr().err
+    # Without a test list val is evaluated, by the same rule.
     (first / "ImageSets" / "Segmentation" / "test.txt").unlink()
     (second / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000002\n2007_000003\n")
     (second / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000004\n2007_000001\n")
@@ -162,19 +162,19 @@ def test_lists_stay_in_their_folder(devkit):
         with pytest.raises(UsageError, match=words):
             open_detection(str(devkit))
     path.write_text("000001\n000009\n")
-    with pytest.raises(UsageError, match="every picture of a list has its annotation"):
+    with pytest.raises(UsageError, match="every image of a list has its annotation"):
         open_detection(str(devkit))
 
 
-def test_masks_are_palette_pictures(devkit):
+def test_masks_are_palette_images(devkit):
     place = devkit / "VOCdevkit" / "VOC2007" / "SegmentationClass" / "000003.png"
-    picture = Image.fromarray(np.full((30, 50), 12, np.uint8), "P")
-    picture.putpalette(list(range(256)) * 3)
-    picture.save(place)
+    image = Image.fromarray(np.full((30, 50), 12, np.uint8), "P")
+    image.putpalette(list(range(256)) * 3)
+    image.save(place)
     _, test = open_detection(str(devkit))
     assert (test.label_map(0) == 12).all() and test.label_map(0).shape == (30, 50)
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(BrokenImage):
         test.label_map(1)
     Image.new("RGB", (50, 30)).save(place)
-    with pytest.raises(BrokenPicture, match="no palette"):
+    with pytest.raises(BrokenImage, match="no palette"):
         test.label_map(0)

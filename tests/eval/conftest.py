@@ -1,4 +1,4 @@
-"""Pictures whose labels can be seen: a protocol that learns must find them, and one that cheats needs no labels."""
+"""Images whose labels can be seen: a protocol that learns must find them, and one that cheats needs no labels."""
 
 import hashlib
 
@@ -12,22 +12,22 @@ COLOURS = ("blue", "green", "red")
 
 @pytest.fixture(scope="session")
 def painted():
-    """(rows, seed, several labels?) -> noisy pictures of 40 pixels with a bright channel for each colour they have."""
+    """(rows, seed, several labels?) -> noisy images of 40 pixels with a bright channel for each colour they have."""
 
     def make(count, seed, several=False):
         draws = np.random.default_rng(seed)
         targets = np.arange(count) % 3
         tags = draws.integers(0, 2, (count, 3)).astype(np.int8) if several else np.eye(3, dtype=np.int8)[targets]
-        pictures = draws.integers(0, 120, (count, 40, 40, 3)) + 100 * tags[:, None, None, ::-1]
-        pictures = pictures.astype(np.uint8)
+        images = draws.integers(0, 120, (count, 40, 40, 3)) + 100 * tags[:, None, None, ::-1]
+        images = images.astype(np.uint8)
         return Dataset(
             spec="painted",
             name=f"painted{seed}",
             keys=tuple(f"{row}" for row in range(count)),
             targets=np.full(count, -1, np.int32) if several else targets.astype(np.int32),
             classes=COLOURS,
-            fingerprint=hashlib.sha256(pictures.tobytes() + tags.tobytes()).hexdigest(),
-            read=lambda row, side: pictures[row],
+            fingerprint=hashlib.sha256(images.tobytes() + tags.tobytes()).hexdigest(),
+            read=lambda row, side: images[row],
             short_side=lambda row: 40,
             tags=tags if several else None,
         )

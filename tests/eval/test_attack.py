@@ -1,4 +1,4 @@
-"""The attack: it stays where it may go, finds what can be found, and depends on the picture alone."""
+"""The attack: it stays where it may go, finds what can be found, and depends on the image alone."""
 
 import pytest
 import torch
@@ -42,22 +42,22 @@ def test_it_stays_in_its_ball_and_in_the_range(case):
 
 
 def test_it_finds_all_that_can_be_fooled_and_no_other(case):
-    """A picture falls where eps times the sum of |weights| exceeds its margin."""
+    """An image falls where eps times the sum of |weights| exceeds its margin."""
     model, weights, pixels, targets = case
     margin = ((pixels.float() / 255 - 0.5).flatten(1) * weights).sum(1).abs()
-    reach = margin / weights.abs().sum() * 255  # of each picture, in 0..255
+    reach = margin / weights.abs().sum() * 255  # of each image, in 0..255
     before = 1.0
     for eps in (0.5, 2.0, 6.0, 20.0):
-        answers = model(pgd(model, pixels, targets, torch.arange(40), eps, 20, 0)).argmax(1)
+        predictions = model(pgd(model, pixels, targets, torch.arange(40), eps, 20, 0)).argmax(1)
         clear = (reach - eps).abs() > 1e-3
-        assert ((answers == targets) == (reach > eps))[clear].all()
-        kept = float((answers == targets).float().mean())
+        assert ((predictions == targets) == (reach > eps))[clear].all()
+        kept = float((predictions == targets).float().mean())
         assert kept <= before
         before = kept
     assert before < 0.2
 
 
-def test_it_depends_on_the_picture_the_seed_and_nothing_else(case):
+def test_it_depends_on_the_image_the_seed_and_nothing_else(case):
     model, _, pixels, targets = case
     rows = torch.arange(500, 540)
     together = pgd(model, pixels, targets, rows, 2.0, 3, 1)

@@ -57,13 +57,13 @@ def test_one_table_with_the_best_and_what_cannot_be_told_from_it(tmp_path):
         ["alexnet, retrained on pseudo-labels (one)", "50.0 ± 2.0 ≈", "**61.0 ± 2.0**"],
         ["alexnet, trained on Jigsaw++ (two)", "**52.0 ± 2.0**", "50.0 ± 2.0"],
     ]
-    assert "linear/1: 90 pictures to train" in text
+    assert "linear/1: 90 images to train" in text
     assert "1.96 standard errors" in text
     assert not (one / "eval" / "compare.md").exists()
 
 
 def test_the_test_by_hand():
-    # Two shares of 1000 pictures each: 50 % and 54 % differ by 1.79 standard errors, 50 % and 55 % by 2.24.
+    # Two shares of 1000 images each: 50 % and 54 % differ by 1.79 standard errors, 50 % and 55 % by 2.24.
     def share(p):
         return cell(p, 1.959964 * math.sqrt(p * (1 - p) / 1000))
 
@@ -101,16 +101,16 @@ def test_networks_of_the_same_label_are_told_apart(tmp_path):
     one = run(tmp_path, "one", {"random": RANDOM})
     two = run(tmp_path, "two", {"random": arm("random", 0.31, 0.41)})
     labels = [row[0] for row in lines(compare([one, two]))[1:]]
-    assert labels == ["alexnet, random weights", f"alexnet, random weights, judged in {two}"]
+    assert labels == ["alexnet, random weights", f"alexnet, random weights, evaluated in {two}"]
 
 
-def test_protocols_that_only_some_were_judged_by(tmp_path):
+def test_protocols_that_only_some_were_evaluated_by(tmp_path):
     one = run(tmp_path, "one", {"one": RANDOM})
     run(tmp_path, "one", {"one": RANDOM}, "knn", title="k nearest")
     two = run(tmp_path, "two", {"two": RANDOM})
     text = compare([one, two])
     assert "| k nearest, top-1 %" in text
-    assert f"Not judged by knn: {two}." in text
+    assert f"Not evaluated by knn: {two}." in text
     assert "published" not in text
     assert "CC+vgg-Jigsaw++" in compare([one, two], show_published=True)
 
@@ -120,7 +120,7 @@ def test_protocols_that_only_some_were_judged_by(tmp_path):
     [
         ({"settings": RESULT["settings"] | {"epochs": 20}}, "linear: epochs is 30 in .*one and 20 in .*two"),
         ({"settings": RESULT["settings"] | {"weight_decay": 1}}, "linear: weight-decay is None in .*one and 1 in"),
-        ({"inputs": RESULT["inputs"] | {"test": "x"}}, "linear: the test pictures of .*one and .*two differ"),
+        ({"inputs": RESULT["inputs"] | {"test": "x"}}, "linear: the test images of .*one and .*two differ"),
         ({"version": 2}, "linear: protocol is 'linear/1' in .*one and 'linear/2' in .*two"),
     ],
 )

@@ -1,18 +1,18 @@
-"""Corruptions: stronger with each severity, functions of (seed, picture) alone, and each what it says it is."""
+"""Corruptions: stronger with each severity, functions of (seed, image) alone, and each what it says it is."""
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_parts
 from ktransfer.eval.corruptions import KINDS, SEVERITIES, Draws, severities, shot_noise
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return Pictures(open_parts("scenes:images=48,size=64")[1], 64).batch(torch.arange(12))[0]
+    return ImageLoader(open_parts("scenes:images=48,size=64")[1], 64).batch(torch.arange(12))[0]
 
 
 ROWS = torch.arange(100, 112)
@@ -28,7 +28,7 @@ def test_there_are_fifteen():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_severity_is_farther_from_the_picture(pixels, kind):
+def test_each_severity_is_farther_from_the_image(pixels, kind):
     found = list(severities(kind, pixels, ROWS, 0))
     assert len(found) == 5
     assert all(one.dtype == torch.uint8 and one.shape == pixels.shape for one in found)
@@ -40,14 +40,14 @@ def test_each_severity_is_farther_from_the_picture(pixels, kind):
 
 @pytest.mark.parametrize("side", [32, 96])
 def test_severities_grow_at_other_sizes(side):
-    pixels = Pictures(open_parts(f"scenes:images=48,size={side}")[1], side).batch(torch.arange(6))[0]
+    pixels = ImageLoader(open_parts(f"scenes:images=48,size={side}")[1], side).batch(torch.arange(6))[0]
     for kind in KINDS:
         distances = [far(one, pixels) for one in severities(kind, pixels, ROWS[:6], 1)]
         assert distances == sorted(distances), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_does_not_depend_on_its_batch(pixels, kind):
+def test_an_image_does_not_depend_on_its_batch(pixels, kind):
     together = torch.stack(list(severities(kind, pixels, ROWS, 3)))
     for part in (slice(0, 1), slice(4, 9)):
         alone = torch.stack(list(severities(kind, pixels[part], ROWS[part], 3)))
@@ -59,7 +59,7 @@ def test_a_picture_does_not_depend_on_its_batch(pixels, kind):
 @pytest.mark.parametrize(
     "kind", ["gaussian_noise", "glass_blur", "motion_blur", "snow", "frost", "fog", "elastic_transform"]
 )
-def test_pictures_and_seeds_have_noise_of_their_own(pixels, kind):
+def test_images_and_seeds_have_noise_of_their_own(pixels, kind):
     twice = pixels[:1].expand(2, -1, -1, -1)
     first = list(severities(kind, twice, ROWS[:2], 0))[4]
     assert not first[0].equal(first[1])
@@ -93,16 +93,16 @@ def test_noise_has_the_deviation_it_should():
 @pytest.mark.parametrize(
     "kind", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "elastic_transform", "pixelate"]
 )
-def test_what_moves_pixels_leaves_a_plain_picture(kind):
+def test_what_moves_pixels_leaves_a_plain_image(kind):
     plain = torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, -1, 32, 32)
     for found in severities(kind, plain, ROWS[:2], 0):
         assert found.equal(plain)
 
 
 def test_contrast_and_brightness_by_hand():
-    picture = torch.tensor([[[0, 250]], [[0, 50]], [[0, 0]]], dtype=torch.uint8)[None].expand(1, 3, 2, 2)
-    assert next(severities("contrast", picture, ROWS[:1], 0))[0, 0, 0].tolist() == [75, 175]  # 125 -+ 0.4 * 125
-    brighter = list(severities("brightness", picture, ROWS[:1], 0))[1][0]
+    image = torch.tensor([[[0, 250]], [[0, 50]], [[0, 0]]], dtype=torch.uint8)[None].expand(1, 3, 2, 2)
+    assert next(severities("contrast", image, ROWS[:1], 0))[0, 0, 0].tolist() == [75, 175]  # 125 -+ 0.4 * 125
+    brighter = list(severities("brightness", image, ROWS[:1], 0))[1][0]
     assert brighter[:, 0, 0].tolist() == [51, 51, 51]
     assert brighter[:, 0, 1].tolist() == [255, 51, 0]  # the brightest, in proportion
-    assert np.ptp(list(severities("contrast", picture, ROWS[:1], 0))[4][0, 0].numpy()) == 12
+    assert np.ptp(list(severities("contrast", image, ROWS[:1], 0))[4][0, 0].numpy()) == 12

@@ -1,4 +1,4 @@
-"""The eval stage: which networks it judges, its files, and its refusals."""
+"""The eval stage: which networks it evaluates, its files, and its refusals."""
 
 import csv
 import json
@@ -104,18 +104,18 @@ def test_no_weight_decay_can_be_asked_for(runs):
         }
 
 
-def test_a_teacher_alone_is_judged_on_its_trunk(runs):
+def test_a_teacher_alone_is_evaluated_on_its_trunk(runs):
     run = runs / "puzzle"
     evaluate(run, random=False, **FAST)
     arm = result(run)["arms"]["puzzle"]
     assert (arm["task"], arm["arch"], arm["width"]) == ("jigsawpp", "alexnet_bn", 0.05)
     assert list(arm["scores"]) == NAMES
-    # 7/8 of 48 pixels in steps of eight, with the stride of whole pictures.
+    # 7/8 of 48 pixels in steps of eight, with the stride of whole images.
     config = json.loads((run / "eval" / "stage.json").read_text())["linear"]["config"]
     assert (config["size"], config["stride"], config["labelled"]) == (40, 4, SCENES)
 
 
-def test_the_retrained_network_is_judged_before_the_teacher(runs):
+def test_the_retrained_network_is_evaluated_before_the_teacher(runs):
     shutil.copytree(runs / "puzzle" / "pretext", runs / "target" / "pretext")
     evaluate(runs / "target", random=False, layers="conv1", **FAST)
     assert result(runs / "target")["arms"]["target"]["task"] == "classes"
@@ -139,8 +139,8 @@ def test_beside(runs):
         evaluate(runs / "target", layers="conv1,conv3", **FAST)
 
 
-def judged(monkeypatch):
-    """Replace the judging by a note of who was judged, with which weights."""
+def evaluated(monkeypatch):
+    """Replace the evaluating by a note of who was evaluated, with which weights."""
     seen = []
 
     def fake(arm, parts, config, folder, device):
@@ -155,22 +155,22 @@ def judged(monkeypatch):
         }
         return {"task": arm.network.task, "arch": arm.network.arch, "width": 1, "scores": {"conv1": numbers}}
 
-    monkeypatch.setattr(linear, "judge", fake)
+    monkeypatch.setattr(linear, "evaluate", fake)
     return seen
 
 
 def test_names_with_dots_do_not_share_their_numbers(runs, monkeypatch):
     for name in ("exp.1", "exp.2"):
         (runs / "target").rename(runs / name) if name == "exp.2" else shutil.copytree(runs / "puzzle", runs / name)
-    seen = judged(monkeypatch)
+    seen = evaluated(monkeypatch)
     evaluate(runs / "exp.2", beside=str(runs / "exp.1"), **FAST)
     assert [name for name, _, _ in seen] == ["random", "exp.2", "exp.1"]
     assert [arm["scores"]["conv1"]["top1"] for arm in result(runs / "exp.2")["arms"].values()] == [0.01, 0.02, 0.03]
 
 
-def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
-    seen = judged(monkeypatch)
-    fake = linear.judge
+def test_arms_evaluated_before_an_interruption_are_kept(runs, monkeypatch):
+    seen = evaluated(monkeypatch)
+    fake = linear.evaluate
 
     def killed(arm, *rest):
         if arm.name == "puzzle" and len(seen) == 2:
@@ -178,7 +178,7 @@ def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
         return fake(arm, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(linear, "judge", killed)
+        patch.setattr(linear, "evaluate", killed)
         evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
     assert not (runs / "target" / "eval" / "linear.json").exists()
     evaluate(runs / "target", beside=str(runs / "puzzle"), **FAST)
@@ -188,8 +188,8 @@ def test_arms_judged_before_an_interruption_are_kept(runs, monkeypatch):
 
 
 def test_what_is_written_on_the_way_stays_until_the_outcome_is_kept(runs, monkeypatch):
-    judged(monkeypatch)
-    fake, work = linear.judge, runs / "target" / "eval" / "work-linear"
+    evaluated(monkeypatch)
+    fake, work = linear.evaluate, runs / "target" / "eval" / "work-linear"
     kept = ["random.json", "target.json"]
 
     def writing(arm, parts, config, folder, device):
@@ -205,7 +205,7 @@ def test_what_is_written_on_the_way_stays_until_the_outcome_is_kept(runs, monkey
         write(path, value)
 
     write = stage.files.write_json
-    monkeypatch.setattr(linear, "judge", writing)
+    monkeypatch.setattr(linear, "evaluate", writing)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage.files, "write_json", full)
         evaluate(runs / "target", **FAST)
@@ -241,15 +241,15 @@ def test_the_room_that_the_maps_need_is_checked_before(runs, monkeypatch):
     evaluate(runs / "target", cache=0.0, random=False, layers="conv5", **FAST)  # nothing is kept
 
 
-def test_broken_pictures_are_recorded_with_their_reason(runs, folder, tmp_path, capsys):
+def test_broken_images_are_recorded_with_their_reason(runs, folder, tmp_path, capsys):
     root = tmp_path / "root"
     for part in ("train", "val"):
         shutil.copytree(folder, root / part)
     evaluate(runs / "target", labelled=str(root), max_broken=0.1, layers="conv5", **FAST)
     broken = json.loads((runs / "target" / "eval" / "stage.json").read_text())["linear"]["broken"]
     assert [line.split(": ")[0] for line in broken] == ["train/a/05.jpg", "val/a/05.jpg"]
-    assert all("picture" in line or "damaged" in line for line in broken)
-    assert "eval linear: done; 2 broken pictures" in capsys.readouterr().err
+    assert all("image" in line or "damaged" in line for line in broken)
+    assert "eval linear: done; 2 broken images" in capsys.readouterr().err
     assert all("broken" not in arm for arm in result(runs / "target")["arms"].values())
 
 
@@ -259,7 +259,7 @@ def test_other_size_and_stride_than_in_training(runs):
 
 
 def test_random_weights_have_the_layers_of_the_network(runs):
-    """A retrained VGG keeps its fifth block beside random weights; AlexNets are judged without their classifier."""
+    """A retrained VGG keeps its fifth block beside random weights; AlexNets are evaluated without their classifier."""
     run = runs / "target"
     weights = run / "retrain" / "model.safetensors"
     for arch, classes in (("vgg16", 5), ("resnet18", 5), ("alexnet", 0)):
@@ -274,13 +274,13 @@ def test_random_weights_have_the_layers_of_the_network(runs):
     ("options", "words"),
     [
         ({"layers": "conv1,conv9"}, r"--layers conv9: alexnet_bn has no such layer; did you mean 'conv\d'"),
-        ({"size": 8}, "--size 8: alexnet_bn does not take pictures so small"),
+        ({"size": 8}, "--size 8: alexnet_bn does not take images so small"),
         ({"lrs": "fast"}, "--lrs fast"),
         ({"protocol": "knn"}, r"^--epochs, --batch, --lrs: not read by knn \(--epochs: by linear, .*\); leave it out$"),
         ({"protocol": "finetune", "layers": "conv3"}, "--layers: not read by finetune"),
         ({"protocol": "linear,finetune", "canvas": 64}, "--canvas: not read by linear, finetune"),
         ({"protocol": "segment", "lrs": "", "size": 64}, "--size: not read by segment"),
-        ({"batch": 1}, "--batch 1: batch norm needs two pictures"),
+        ({"batch": 1}, "--batch 1: batch norm needs two images"),
         ({"weight_decay": -0.5}, "--weight-decay -0.5: below 0; give -1"),
         ({"labelled": "nowhere"}, "nowhere does not exist"),
         ({"protocol": "guess"}, "--protocol guess: no such protocol.*linear"),
@@ -296,10 +296,10 @@ def test_misuse_is_one_line_and_writes_nothing(runs, options, words):
     assert not (runs / "target" / "eval").exists()
 
 
-def test_pictures_without_parts_and_runs_without_networks(runs, folder, tmp_path):
+def test_images_without_parts_and_runs_without_networks(runs, folder, tmp_path):
     with pytest.raises(UsageError, match=r"--labelled takes a root with train"):
         evaluate(runs / "target", labelled=str(folder), **FAST)
-    with pytest.raises(UsageError, match="no labelled pictures"):
+    with pytest.raises(UsageError, match="no labelled images"):
         evaluate(tmp_path / "new", **FAST)
     with pytest.raises(UsageError, match="holds no finished network"):
         evaluate(tmp_path / "new", labelled=SCENES, **FAST)

@@ -1,4 +1,4 @@
-"""Average precision by hand, against scikit-learn's curves, and its bootstrap against repeated pictures."""
+"""Average precision by hand, against scikit-learn's curves, and its bootstrap against repeated images."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_weights_are_repetitions():
     assert np.isnan(_weighted_ap(scores, wanted, np.where(wanted == 1, 0, weights))).all()
 
 
-def test_the_interval_holds_the_mean_shrinks_with_pictures_and_follows_the_seed():
+def test_the_interval_holds_the_mean_shrinks_with_images_and_follows_the_seed():
     def drawn(count):
         draws = np.random.default_rng(3)
         tags = draws.integers(0, 2, (count, 3))

@@ -1,4 +1,4 @@
-"""The presets of the linear probe: grids, squares, schedules, and the whole protocol on small pictures."""
+"""The presets of the linear probe: grids, squares, schedules, and the whole protocol on small images."""
 
 import math
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ktransfer import networks
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_parts
 from ktransfer.errors import UsageError
 from ktransfer.eval.arms import Arm
@@ -91,7 +91,7 @@ def corners(pixels, views):
 
 @pytest.fixture
 def crops():
-    return Crops(corners, Pictures(open_parts("scenes:images=12,size=48")[0], 48, 1), 44)
+    return Crops(corners, ImageLoader(open_parts("scenes:images=12,size=48")[0], 48, 1), 44)
 
 
 def test_ten_squares_and_random_ones(crops):
@@ -105,7 +105,7 @@ def test_ten_squares_and_random_ones(crops):
     assert counts.min() > 40 and counts.max() < 130  # 80 on average
     assert crops.drawn(order, 0, 3).equal(drawn)
     assert not crops.drawn(order, 0, 4).equal(drawn)
-    # A picture's view does not depend on its batch.
+    # An image's view does not depend on its batch.
     assert crops.drawn(order[:, 7:8], 0, 3).equal(drawn[:, 7:8])
 
 
@@ -123,7 +123,7 @@ def test_squares_are_cut_where_their_view_says(monkeypatch):
     assert found[1].equal(pixels[1, :, 2:7, 0:5].flip(-1))
 
 
-def test_pictures_are_read_once_a_batch(crops):
+def test_images_are_read_once_a_batch(crops):
     rows = torch.tensor([3, 3, 1, 7]) * crops.views + torch.tensor([5, 9, 0, 49])
     ((coded, maps, valid, _),) = crops.batches([rows])
     assert coded.equal(rows) and maps[:, 0].tolist() == [5, 9, 0, 49] and valid.all()
@@ -136,9 +136,9 @@ def test_ten_crop_probabilities_are_averaged(crops):
     crops.pooled = lambda pixels, views: torch.where(views == first, 8.0, -0.1)[:, None]
     probes.heads[0].weight.data = torch.tensor([[0.0], [1.0]])
     share = (torch.sigmoid(torch.tensor(8.0)) + 9 * torch.sigmoid(torch.tensor(-0.1))) / 10
-    answers, rows = ten_crop_predictions(probes, crops, torch.arange(12), 35, CPU)
+    predictions, rows = ten_crop_predictions(probes, crops, torch.arange(12), 35, CPU)
     assert rows.tolist() == list(range(12))
-    assert (answers == int(share > 0.5)).all() and share > 0.5
+    assert (predictions == int(share > 0.5)).all() and share > 0.5
     crops.pooled = lambda pixels, views: torch.where(views == first, 8.0, -0.5)[:, None]
     assert not ten_crop_predictions(probes, crops, torch.arange(12), 35, CPU)[0].any()
 
@@ -154,7 +154,7 @@ def test_the_whole_protocol_and_after_an_interruption(preset, network, tmp_path,
     small = config(preset, epochs=2, batch=8, layers="conv1" if preset == "fair" else "conv1,conv5")
     arm = Arm("random", network, None)
     linear.check([network], parts, small, tmp_path)
-    expected = linear.judge(arm, parts, small, tmp_path / "whole", CPU)
+    expected = linear.evaluate(arm, parts, small, tmp_path / "whole", CPU)
     assert list(expected["scores"]) == small.layers.split(",")
     assert expected["scores"]["conv1"]["lr"] == 0.01
     inner, steps = linear.probe_loss, []
@@ -172,13 +172,13 @@ def test_the_whole_protocol_and_after_an_interruption(preset, network, tmp_path,
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear, "probe_loss", killed)
-        linear.judge(arm, parts, small, tmp_path / "work", CPU)
-    assert linear.judge(arm, parts, small, tmp_path / "work", CPU) == expected
+        linear.evaluate(arm, parts, small, tmp_path / "work", CPU)
+    assert linear.evaluate(arm, parts, small, tmp_path / "work", CPU) == expected
 
 
 @pytest.mark.parametrize("preset", ["deepcluster", "fair"])
 def test_a_signal_is_found_and_shuffled_labels_are_not(preset, tmp_path):
-    """Pictures of plain colours, one a class; then the same with shuffled labels."""
+    """Images of plain colours, one a class; then the same with shuffled labels."""
     train, test = (
         replace(part, classes=part.classes[:4], targets=part.targets % 4)
         for part in open_parts("scenes:images=96,size=64")
@@ -194,9 +194,9 @@ def test_a_signal_is_found_and_shuffled_labels_are_not(preset, tmp_path):
     parts = coloured(train, 0), coloured(test, 1)
     network = replace(NETWORK, size=72) if preset == "fair" else NETWORK
     small = config(preset, epochs=12, batch=16, layers="conv1", lrs="0.003")
-    found = linear.judge(Arm("random", network, None), parts, small, tmp_path / "a", CPU)["scores"]["conv1"]
+    found = linear.evaluate(Arm("random", network, None), parts, small, tmp_path / "a", CPU)["scores"]["conv1"]
     assert found["top1"] > 0.95
     rng = np.random.default_rng(0)
     shuffled = tuple(replace(part, targets=rng.permutation(part.targets)) for part in parts)
-    found = linear.judge(Arm("random", network, None), shuffled, small, tmp_path / "b", CPU)["scores"]["conv1"]
-    assert found["top1"] < 0.65  # of 24 pictures; chance is 0.25
+    found = linear.evaluate(Arm("random", network, None), shuffled, small, tmp_path / "b", CPU)["scores"]["conv1"]
+    assert found["top1"] < 0.65  # of 24 images; chance is 0.25

@@ -1,4 +1,4 @@
-"""The arm that learns the true labels: trained once, resumable, judged like the others; several labels a picture."""
+"""The arm that learns the true labels: trained once, resumable, evaluated like the others; several labels an image."""
 
 import json
 import shutil
@@ -47,9 +47,9 @@ def trainings(monkeypatch):
     seen = []
     fit = loop.fit
 
-    def watch(model, loss, pictures, batches, options, folder, device, label, *rest):
+    def watch(model, loss, images, batches, options, folder, device, label, *rest):
         seen.append(label)
-        fit(model, loss, pictures, batches, options, folder, device, label, *rest)
+        fit(model, loss, images, batches, options, folder, device, label, *rest)
 
     monkeypatch.setattr(loop, "fit", watch)
     return seen
@@ -59,7 +59,7 @@ def result(run, protocol="linear"):
     return json.loads((run / "eval" / f"{protocol}.json").read_text())
 
 
-def test_it_is_trained_once_and_judged_by_all(runs, trainings):
+def test_it_is_trained_once_and_evaluated_by_all(runs, trainings):
     run = runs / "target"
     evaluate(run, protocol="linear,nonlinear,finetune", **LEARN, **FAST, **TUNED)
     assert trainings.count("supervised") == 1
@@ -90,7 +90,7 @@ def test_it_is_trained_once_and_judged_by_all(runs, trainings):
         "model.safetensors",
     ]
 
-    # Another judgement needs no other training, nor does one made again; another recipe does, and asks.
+    # Another evaluation needs no other training, nor does one made again; another recipe does, and asks.
     trainings.clear()
     evaluate(run, protocol="linear", overwrite=True, **LEARN, **(FAST | {"epochs": 2}))
     assert "supervised" not in trainings
@@ -98,7 +98,7 @@ def test_it_is_trained_once_and_judged_by_all(runs, trainings):
         evaluate(run, protocol="linear", **(LEARN | {"supervised_epochs": 3}), **(FAST | {"epochs": 2}))
     evaluate(run, protocol="linear", overwrite=True, **(LEARN | {"supervised_epochs": 3}), **FAST)
     assert trainings.count("supervised") == 1
-    # Nor does it touch what was judged without it.
+    # Nor does it touch what was evaluated without it.
     evaluate(run, protocol="filters", random=False)
     before = result(run, "filters")
     with pytest.raises(UsageError, match="--supervised-epochs: not read by filters"):
@@ -149,7 +149,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(runs, monkeypatch):
     assert mine == theirs
 
 
-def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_judged(runs, trainings, tmp_path):
+def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(runs, trainings, tmp_path):
     def fails(words, **options):
         with pytest.raises(UsageError, match=words) as caught:
             evaluate(run, **options, **LEARN)
@@ -164,11 +164,11 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_judged(runs
 
     # Boxes that a detector learns from need not be class folders.
     boxes = tmp_path / "boxes.json"
-    pictures = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(10)]
+    images = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(10)]
     notes = [{"id": n, "image_id": n, "category_id": 1 + n % 2, "bbox": [8, 8, 40, 40]} for n in range(10)]
     names = [{"id": 1, "name": "cat"}, {"id": 2, "name": "cow"}]
-    boxes.write_text(json.dumps({"images": pictures, "annotations": notes, "categories": names}))
-    for one in pictures:
+    boxes.write_text(json.dumps({"images": images, "annotations": notes, "categories": names}))
+    for one in images:
         Image.new("RGB", (64, 64)).save(tmp_path / one["file_name"])
     run = runs / "target"
     detect = {"protocol": "detect", "trunk": "frozen", "labelled": str(boxes), "canvas": 64}
@@ -188,13 +188,13 @@ def test_it_is_trained_as_the_line_says(runs, trainings, monkeypatch):
     run, seen = runs / "target", []
     fit = loop.fit
 
-    def watch(model, loss, pictures, batches, options, *rest):
+    def watch(model, loss, images, batches, options, *rest):
         seen.append(options)
-        fit(model, loss, pictures, batches, options, *rest)
+        fit(model, loss, images, batches, options, *rest)
 
     monkeypatch.setattr(loop, "fit", watch)
     config = EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1, precision="float32")
-    told = {"micro_batch": 9, "compile": "off", "cache_pictures": "off", "workers": 1, "max_broken": 0.5}
+    told = {"micro_batch": 9, "compile": "off", "cache_images": "off", "workers": 1, "max_broken": 0.5}
     weights = supervised.train(run, replace(config, **told), torch.device("cpu")).read_bytes()
     assert {name: getattr(seen[-1], name) for name in told} == told
     with pytest.raises(UsageError, match="--micro-batch, which batch norm sees, changed"):
@@ -255,7 +255,7 @@ def test_nonlinear_has_columns_for_the_fully_connected_layers(runs, capsys):
     assert "no fc7 of this size and stride in its weights; left out" in capsys.readouterr().err
     assert list(result(runs / "target", "nonlinear")["arms"]["target"]["scores"]) == ["conv5"]
     before = (runs / "target" / "eval" / "nonlinear.json").read_bytes()
-    with pytest.raises(UsageError, match="--layers fc6,fc7: no network here holds them for pictures of 48 pixels") as e:
+    with pytest.raises(UsageError, match="--layers fc6,fc7: no network here holds them for images of 48 pixels") as e:
         evaluate(runs / "target", protocol="nonlinear", size=48, overwrite=True, **(fast | {"layers": "fc6,fc7"}))
     assert "\n" not in str(e.value)
     assert (runs / "target" / "eval" / "nonlinear.json").read_bytes() == before
@@ -269,7 +269,7 @@ def test_a_run_of_that_name(runs):
 
 @pytest.fixture
 def several(tmp_path):
-    """48 pictures with several labels each, and 24 to judge by."""
+    """48 images with several labels each, and 24 to evaluate by."""
     draws = np.random.default_rng(0)
     root = tmp_path / "several"
     root.mkdir()
@@ -285,7 +285,7 @@ def several(tmp_path):
     return root
 
 
-def test_pictures_with_several_labels(runs, several):
+def test_images_with_several_labels(runs, several):
     run = runs / "target"
     evaluate(run, protocol="finetune", labelled=str(several), **LEARN, **(TRAIN | TUNED | {"epochs": 6}))
     found = result(run, "finetune")
@@ -299,7 +299,7 @@ def test_pictures_with_several_labels(runs, several):
     assert "fine-tuned, VOC07 11-point mAP %" in text and "top-1" not in text
     assert "finetune/2,random" in (run / "eval" / "finetune.csv").read_text()
     with pytest.raises(
-        UsageError, match=r"--protocol linear: .* has pictures with several labels; these take them: "
+        UsageError, match=r"--protocol linear: .* has images with several labels; these take them: "
     ) as e:
         evaluate(run, protocol="linear", labelled=str(several), **FAST)
     assert "finetune" in str(e.value) and "\n" not in str(e.value)
@@ -308,7 +308,7 @@ def test_pictures_with_several_labels(runs, several):
 
 
 def test_the_loss_of_several_labels(several):
-    """The arm learns sigmoids; each picture is drawn with its own crop."""
+    """The arm learns sigmoids; each image is drawn with its own crop."""
     from ktransfer.data.opening import open_parts
     from ktransfer.eval.learners.tuning import Labelled
 

@@ -50,7 +50,7 @@ GOLDEN = """\
 | alexnet, random weights                   | 20.0 ± 2.0 | -           |
 | alexnet, retrained on pseudo-labels (mine) | 40.0 ± 2.0 | 5.0 ± 20.0  |
 
-linear/1: 90 pictures to train, 30 to test, 12 classes, chance 8.3%.
+linear/1: 90 images to train, 30 to test, 12 classes, chance 8.3%.
 """
 
 
@@ -109,7 +109,7 @@ def test_a_wide_table_is_turned():
 def test_a_note_in_place_of_chance():
     assert to_markdown(RESULT | {"note": "weights alone."}).splitlines()[-1] == "linear/1: weights alone."
     last = to_markdown(RESULT | {"note": "{counts}of the second."}).splitlines()[-1]
-    assert last == "linear/1: 90 pictures to train, 30 to test, 12 classes, of the second."
+    assert last == "linear/1: 90 images to train, 30 to test, 12 classes, of the second."
 
 
 def test_every_task_has_a_title():
@@ -118,8 +118,8 @@ def test_every_task_has_a_title():
         assert f"| resnet18, {words} (run) " in to_markdown(RESULT | {"arms": {"run": arm}})
 
 
-def test_how_many_test_pictures_were_judged():
-    cell = RESULT["arms"]["mine"]["scores"]["conv1"] | {"pictures": 12}
+def test_how_many_test_images_were_evaluated():
+    cell = RESULT["arms"]["mine"]["scores"]["conv1"] | {"images": 12}
     result = RESULT | {"arms": {"mine": RESULT["arms"]["mine"] | {"scores": {"clean": cell}}}}
-    assert "30 to test (12 of them judged), 12 classes" in to_markdown(result)
+    assert "30 to test (12 of them evaluated), 12 classes" in to_markdown(result)
     assert "30 to test, 12 classes" in to_markdown(RESULT)

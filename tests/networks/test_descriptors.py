@@ -15,15 +15,15 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).random(shape, dtype=np.float64)
 
 
-def hog_by_hand(picture):
+def hog_by_hand(image):
     """(h, w, 3) float64 -> (h / 8 - 1, w / 8 - 1, 2, 2, 9): Dalal and Triggs, one pixel after the other."""
-    high, wide, _ = picture.shape
+    high, wide, _ = image.shape
     cells = np.zeros((high // 8, wide // 8, 9))
     for y in range(high):
         for x in range(wide):
             best = (-1.0, 0.0, 0.0)
             for colour in range(3):
-                plane = picture[..., colour]
+                plane = image[..., colour]
                 dy = (plane[min(y + 1, high - 1), x] - plane[max(y - 1, 0), x]) / 2
                 dx = (plane[y, min(x + 1, wide - 1)] - plane[y, max(x - 1, 0)]) / 2
                 if dy * dy + dx * dx > best[0]:
@@ -44,11 +44,11 @@ def hog_by_hand(picture):
 
 
 def test_hog_as_by_hand():
-    pictures = noise(2, 24, 40, 3)
-    found = Hog()(torch.from_numpy(pictures).permute(0, 3, 1, 2).float())
+    images = noise(2, 24, 40, 3)
+    found = Hog()(torch.from_numpy(images).permute(0, 3, 1, 2).float())
     assert found.shape == (2, 36, 2, 4) and found.dtype == torch.float32
-    for picture, ours in zip(pictures, found.permute(0, 2, 3, 1).numpy(), strict=True):
-        theirs = hog_by_hand(picture)
+    for image, ours in zip(images, found.permute(0, 2, 3, 1).numpy(), strict=True):
+        theirs = hog_by_hand(image)
         assert theirs.std() > 0.02
         np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-5)
 
@@ -61,18 +61,18 @@ def test_stripes_vote_for_their_own_orientation():
     assert lying[:, 4].min() > 0.4 and lying[:, [0, 1, 2, 6, 7, 8]].abs().max() < 1e-6
 
 
-def test_a_constant_picture_has_no_gradient_and_contrast_does_not_count():
+def test_a_constant_image_has_no_gradient_and_contrast_does_not_count():
     assert not Hog()(torch.full((1, 3, 16, 16), 0.3)).any()
-    picture = torch.from_numpy(noise(1, 3, 16, 16)).float()
-    torch.testing.assert_close(Hog()(picture), Hog()(1 - picture / 2), atol=1e-5, rtol=0)
+    image = torch.from_numpy(noise(1, 3, 16, 16)).float()
+    torch.testing.assert_close(Hog()(image), Hog()(1 - image / 2), atol=1e-5, rtol=0)
 
 
 def test_a_batch_changes_nothing_and_autocast_neither():
-    pictures = torch.from_numpy(noise(3, 3, 32, 32)).float()
-    alone = torch.cat([Hog()(picture[None]) for picture in pictures])
-    assert torch.equal(alone, Hog()(pictures))
+    images = torch.from_numpy(noise(3, 3, 32, 32)).float()
+    alone = torch.cat([Hog()(image[None]) for image in images])
+    assert torch.equal(alone, Hog()(images))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(alone, Hog()(pictures))
+        assert torch.equal(alone, Hog()(images))
 
 
 @pytest.mark.parametrize(("layer", "channels"), [("rgb", 3), ("grey", 1)])

@@ -101,7 +101,7 @@ def test_dropout_only_while_training():
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_the_smallest_tiles_and_larger_pictures_pass():
+def test_the_smallest_tiles_and_larger_images_pass():
     for size in (12, 20, 96):
         network = Network("alexnet", 0.1, 2, size, 3)
         assert networks.build(network, 0, "t")(noise(2, 3, size, size)).shape == (2, 3)
@@ -374,7 +374,7 @@ def test_googlenet_has_no_second_output():
     assert model(noise(2, 3, 64, 64)).shape == (2, 3)
 
 
-def test_normalise_by_imagenet_or_by_the_picture():
+def test_normalise_by_imagenet_or_by_the_image():
     pixels = torch.randint(0, 256, (3, 3, 9, 9), generator=torch.Generator().manual_seed(0)).byte()
     expected = v2.normalize(v2.to_dtype(pixels, torch.float32, scale=True), *networks.IMAGENET)
     torch.testing.assert_close(networks.normalise(pixels, "imagenet"), expected, atol=1e-5, rtol=1e-5)

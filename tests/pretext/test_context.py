@@ -16,13 +16,13 @@ from ktransfer.pretext.context import ContextConfig, make_pairs
 MANY = 4000
 
 
-def pictures(count, size, seed=0):
+def images(count, size, seed=0):
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
 
 
 def make(count=6, size=64, config=None, seed=0, epoch=0, rows=None, pixels=None):
     return make_pairs(
-        pictures(count, size) if pixels is None else pixels,
+        images(count, size) if pixels is None else pixels,
         torch.arange(count) if rows is None else rows,
         config or ContextConfig(),
         seed,
@@ -51,7 +51,7 @@ def slow(pixels, found, config, size, noise):
 @settings(max_examples=12, deadline=None)
 @given(st.integers(36, 90), st.sampled_from(context.COLOURS), st.integers(0, 99))
 def test_patches_agree_with_a_slow_implementation(size, colour, seed):
-    config, pixels, rows = ContextConfig(colour=colour), pictures(4, size, seed), torch.tensor([5, 0, 8, 3])
+    config, pixels, rows = ContextConfig(colour=colour), images(4, size, seed), torch.tensor([5, 0, 8, 3])
     found = make(size=size, config=config, seed=seed, epoch=2, rows=rows, pixels=pixels)
     shape = found.tiles.shape
     words = rng.words(seed, "pretext/context/noise", 2, rows, math.prod(shape[1:])).double().numpy()
@@ -97,7 +97,7 @@ def test_draws_are_uniform_and_the_first_patch_tells_nothing():
 
 
 def test_a_pair_does_not_depend_on_its_batch():
-    rows, pixels = torch.tensor([7, 2, 9, 4]), pictures(4, 50)
+    rows, pixels = torch.tensor([7, 2, 9, 4]), images(4, 50)
     whole, alone = (make(size=50, rows=rows[part], pixels=pixels[part]) for part in (slice(4), slice(2, 3)))
     assert all(torch.equal(one[2:3], two) for one, two in zip(whole, alone, strict=True))
 
@@ -117,9 +117,9 @@ def test_seed_epoch_and_row_decide_each_choice_by_a_purpose_of_its_own(monkeypat
 
 @pytest.mark.parametrize("colour", context.COLOURS)
 def test_a_lens_that_shifts_green_leaves_no_trace_that_is_common_to_both_patches(colour):
-    """Green against magenta is gone: adding it to a picture changes no patch."""
+    """Green against magenta is gone: adding it to an image changes no patch."""
     size, config = 64, ContextConfig(colour=colour)
-    pixels = pictures(6, size) // 2 + 60
+    pixels = images(6, size) // 2 + 60
     fringe = torch.randint(0, 20, (6, size, size), generator=torch.Generator().manual_seed(1)).byte()
     other = pixels.clone()
     other[:, 0] -= fringe
@@ -141,7 +141,7 @@ def test_the_papers_geometry_in_proportion(tile, expected):
 @pytest.mark.parametrize(
     ("options", "size", "says"),
     [
-        ({"tile": 70}, 256, "three patches of 70 pixels with their gaps are wider than pictures of 256"),
+        ({"tile": 70}, 256, "three patches of 70 pixels with their gaps are wider than images of 256"),
         ({"tile": -1}, 256, "tile -1"),
         ({"colour": "sepia"}, 256, "dropped, projected"),
     ],
@@ -165,7 +165,7 @@ def test_the_way_out_of_a_tile_that_is_too_large_is_one():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_makes_the_same_pairs():
-    pixels, rows = pictures(8, 64), torch.arange(8)
+    pixels, rows = images(8, 64), torch.arange(8)
     here = make_pairs(pixels, rows, ContextConfig(), 0, 0)
     there = make_pairs(pixels.cuda(), rows.cuda(), ContextConfig(), 0, 0)
     assert all(torch.equal(one, two.cpu()) for one, two in zip(here[1:], there[1:], strict=True))

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import vgg16
 
 from ktransfer import networks
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
@@ -47,7 +47,7 @@ def record(run):
     return json.loads((run / "pretext" / "stage.json").read_text())["pretext"]
 
 
-def folder_of_pictures(root, count=20, size=48):
+def folder_of_images(root, count=20, size=48):
     root.mkdir()
     random = np.random.default_rng(0)
     for row in range(count):
@@ -85,8 +85,8 @@ def test_what_cannot_learn_by_heart_fails(tmp_path, monkeypatch):
         pretext(tmp_path, **SMALL | {"overfit": 8, "lr": 0.0})
 
 
-def test_it_learns_pictures_that_it_has_not_seen(tmp_path):
-    """Few permutations and quadrants that tell where they are: puzzles of held-out pictures are solved too."""
+def test_it_learns_images_that_it_has_not_seen(tmp_path):
+    """Few permutations and quadrants that tell where they are: puzzles of held-out images are solved too."""
     root = tmp_path / "data"
     root.mkdir()
     random = np.random.default_rng(0)
@@ -201,12 +201,12 @@ def puzzle(**options):
 def some(count=12, **options):
     data = open_dataset(SCENES)
     rows = torch.arange(count)
-    pixels, valid = Pictures(data, 48).batch(rows)
+    pixels, valid = ImageLoader(data, 48).batch(rows)
     task = open_task(replace(PretextConfig(), size=48, permutations=30, **options))
     return data, Batch(rows, pixels, valid, 3), task
 
 
-def test_a_puzzle_takes_foreign_tiles_from_the_picture_that_follows():
+def test_a_puzzle_takes_foreign_tiles_from_the_image_that_follows():
     _, batch, task = some()
     found = task.make(batch)
     table, config = task.make.keywords["permutations"], task.make.keywords["puzzle"]
@@ -216,7 +216,7 @@ def test_a_puzzle_takes_foreign_tiles_from_the_picture_that_follows():
     assert len(found.label) == 11 and found.occluded.any()
 
 
-def test_a_broken_picture_makes_no_puzzle_lends_no_tiles_and_changes_no_other():
+def test_a_broken_image_makes_no_puzzle_lends_no_tiles_and_changes_no_other():
     _, batch, task = some()
     whole = task.make(batch)
     number = int(whole.occluded.sum(1)[:-1].argmax()) + 1  # the one before it would borrow its tiles
@@ -238,16 +238,16 @@ def test_held_out_accuracy_is_counted_by_occluded_tiles():
     seen = []
 
     def readable(batch):
-        """Puzzles whose tiles are the answer; a wrong one where one tile is occluded."""
+        """Puzzles whose tiles are the prediction; a wrong one where one tile is occluded."""
         puzzles = task.make(batch)
         seen.append((puzzles.label, puzzles.occluded))
         wrong = puzzles.occluded.sum(1) == 1
-        answer = torch.where(wrong, (puzzles.label + 1) % 30, puzzles.label)
-        return puzzles._replace(tiles=nn.functional.one_hot(answer, 30).float())
+        prediction = torch.where(wrong, (puzzles.label + 1) % 30, puzzles.label)
+        return puzzles._replace(tiles=nn.functional.one_hot(prediction, 30).float())
 
     rows = torch.arange(40)
     seeing = replace(task, make=readable)
-    found = solving.accuracy(nn.Identity(), seeing, Pictures(data, 48), rows, config, torch.device("cpu"))
+    found = solving.accuracy(nn.Identity(), seeing, ImageLoader(data, 48), rows, config, torch.device("cpu"))
     occluded = torch.cat([part[1] for part in seen]).sum(1)
     assert set(found) == {"held_out_accuracy", "held_out_puzzles"} | {
         f"held_out_accuracy_{n}_occluded" for n in range(3)
@@ -256,7 +256,7 @@ def test_held_out_accuracy_is_counted_by_occluded_tiles():
     assert found["held_out_accuracy"] == pytest.approx((occluded != 1).double().mean().item())
     assert found["held_out_puzzles"] == 40
     first, seen[:] = list(seen), []
-    solving.accuracy(nn.Identity(), seeing, Pictures(data, 48), rows, config, torch.device("cpu"))
+    solving.accuracy(nn.Identity(), seeing, ImageLoader(data, 48), rows, config, torch.device("cpu"))
     assert all(torch.equal(one[0], two[0]) for one, two in zip(first, seen, strict=True))
 
 
@@ -267,29 +267,29 @@ def test_held_out_numbers_without_any_puzzle_are_left_out(tmp_path):
     def model(tiles):
         return torch.zeros(len(tiles), 30)
 
-    found = solving.accuracy(model, task, Pictures(data, 48), torch.arange(5), config, cpu)
+    found = solving.accuracy(model, task, ImageLoader(data, 48), torch.arange(5), config, cpu)
     assert set(found) == {"held_out_accuracy", "held_out_puzzles", "held_out_accuracy_0_occluded"}
-    assert solving.accuracy(model, task, Pictures(data, 48), torch.arange(0), config, cpu) == {}
+    assert solving.accuracy(model, task, ImageLoader(data, 48), torch.arange(0), config, cpu) == {}
 
-    root = folder_of_pictures(tmp_path / "data", 6)
+    root = folder_of_images(tmp_path / "data", 6)
     for row in (4, 5):
         (root / f"{row:02}.jpg").write_text("broken")
     data = open_dataset(str(root))
-    found = solving.accuracy(model, task, Pictures(data, 48), torch.arange(6), config, cpu)
+    found = solving.accuracy(model, task, ImageLoader(data, 48), torch.arange(6), config, cpu)
     assert found["held_out_puzzles"] == 4
-    assert solving.accuracy(model, task, Pictures(data, 48), torch.tensor([4, 5]), config, cpu) == {}
+    assert solving.accuracy(model, task, ImageLoader(data, 48), torch.tensor([4, 5]), config, cpu) == {}
 
 
-def test_a_broken_picture_is_counted_and_borne_up_to_a_share(tmp_path):
-    root = folder_of_pictures(tmp_path / "data")
-    (root / "03.jpg").write_text("not a picture")
+def test_a_broken_image_is_counted_and_borne_up_to_a_share(tmp_path):
+    root = folder_of_images(tmp_path / "data")
+    (root / "03.jpg").write_text("not an image")
     options = SMALL | {"data": str(root), "epochs": 1, "held_out": 0.0}
     weights = pretext(tmp_path / "run", **options, max_broken=0.05)
     assert len(record(tmp_path / "run")["broken"]) == 1
     assert all(value.isfinite().all() for value in load_file(weights).values())
     assert math.isfinite(metrics(tmp_path / "run")[0]["loss"])
     assert not any("held_out_accuracy" in line for line in metrics(tmp_path / "run"))
-    with pytest.raises(StageError, match=r"1 of 20 pictures[^\n]*03\.jpg"):
+    with pytest.raises(StageError, match=r"1 of 20 images[^\n]*03\.jpg"):
         pretext(tmp_path / "strict", **options, max_broken=0.04)
     assert record(tmp_path / "strict")["state"] == "failed"
     assert not (tmp_path / "strict" / "pretext" / "model.safetensors").exists()
@@ -314,7 +314,7 @@ def test_limit_takes_the_first_of_a_seeded_order():
 def test_limit_is_what_is_trained_on(tmp_path):
     pretext(tmp_path, **SMALL | {"limit": 10, "batch": 4, "epochs": 1})
     steps = [line["step"] for line in metrics(tmp_path)]
-    assert steps == [2, 2]  # 8 pictures, two steps: the epoch's line, and the held-out one
+    assert steps == [2, 2]  # 8 images, two steps: the epoch's line, and the held-out one
     assert metrics(tmp_path)[1]["held_out_puzzles"] == 2
 
 
@@ -339,7 +339,7 @@ def test_permutations_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": None}, "no pictures given; name them with --data"),
+        ({"data": None}, "no images given; name them with --data"),
         ({"data": "scenes:images=40,size=48,shape=1"}, "scenes"),
         ({"data": "/no/such/folder"}, "does not exist"),
         ({"arch": "resnet18"}, "--arch resnet18: no such network"),
@@ -349,7 +349,7 @@ def test_permutations_from_a_file(tmp_path):
         ({"tile": 7}, "--tile 7: too small"),
         ({"colour": "projected"}, "--colour projected: --task jigsawpp takes paper or released"),
         ({"task": "rotations"}, "must be one of jigsawpp, jigsaw, rotation, context"),
-        ({"overfit": 41}, "40 pictures are too few"),
+        ({"overfit": 41}, "40 images are too few"),
         ({"limit": 3}, "--limit 3: too few"),
         ({"device": "abacus"}, "--device abacus"),
         ({"permutations": 9**9}, "permutations"),
@@ -364,9 +364,9 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, given, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_pictures(tmp_path):
-    root = folder_of_pictures(tmp_path / "data", 3)
-    with pytest.raises(UsageError, match="3 pictures are too few; give at least 4"):
+def test_too_few_images(tmp_path):
+    root = folder_of_images(tmp_path / "data", 3)
+    with pytest.raises(UsageError, match="3 images are too few; give at least 4"):
         pretext(tmp_path / "run", **SMALL | {"data": str(root)})
 
 

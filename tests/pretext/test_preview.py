@@ -13,7 +13,7 @@ FRAME = np.array(preview._FRAME)
 
 
 def some(count, size=192, occlusions=2):
-    """Puzzles of a brightness ramp, with noise as the other picture."""
+    """Puzzles of a brightness ramp, with noise as the other image."""
     ramp = torch.linspace(0, 255, size)[None, None, None, :].expand(count, 3, size, size).byte()
     noise = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
     order = torch.stack([torch.arange(9).roll(turn) for turn in range(1, 9)])
@@ -76,21 +76,21 @@ def test_small_and_constant_tiles_can_be_drawn():
 def test_the_file_is_a_png_and_whole(tmp_path):
     puzzles = some(2)
     preview.save_sheet(tmp_path / "new" / "puzzles.png", preview.puzzle_sheet(puzzles))
-    with Image.open(tmp_path / "new" / "puzzles.png") as picture:
-        assert picture.format == "PNG"
-        assert np.array_equal(np.asarray(picture), np.asarray(preview.puzzle_sheet(puzzles)))
+    with Image.open(tmp_path / "new" / "puzzles.png") as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), np.asarray(preview.puzzle_sheet(puzzles)))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["puzzles.png"]
 
 
-def test_the_rotations_of_a_picture_stand_in_a_row():
+def test_the_rotations_of_an_image_stand_in_a_row():
     pixels = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
     found = make_rotations(pixels, torch.arange(3), RotationConfig(64), 0, 0)
     sheet = preview.rotation_sheet(found)
     step = 64 + preview._MARGIN
-    for picture, turns in np.ndindex(3, 4):
-        y = preview._MARGIN + picture * (step + preview._TEXT) + preview._TEXT
+    for image, turns in np.ndindex(3, 4):
+        y = preview._MARGIN + image * (step + preview._TEXT) + preview._TEXT
         corner = (y, preview._MARGIN + turns * step)
-        assert np.array_equal(at(sheet, corner, 64), stretched(found.tiles[4 * picture + turns, 0]))
+        assert np.array_equal(at(sheet, corner, 64), stretched(found.tiles[4 * image + turns, 0]))
 
 
 def test_a_pair_is_shown_side_by_side_and_in_its_places():

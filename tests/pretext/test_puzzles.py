@@ -1,4 +1,4 @@
-"""Puzzles against a slow implementation written picture by picture, and the properties that make them puzzles."""
+"""Puzzles against a slow implementation written image by image, and the properties that make them puzzles."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from ktransfer.pretext.tiles import GREY, PLAIN, PROJECTED
 MANY = 6000
 
 
-def pictures(count, size, seed=0):
+def images(count, size, seed=0):
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
 
 
@@ -29,8 +29,8 @@ def permutations(count=50):
 
 def make(config, batch=6, size=48, seed=0, epoch=0, rows=None, pixels=None, others=None, other_ok=None):
     return make_puzzles(
-        pictures(batch, size, 1) if pixels is None else pixels,
-        pictures(batch, size, 2) if others is None else others,
+        images(batch, size, 1) if pixels is None else pixels,
+        images(batch, size, 2) if others is None else others,
         torch.arange(batch) if rows is None else rows,
         torch.ones(batch, dtype=torch.bool) if other_ok is None else other_ok,
         permutations(),
@@ -41,7 +41,7 @@ def make(config, batch=6, size=48, seed=0, epoch=0, rows=None, pixels=None, othe
 
 
 def drawn(config, count=MANY, size=255, **changes):
-    """Only the draws, for many pictures."""
+    """Only the draws, for many images."""
     arguments = {"rows": torch.arange(count), "other_ok": torch.ones(count, dtype=torch.bool), "seed": 0, "epoch": 0}
     return puzzles.draw(permutations=permutations(), config=config, size=size, **(arguments | changes))
 
@@ -50,14 +50,14 @@ def slow_tiles(pixels, others, result, tile):
     """Every tile cut, coloured and normalised on its own with numpy in float64."""
     raw = np.zeros((*result.tiles.shape[:2], 3, tile, tile), dtype=np.uint8)
     done = np.zeros(raw.shape)
-    for picture in range(raw.shape[0]):
+    for image in range(raw.shape[0]):
         for slot in range(9):
-            shown = (others if result.occluded[picture, slot] else pixels)[picture].numpy()
+            shown = (others if result.occluded[image, slot] else pixels)[image].numpy()
             for channel in range(3):
-                y, x = result.corner[picture, slot, channel].tolist()
-                raw[picture, slot, channel] = shown[channel, y : y + tile, x : x + tile]
-            r, g, b = raw[picture, slot].astype(float)
-            kind = int(result.colour[picture, slot])
+                y, x = result.corner[image, slot, channel].tolist()
+                raw[image, slot, channel] = shown[channel, y : y + tile, x : x + tile]
+            r, g, b = raw[image, slot].astype(float)
+            kind = int(result.colour[image, slot])
             if kind == GREY:
                 r = g = b = (r + g + b) / 3
             elif kind == PROJECTED:
@@ -65,7 +65,7 @@ def slow_tiles(pixels, others, result, tile):
                 along = (a[0] * r + a[1] * g + a[2] * b) / (a @ a)
                 r, g, b = r - along * a[0], g - along * a[1], b - along * a[2]
             values = np.stack([r, g, b])
-            done[picture, slot] = (values - values.mean()) / math.sqrt(values.var() + 0.01)
+            done[image, slot] = (values - values.mean()) / math.sqrt(values.var() + 0.01)
     return raw, done
 
 
@@ -80,7 +80,7 @@ def within(share, expected, count):
 )
 def test_tiles_agree_with_a_slow_implementation(size, shift, occlusions, colour, seed):
     config = PuzzleConfig(shift=shift, occlusions=occlusions, colour=colour)
-    pixels, others = pictures(4, size, seed), pictures(4, size, seed + 100)
+    pixels, others = images(4, size, seed), images(4, size, seed + 100)
     result = make(config, 4, size, seed, pixels=pixels, others=others)
     tile = config.geometry(size)[1]
     raw, done = slow_tiles(pixels, others, result, tile)
@@ -94,19 +94,19 @@ def test_tiles_agree_with_a_slow_implementation(size, shift, occlusions, colour,
 def test_a_puzzle_without_jitter_is_put_together_again_by_its_label(cell, rest, occlusions):
     size = 3 * cell + rest
     config = PuzzleConfig(tile=cell, occlusions=occlusions)
-    pixels, others = pictures(5, size, 3), pictures(5, size, 4)
+    pixels, others = images(5, size, 3), images(5, size, 4)
     result = make(config, 5, size, pixels=pixels, others=others)
     tiles = puzzles.cut(pixels, others, puzzles.Draws(*result[1:]), cell)
-    for picture in range(5):
-        for slot, target in enumerate(permutations()[result.label[picture]].tolist()):
-            cells = others if result.occluded[picture, slot] else pixels
-            if result.occluded[picture, slot]:
-                target = int(result.source[picture, slot])
+    for image in range(5):
+        for slot, target in enumerate(permutations()[result.label[image]].tolist()):
+            cells = others if result.occluded[image, slot] else pixels
+            if result.occluded[image, slot]:
+                target = int(result.source[image, slot])
             y, x = target // 3 * cell, target % 3 * cell
-            assert torch.equal(tiles[picture, slot], cells[picture, :, y : y + cell, x : x + cell])
+            assert torch.equal(tiles[image, slot], cells[image, :, y : y + cell, x : x + cell])
 
 
-def test_occluding_tiles_come_from_the_other_picture_alone():
+def test_occluding_tiles_come_from_the_other_image_alone():
     pixels, others = (
         torch.zeros(200, 3, 48, 48, dtype=torch.uint8),
         torch.full((200, 3, 48, 48), 255, dtype=torch.uint8),
@@ -144,7 +144,7 @@ def test_labels_are_uniform_and_do_not_depend_on_occlusion():
     assert torch.equal(draws.label, drawn(JIGSAW).label)
 
 
-def test_without_another_picture_nothing_is_occluded():
+def test_without_another_image_nothing_is_occluded():
     other_ok = torch.arange(MANY) % 2 == 0
     draws = drawn(JIGSAWPP, other_ok=other_ok)
     assert not draws.occluded[~other_ok].any()
@@ -155,7 +155,7 @@ def test_without_another_picture_nothing_is_occluded():
     ("colour", "grey", "projected"),
     [("paper", 0.7, 0), ("released", 0.5, 0.25), ("jigsaw", 0.3, 0), ("plain", 0, 0)],
 )
-def test_colours_have_their_shares_and_are_one_for_each_picture(colour, grey, projected):
+def test_colours_have_their_shares_and_are_one_for_each_image(colour, grey, projected):
     draws = drawn(PuzzleConfig(colour=colour))
     shares = {}
     for own in (True, False):
@@ -196,7 +196,7 @@ def test_jitter_reaches_all_offsets_equally_often():
 
 @pytest.mark.parametrize("config", [JIGSAWPP, JIGSAW, PuzzleConfig(colour="released")])
 def test_a_puzzle_does_not_depend_on_its_batch(config):
-    rows, pixels, others = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5]), pictures(8, 61, 1), pictures(8, 61, 2)
+    rows, pixels, others = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5]), images(8, 61, 1), images(8, 61, 2)
     whole = make(config, 8, 61, rows=rows, pixels=pixels, others=others)
     parts = [
         make(config, 4, 61, rows=rows[half], pixels=pixels[half], others=others[half])
@@ -272,7 +272,7 @@ def test_what_cannot_be_is_refused_in_one_line(settings_, size, says):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_draws_the_same_puzzles():
-    pixels, others, rows, ok = pictures(16, 111, 1), pictures(16, 111, 2), torch.arange(16), torch.ones(16).bool()
+    pixels, others, rows, ok = images(16, 111, 1), images(16, 111, 2), torch.arange(16), torch.ones(16).bool()
     here = make_puzzles(pixels, others, rows, ok, permutations(), JIGSAWPP, 0, 0)
     there = make_puzzles(*(x.cuda() for x in (pixels, others, rows, ok, permutations())), JIGSAWPP, 0, 0)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here[1:], there[1:], strict=True))

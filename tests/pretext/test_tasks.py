@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ktransfer import networks
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext, solving, stage
 from ktransfer.pretext.config import PretextConfig
-from ktransfer.pretext.tasks import PICTURES, SETTINGS, open_task, usual_size
+from ktransfer.pretext.tasks import IMAGES, SETTINGS, open_task, usual_size
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
@@ -54,7 +54,7 @@ def settings(task, **options):
 
 def batch(count=12, epoch=3):
     rows = torch.arange(count)
-    return Batch(rows, *Pictures(open_dataset(SCENES), 64).batch(rows), epoch)
+    return Batch(rows, *ImageLoader(open_dataset(SCENES), 64).batch(rows), epoch)
 
 
 @pytest.fixture(scope="module", params=NEW)
@@ -142,7 +142,7 @@ def test_it_learns_by_heart(tmp_path, capsys, task):
 
 
 @pytest.mark.parametrize(("task", "least"), [("rotation", 0.9), ("context", 0.8)])
-def test_it_learns_pictures_that_it_has_not_seen(tmp_path, task, least):
+def test_it_learns_images_that_it_has_not_seen(tmp_path, task, least):
     """Stripes that get finer downwards and to the right tell which way is up, and which patch lies where."""
     root = tmp_path / "data"
     root.mkdir()
@@ -162,7 +162,7 @@ def test_it_learns_pictures_that_it_has_not_seen(tmp_path, task, least):
 
 
 @pytest.mark.parametrize("task", NEW)
-def test_a_broken_picture_makes_nothing_and_changes_no_other(task):
+def test_a_broken_image_makes_nothing_and_changes_no_other(task):
     given, opened = batch(), open_task(settings(task))
     whole = opened.make(given)
     valid = given.valid.clone()
@@ -176,13 +176,13 @@ def test_a_broken_picture_makes_nothing_and_changes_no_other(task):
 
 @pytest.mark.parametrize("task", NEW)
 def test_accuracy_is_the_share_of_solved_examples_overall_and_by_group(task):
-    """A network that is wrong about label 1 alone: tiles are replaced by the answer."""
+    """A network that is wrong about label 1 alone: tiles are replaced by the prediction."""
     opened = open_task(settings(task))
 
     def telling(given):
         made = opened.make(given)
-        answer = torch.where(made.label == 1, 0, made.label)
-        return made._replace(tiles=10.0 * nn.functional.one_hot(answer, opened.classes))
+        prediction = torch.where(made.label == 1, 0, made.label)
+        return made._replace(tiles=10.0 * nn.functional.one_hot(prediction, opened.classes))
 
     seeing = replace(opened, make=telling)
     given = batch()
@@ -192,14 +192,14 @@ def test_accuracy_is_the_share_of_solved_examples_overall_and_by_group(task):
     assert value.isfinite()
     data, rows = open_dataset(SCENES), torch.arange(40)
     config = settings(task, batch=7)
-    found = solving.accuracy(nn.Identity(), seeing, Pictures(data, 64), rows, config, torch.device("cpu"))
+    found = solving.accuracy(nn.Identity(), seeing, ImageLoader(data, 64), rows, config, torch.device("cpu"))
     assert [found[name] for name in GROUPS[task]] == [float(place != 1) for place in range(opened.classes)]
-    held_out = opened.make(Batch(rows, *Pictures(data, 64).batch(rows), solving.HELD_OUT_EPOCH))
+    held_out = opened.make(Batch(rows, *ImageLoader(data, 64).batch(rows), solving.HELD_OUT_EPOCH))
     assert found["held_out_accuracy"] == pytest.approx(float((held_out.label != 1).double().mean()))
     assert solving.summary(found, opened).startswith(
         f"{found['held_out_accuracy']:.1%} of held-out {NOUNS[task]} solved"
     )
-    assert solving.accuracy(nn.Identity(), seeing, Pictures(data, 64), rows[:0], config, torch.device("cpu")) == {}
+    assert solving.accuracy(nn.Identity(), seeing, ImageLoader(data, 64), rows[:0], config, torch.device("cpu")) == {}
 
 
 def test_another_task_is_refused_and_overwriting_removes_the_other_sheet(finished, tmp_path):
@@ -229,9 +229,9 @@ def test_colours_of_context():
         ({"task": "context", "min-distance": 3}, "--min-distance 3: --task context has no such setting"),
         ({"task": "context", "permutation_file": "a.bin"}, "--permutation-file a.bin: --task context has no such"),
         ({"task": "context", "colour": "released"}, "--task context takes paper or projected"),
-        ({"task": "context", "tile": 16}, "three patches of 16 pixels with their gaps are wider than pictures of 64"),
+        ({"task": "context", "tile": 16}, "three patches of 16 pixels with their gaps are wider than images of 64"),
         ({"task": "context", "size": 35}, "tiles of 7 pixels are too small for any network; give at least --size 36"),
-        ({"task": "rotation", "tile": 65}, "tile 65 is larger than the pictures of 64 pixels"),
+        ({"task": "rotation", "tile": 65}, "tile 65 is larger than the images of 64 pixels"),
         ({"task": "rotation", "tile": 5}, "--tile 5: too small"),
     ],
 )
@@ -244,7 +244,7 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, given, message):
 
 def test_every_task_has_its_settings_its_sheet_and_its_least_size():
     choices = PretextConfig.__dataclass_fields__["task"].metadata["choices"]
-    assert set(choices) == set(SETTINGS) == set(PICTURES) == set(stage.LEAST_SIZE)
+    assert set(choices) == set(SETTINGS) == set(IMAGES) == set(stage.LEAST_SIZE)
     for task, least in stage.LEAST_SIZE.items():
         smaller, enough = (open_task(replace(PretextConfig(), task=task, size=size)) for size in (least - 1, least))
         assert smaller.side < stage.LEAST_TILE <= enough.side

@@ -15,13 +15,13 @@ def test_gather_cuts_every_channel_at_its_own_corner(tile, rest, slots, seed):
     random = np.random.default_rng(seed)
     size = tile + rest
     pixels = random.integers(0, 256, (3, 3, size, size), np.uint8)
-    picture = random.integers(0, 3, (5, slots))
+    image = random.integers(0, 3, (5, slots))
     corner = random.integers(0, rest + 1, (5, slots, 3, 2))
-    found = tiles.gather(*(torch.from_numpy(part) for part in (pixels, picture, corner)), tile)
+    found = tiles.gather(*(torch.from_numpy(part) for part in (pixels, image, corner)), tile)
     assert found.dtype == torch.uint8 and found.shape == (5, slots, 3, tile, tile)
     for example, slot, channel in np.ndindex(5, slots, 3):
         y, x = corner[example, slot, channel]
-        expected = pixels[picture[example, slot], channel, y : y + tile, x : x + tile]
+        expected = pixels[image[example, slot], channel, y : y + tile, x : x + tile]
         assert np.array_equal(found[example, slot, channel].numpy(), expected)
 
 

@@ -46,7 +46,7 @@ def metrics(run):
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
-    """40 noisy pictures, red or blue, in class folders."""
+    """40 noisy images, red or blue, in class folders."""
     root = tmp_path_factory.mktemp("data") / "coloured"
     random = np.random.default_rng(0)
     for row in range(40):
@@ -79,7 +79,7 @@ def test_it_learns_red_from_blue_and_the_files_say_so(tmp_path, coloured):
     assert (found.numpy() == data.targets).mean() > 0.95
     files = {path.name for path in weights.parent.iterdir()}
     assert files == {"stage.json", "metrics.jsonl", "model.safetensors"}
-    assert record(tmp_path)["result"] == {"classes": 2, "pictures": 40}
+    assert record(tmp_path)["result"] == {"classes": 2, "images": 40}
 
 
 def test_training_accuracy_is_logged_and_rises(tmp_path, coloured, monkeypatch):
@@ -119,7 +119,7 @@ def test_every_label_format_trains_the_same_network(tmp_path):
     made = [retrain(tmp_path / path.suffix, **SMALL | {"labels": str(path), "epochs": 1}) for path in paths]
     assert len({path.read_bytes() for path in made}) == 1
     assert networks.describe(made[0]).task == "pseudo-labels" and networks.describe(made[0]).classes == 5
-    assert record(tmp_path / ".csv")["result"] == {"classes": 5, "pictures": 38}
+    assert record(tmp_path / ".csv")["result"] == {"classes": 5, "images": 38}
 
 
 def test_keys_may_come_in_any_order_and_need_not_be_all(tmp_path):
@@ -166,7 +166,7 @@ def test_uniform_draws_clusters_equally_often():
     expected = len(drawn) / 3
     assert all(abs(counts[label] - expected) < 5 * math.sqrt(expected) for label in (0, 1, 3))
     within = torch.bincount(drawn, minlength=len(labels))
-    assert (within[labels == 1] > 0).all()  # within a cluster, all of its pictures, equally often
+    assert (within[labels == 1] > 0).all()  # within a cluster, all of its images, equally often
     for label in (1, 3):
         share = within[labels == label] / counts[label] * (labels == label).sum()
         assert (share - 1).abs().max() < 0.6
@@ -175,7 +175,7 @@ def test_uniform_draws_clusters_equally_often():
     assert torch.equal(stage._batches(rows, labels, config, 3), epochs[3]) and not torch.equal(epochs[2], epochs[3])
 
 
-def test_without_uniform_every_labelled_picture_comes_once():
+def test_without_uniform_every_labelled_image_comes_once():
     labels = torch.tensor([0, 1, -1, 0, 1, 1, -1, 0])
     rows = torch.nonzero(labels >= 0)[:, 0]
     batches = stage._batches(rows, labels, replace(RetrainConfig(), batch=3), 0)
@@ -201,7 +201,7 @@ def test_the_loss_is_cross_entropy_of_the_valid_crops():
     assert value.item() == pytest.approx((losses[0] + losses[2]).item() / 2, rel=1e-5) and sums["count"] == 2
 
 
-def test_broken_pictures_are_counted_and_borne_up_to_a_share(tmp_path, coloured):
+def test_broken_images_are_counted_and_borne_up_to_a_share(tmp_path, coloured):
     root = tmp_path / "data"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_broken_pictures_are_counted_and_borne_up_to_a_share(tmp_path, coloured)
     weights = retrain(tmp_path / "run", **options, max_broken=0.05)
     assert len(record(tmp_path / "run")["broken"]) == 1
     assert all(value.isfinite().all() for value in load_file(weights).values())
-    with pytest.raises(StageError, match=r"1 of 20 pictures[^\n]*a/04\.png"):
+    with pytest.raises(StageError, match=r"1 of 20 images[^\n]*a/04\.png"):
         retrain(tmp_path / "strict", **options, max_broken=0.01)
 
 
@@ -253,19 +253,19 @@ def test_labels_that_do_not_fit_are_one_line_and_write_nothing(tmp_path):
     for row in range(4):
         Image.new("RGB", (40, 40)).save(flat / f"{row}.png")
     cases = [
-        ({"labels": str(foreign[0])}, "10 of 50 keys are not pictures of scenes:images=40,size=48"),
-        ({"labels": str(foreign[1])}, "10 of 50 keys are not pictures"),
-        ({"labels": str(foreign[2])}, "50 labels for 40 pictures"),
+        ({"labels": str(foreign[0])}, "10 of 50 keys are not images of scenes:images=40,size=48"),
+        ({"labels": str(foreign[1])}, "10 of 50 keys are not images"),
+        ({"labels": str(foreign[2])}, "50 labels for 40 images"),
         ({"labels": str(table)}, "fewer than two different labels"),
         ({"labels": str(nothing)}, "every label is -1"),
         ({"labels": str(tmp_path / "absent.csv")}, "no such label file"),
         ({"labels": str(tmp_path / "labels.npy")}, "labels are read from .csv, .h5, .bin"),
         ({"labels": None}, "assign is missing; make it first"),
         ({"data": str(flat)}, "has no class folders"),
-        ({"data": None}, "no pictures given, and the run has none"),
+        ({"data": None}, "no images given, and the run has none"),
         ({"arch": "resnet81"}, "--arch resnet81: no such network"),
         ({"arch": "resnet18", "width": 0.5}, "only alexnet and alexnet_bn can be scaled"),
-        ({"arch": "alexnet", "size": 8}, "--size 8: alexnet does not take pictures so small"),
+        ({"arch": "alexnet", "size": 8}, "--size 8: alexnet does not take images so small"),
         ({"device": "abacus"}, "--device abacus"),
         ({"crop": 0.0}, "must be at least"),
         ({"archh": "alexnet"}, "did you mean 'arch'"),

@@ -53,7 +53,7 @@ def test_masks_are_those_of_the_whole_batch(each, maps):
         assert torch.equal(layers.eval()(x[:2]), x[:2])
 
 
-def test_draws_that_are_not_of_pictures_stay_as_they_are():
+def test_draws_that_are_not_of_images_stay_as_they_are():
     torch.manual_seed(1)
     wanted = F.dropout(torch.ones(5), 0.5)
     torch.manual_seed(1)
@@ -62,7 +62,7 @@ def test_draws_that_are_not_of_pictures_stay_as_they_are():
 
 
 class Rows:
-    """Rows of a tensor of "pictures", some of them invalid."""
+    """Rows of a tensor of "images", some of them invalid."""
 
     def __init__(self):
         self.pixels = torch.randint(0, 256, (40, 3, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
@@ -78,7 +78,7 @@ def model(*more):
 
 
 def plain_loss(model, batch):
-    """The label of a picture is told by the row that follows it."""
+    """The label of an image is told by the row that follows it."""
     own = len(batch.rows) - 1
     kept = slice(None) if batch.whole else batch.valid[:own]
     rows, following = batch.rows[:own][kept], batch.rows[1:][kept]
@@ -145,7 +145,7 @@ def test_batch_norm_over_processes_is_batch_norm_over_all(kind):
 
         return add
 
-    parts = (slice(0, 5), slice(5, 5), slice(5, 12))  # the second has no picture
+    parts = (slice(0, 5), slice(5, 5), slice(5, 12))  # the second has no image
     for _ in range(3):  # once for the sums forward, once for those backward, and once with all known
         own.reset_running_stats()
         own.zero_grad()
@@ -206,7 +206,7 @@ def assert_alike(run, stage, wanted):
     found, losses = outcome(run, stage)
     weights, curve = wanted
     assert len(losses) == len(curve) > 4
-    # In a deep network with batch norm, and few pictures, every step makes more of the rounding of those before it.
+    # In a deep network with batch norm, and few images, every step makes more of the rounding of those before it.
     relative, absolute = (1e-2, 1e-4) if len(weights) > 60 else (1e-5, 1e-7)
     np.testing.assert_allclose(losses, curve, rtol=2e-4)
     assert found.keys() == weights.keys()
@@ -232,7 +232,7 @@ def test_as_one_process(tmp_path, launch, alone, world, stage, arch, more):
     assert_alike(run, stage, alone[stage, arch])
 
 
-def test_broken_pictures_are_left_out_by_all(tmp_path, folder, launch):
+def test_broken_images_are_left_out_by_all(tmp_path, folder, launch):
     found = []
     for world in (1, 3):
         run = tmp_path / str(world)
@@ -241,7 +241,7 @@ def test_broken_pictures_are_left_out_by_all(tmp_path, folder, launch):
         status, said = launch(world, *line, "--max-broken", "0.1")
         assert status == [0] * world, said
         record = json.loads((run / "retrain" / "stage.json").read_text())["retrain"]
-        assert record["result"]["pictures"] == 23 and len(record["broken"]) == 1
+        assert record["result"]["images"] == 23 and len(record["broken"]) == 1
         assert record["broken"][0].startswith("a/05.jpg: ")
         found.append(outcome(run, "retrain"))
     assert_alike(tmp_path / "3", "retrain", found[0])
@@ -282,7 +282,7 @@ def test_an_error_ends_all_and_one_process_goes_on(tmp_path, launch, alone, rank
     else:
         assert status == [1, 1]
         whose = "process 1: " if rank else ""
-        memory = "pretext: out of memory on cpu with 9 pictures at once; give the same command with --micro-batch 4"
+        memory = "pretext: out of memory on cpu with 9 images at once; give the same command with --micro-batch 4"
         assert f"{whose}{memory}" in voices[0] or f"{whose or 'unexpected '}MemoryError: no room" in voices[0]
     if "reading" in call or "open_task" in call:  # nothing was trained yet
         return
@@ -304,6 +304,6 @@ def test_a_piece_that_batch_norm_sees_is_not_changed_by_a_resume(tmp_path):
     retrain(tmp_path / "plain", **given, arch="alexnet", micro_batch=4)
 
 
-def test_one_picture_at_once_is_refused():
+def test_one_image_at_once_is_refused():
     with pytest.raises(UsageError, match=r"^--micro-batch 1: [^\n]+$"):
         TrainOptions(micro_batch=1)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Rows:
-    """Noise as "pictures"."""
+    """Noise as "images"."""
 
     pixels = torch.randint(0, 256, (24, 3, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
 

@@ -29,7 +29,7 @@ OPTIONS = TrainOptions(seed=3, precision="float32", epochs=EPOCHS, batch=4, lr=0
 
 
 class Rows:
-    """Hands out rows of a tensor of "pictures", some of them invalid."""
+    """Hands out rows of a tensor of "images", some of them invalid."""
 
     def __init__(self):
         self.pixels = torch.randint(0, 256, (ROWS, 3, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
@@ -280,7 +280,7 @@ def test_steps_are_those_of_plain_sgd(tmp_path, clip):
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
-def test_log_lines_are_means_over_the_pictures(tmp_path):
+def test_log_lines_are_means_over_the_images(tmp_path):
     def loss(model, batch):
         return model[1].weight.sum() * 0 + batch.rows.sum(), {"count": batch.valid.sum(), "hits": batch.valid.sum() * 2}
 
@@ -290,7 +290,7 @@ def test_log_lines_are_means_over_the_pictures(tmp_path):
     count = sum(float((rows != 5).sum()) for epoch in range(EPOCHS) for rows in order(epoch))
     assert line["loss"] == pytest.approx(expected / count, rel=1e-6)
     assert (line["hits"], line["step"], line["epoch"]) == (2, TOTAL, EPOCHS - 1)
-    assert line["pictures_per_second"] > 0 and 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0
+    assert line["images_per_second"] > 0 and 0 <= line["data_wait"] <= 1 and line["memory_gb"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_it(tmp_path):
@@ -381,7 +381,7 @@ def test_the_schedules_ends_and_drops():
         (64, 90, (60, 80)),
     ],
 )
-def test_hes_rule_counts_pictures_from_the_end(batch, total, drops):
+def test_hes_rule_counts_images_from_the_end(batch, total, drops):
     options = TrainOptions(schedule="he", warmup=0, batch=batch)
     for before, (first, value) in zip((1, 0.1), zip(drops, (0.1, 0.01), strict=True), strict=True):
         assert loop.rate(first - 1, total, options) == pytest.approx(before)

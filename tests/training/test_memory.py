@@ -14,7 +14,7 @@ SIDE = 8
 
 
 class Rows:
-    """Grey "pictures"."""
+    """Grey "images"."""
 
     def batches(self, index_batches):
         for rows in index_batches:
@@ -36,7 +36,7 @@ def test_what_is_kept_is_counted(momentum):
     options = TrainOptions(precision="float32", momentum=momentum, batch=100)
     model = network()
     need = memory.measure(model, loss, Rows(), torch.arange(10), options, CPU, 0)
-    # Of a picture: its floats, the sigmoid's result, the same in the order of the linear layer, log-softmax and label;
+    # Of an image: its floats, the sigmoid's result, the same in the order of the linear layer, log-softmax and label;
     # on the way back the largest has a gradient and gets one.
     kept = 4 * (3 * SIDE**2 + 2 * 16 * SIDE**2 + 2) + 8
     assert need.each == kept + 2 * 4 * 16 * SIDE**2
@@ -61,12 +61,12 @@ def told(monkeypatch, capsys, free, model=None, **more):
 
 def test_the_plan_is_told_with_the_flag_that_helps(monkeypatch, capsys):
     lines = told(monkeypatch, capsys, 10**9)
-    assert len(lines) == 1 and "for 1000 pictures at once; 1 GB are free on cpu" in lines[0]
-    assert "0.017 GB for 1000 pictures" in lines[0]
+    assert len(lines) == 1 and "for 1000 images at once; 1 GB are free on cpu" in lines[0]
+    assert "0.017 GB for 1000 images" in lines[0]
     _, second = told(monkeypatch, capsys, 2 * 10**6)
     assert second == "pretext: that may not suffice; if it fails, give --micro-batch 103"
     (line,) = told(monkeypatch, capsys, 2 * 10**6, micro_batch=103)
-    assert "for 100 pictures at once" in line
+    assert "for 100 images at once" in line
     _, second = told(monkeypatch, capsys, 10**3)
     assert "a smaller --width or --size" in second
     _, second = told(monkeypatch, capsys, 2 * 10**6, nn.Sequential(network(), nn.BatchNorm1d(2)))
@@ -89,7 +89,7 @@ def test_no_memory_left_is_one_line_with_the_flag(tmp_path, error):
 
     options = TrainOptions(precision="float32", batch=8, epochs=1)
     batches = torch.arange(16).view(2, 8)
-    with pytest.raises(StageError, match=r"^t: out of memory on cpu with 8 pictures[^\n]*--micro-batch 4[^\n]*$"):
+    with pytest.raises(StageError, match=r"^t: out of memory on cpu with 8 images[^\n]*--micro-batch 4[^\n]*$"):
         loop.fit(network(), full, Rows(), lambda epoch: batches, options, tmp_path, CPU, "t")
 
 

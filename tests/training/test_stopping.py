@@ -20,7 +20,7 @@ LONG = TrainOptions(seed=3, precision="float32", epochs=PASSES, batch=4, lr=0.1,
 
 
 class Rows:
-    """Hands out rows of a tensor of "pictures"."""
+    """Hands out rows of a tensor of "images"."""
 
     def __init__(self):
         self.pixels = torch.randint(0, 256, (ROWS, 3, 6, 6), generator=torch.Generator().manual_seed(0)).byte()
@@ -64,16 +64,16 @@ def often(monkeypatch):
 
 
 def told(model, values, patience, seen=None):
-    """A judge that says these values in turn; `seen` gets the weights that it is shown."""
+    """An evaluate that says these values in turn; `seen` gets the weights that it is shown."""
 
-    def judge(network):
+    def evaluate(network):
         assert not network.training
         assert not torch.is_grad_enabled()
         if seen is not None:
             seen.append({name: value.clone() for name, value in network.state_dict().items()})
-        return {"AP": values[stopping.judged], "AP50": 1.0}
+        return {"AP": values[stopping.evaluated], "AP50": 1.0}
 
-    stopping = Stopping(model, judge, "AP", patience)
+    stopping = Stopping(model, evaluate, "AP", patience)
     return stopping
 
 
@@ -96,7 +96,7 @@ def test_it_ends_where_patience_does_with_the_best_weights(tmp_path, values, pat
     model, seen = small_model(), []
     stopping = told(model, values, patience, seen)
     fit(tmp_path, model, stopping)
-    assert (len(seen), stopping.judged, stopping.best_epoch) == (passes, passes, best)
+    assert (len(seen), stopping.evaluated, stopping.best_epoch) == (passes, passes, best)
     assert_same(model.state_dict(), seen[best - 1])
     found = [line for line in lines(tmp_path) if "AP" in line]
     assert [(line["epoch"], line["AP"]) for line in found] == list(enumerate(values[:passes]))
@@ -134,14 +134,14 @@ def test_interrupted_at_any_step_it_stops_with_the_same_weights(tmp_path, often)
 
 
 @pytest.mark.parametrize("steps", [STEPS, 1])
-def test_ctrl_c_at_the_end_of_an_epoch_or_in_its_judgement(tmp_path, often, steps):
-    """Once after every epoch's last step, then once in every judgement."""
+def test_ctrl_c_at_the_end_of_an_epoch_or_in_its_evaluation(tmp_path, often, steps):
+    """Once after every epoch's last step, then once in every evaluation."""
     order_ = order if steps == STEPS else lambda epoch: order(epoch)[:1]
     model = small_model()
     whole = told(model, VALUES, 3)
     loop.fit(model, plain_loss, Rows(), order_, LONG, tmp_path / "whole", CPU, "t", whole)
     for when in range(1, len(VALUES) + 1):
-        for where in ("step", "judge"):
+        for where in ("step", "evaluate"):
             folder = tmp_path / f"{where}{when}"
             calls = []
 
@@ -153,25 +153,25 @@ def test_ctrl_c_at_the_end_of_an_epoch_or_in_its_judgement(tmp_path, often, step
 
             again = small_model()
             stopping = told(again, VALUES, 3)
-            inner = stopping.judge
+            inner = stopping.evaluate
 
-            def judge(network, inner=inner, stopping=stopping, when=when, where=where):
-                if where == "judge" and stopping.judged + 1 == when:
+            def evaluate(network, inner=inner, stopping=stopping, when=when, where=where):
+                if where == "evaluate" and stopping.evaluated + 1 == when:
                     signal.raise_signal(signal.SIGINT)
                 return inner(network)
 
-            stopping.judge = judge
+            stopping.evaluate = evaluate
             with pytest.raises(KeyboardInterrupt):
                 loop.fit(again, loss, Rows(), order_, LONG, folder, CPU, "t", stopping)
             again = small_model()
             stopping = told(again, VALUES, 3)
             loop.fit(again, plain_loss, Rows(), order_, LONG, folder, CPU, "t", stopping)
-            assert (stopping.judged, stopping.best_epoch) == (whole.judged, whole.best_epoch)
+            assert (stopping.evaluated, stopping.best_epoch) == (whole.evaluated, whole.best_epoch)
             assert_same(again.state_dict(), model.state_dict())
             assert [line["epoch"] for line in lines(folder) if "AP" in line] == list(range(len(VALUES)))
 
 
-def test_a_part_of_the_model_is_what_is_judged_and_kept(tmp_path):
+def test_a_part_of_the_model_is_what_is_evaluated_and_kept(tmp_path):
     model = small_model()
     part = model[0]
     seen = []
@@ -187,7 +187,7 @@ def test_without_patience_it_is_the_same_training(tmp_path):
     assert_same(models[0].state_dict(), models[1].state_dict())
 
 
-def test_a_checkpoint_of_a_training_without_judgements_is_refused(tmp_path, often):
+def test_a_checkpoint_of_a_training_without_evaluations_is_refused(tmp_path, often):
     def loss(model, batch):
         if batch.epoch == 1:
             raise KeyboardInterrupt

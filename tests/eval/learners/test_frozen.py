@@ -67,7 +67,7 @@ def run(name, monkeypatch, tmp_path, train, test, tags=(None, None), **options):
     monkeypatch.setattr(frozen, "_layers", lambda *args: train.layers)
     place = tmp_path / "eval" / f"work-{name}" / "arm"
     place.mkdir(parents=True)
-    found = module(name).judge(ARM, parts, config(name, **options), place, CPU)
+    found = module(name).evaluate(ARM, parts, config(name, **options), place, CPU)
     assert json.loads(json.dumps(found)) == found
     return found["scores"]["conv5"]
 
@@ -91,7 +91,7 @@ def test_planted_signal_is_found_to_the_bayes_rate(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shuffled_labels_stay_at_chance(name, monkeypatch, tmp_path):
-    """No way leads from the labels of test pictures, or of pictures held out, to the answers."""
+    """No way leads from the labels of test images, or of images held out, to the predictions."""
     train, test = (planted(1200, seed)[0] for seed in (0, 1))
     for part, seed in ((train, 2), (test, 3)):
         np.random.default_rng(seed).shuffle(part.features.targets)
@@ -99,7 +99,7 @@ def test_shuffled_labels_stay_at_chance(name, monkeypatch, tmp_path):
     chance = 1 / CLASSES
     for measure in HEADLINE[name]:
         guess = 1 / 5 if measure == "shot20" else chance
-        # 600 episodes share 1200 pictures: their interval is that over episodes alone.
+        # 600 episodes share 1200 images: their interval is that over episodes alone.
         assert abs(cell[measure] - guess) < 0.04, measure
     if "held_out" in cell:
         assert max(cell["held_out"].values()) < chance + 0.07  # the best of many
@@ -118,21 +118,21 @@ def test_labels_of_the_test_part_choose_nothing(name, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_broken_pictures_are_left_out(name, monkeypatch, tmp_path):
+def test_broken_images_are_left_out(name, monkeypatch, tmp_path):
     """Their rows of zeros and their labels, which stand in the file, change nothing."""
     (train, _), (test, _) = planted(300, 0), planted(200, 1)
     other = [
         replace(part, features=replace(part.features, targets=np.where(part.features.valid, part.features.targets, 0)))
         for part in (train, test)
     ]
-    if name == "lowshot":  # draws among all pictures, also those that turn out broken
+    if name == "lowshot":  # draws among all images, also those that turn out broken
         other[0] = train
     first = run(name, monkeypatch, tmp_path / "a", train, test)
     assert first == run(name, monkeypatch, tmp_path / "b", *other)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_read_once_and_each_layer_is_judged(name, tmp_path, monkeypatch):
+def test_images_are_read_once_and_each_layer_is_evaluated(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module("svm"), "DRAWS", 2)
     monkeypatch.setattr(module("svm"), "COSTS", (0.01, 0.1))
     parts, read = open_parts("scenes:images=60,size=48"), ([], [])
@@ -143,21 +143,21 @@ def test_pictures_are_read_once_and_each_layer_is_judged(name, tmp_path, monkeyp
     work = tmp_path / "eval" / f"work-{name}" / "random"
     small = config(name, grid=2, layers=None if name == "logreg" else "conv2,conv5")
     module(name).check([NETWORK], parts, small, tmp_path)
-    found = module(name).judge(ARM, counted, small, work, CPU)
+    found = module(name).evaluate(ARM, counted, small, work, CPU)
     for data, rows in zip(parts, read, strict=True):
         assert sorted(rows) == list(range(len(data)))
     assert list(found["scores"]) == (["conv5"] if name == "logreg" else ["conv2", "conv5"])
     assert found["scores"]["conv5"]["numbers"] == 16 * 4
-    again = module(name).judge(ARM, parts, config(name, grid=2, layers="conv2"), work.with_name("again"), CPU)
+    again = module(name).evaluate(ARM, parts, config(name, grid=2, layers="conv2"), work.with_name("again"), CPU)
     assert list(again["scores"]) == ["conv2"]
     if name != "logreg":
         assert again["scores"]["conv2"] == found["scores"]["conv2"]
 
 
-def test_layers_judged_before_an_interruption_are_kept(monkeypatch, tmp_path):
+def test_layers_evaluated_before_an_interruption_are_kept(monkeypatch, tmp_path):
     parts = open_parts("scenes:images=48,size=48")
     knn, calls = module("knn"), []
-    expected = knn.judge(ARM, parts, config("knn"), tmp_path / "whole", CPU)
+    expected = knn.evaluate(ARM, parts, config("knn"), tmp_path / "whole", CPU)
     one_layer = knn._one_layer
 
     def killed(train, test, layer, **rest):
@@ -168,8 +168,8 @@ def test_layers_judged_before_an_interruption_are_kept(monkeypatch, tmp_path):
 
     monkeypatch.setattr(knn, "_one_layer", killed)
     with pytest.raises(KeyboardInterrupt):
-        knn.judge(ARM, parts, config("knn"), tmp_path / "work", CPU)
-    assert knn.judge(ARM, parts, config("knn"), tmp_path / "work", CPU) == expected
+        knn.evaluate(ARM, parts, config("knn"), tmp_path / "work", CPU)
+    assert knn.evaluate(ARM, parts, config("knn"), tmp_path / "work", CPU) == expected
     assert calls == ["conv1", "conv2", "conv3", "conv3", "conv4", "conv5"]
 
 
@@ -201,14 +201,14 @@ def test_the_disk_and_the_layers_are_checked_before(monkeypatch, tmp_path):
             module(name).check([NETWORK], parts, config(name, grid=4), tmp_path)
 
 
-def test_too_many_broken_pictures(tmp_path, folder):
+def test_too_many_broken_images(tmp_path, folder):
     parts = (open_parts("scenes:images=24,size=48")[0],) * 2
     from ktransfer.data.opening import open_dataset
 
     broken = open_dataset(str(folder))
     with pytest.raises(StageError, match=r"a/05\.jpg"):
-        module("knn").judge(ARM, (broken, parts[1]), config("knn", max_broken=0.0), tmp_path / "w", CPU)
-    found = module("knn").judge(ARM, (broken, broken), config("knn", max_broken=0.1), tmp_path / "w", CPU)
+        module("knn").evaluate(ARM, (broken, parts[1]), config("knn", max_broken=0.0), tmp_path / "w", CPU)
+    found = module("knn").evaluate(ARM, (broken, broken), config("knn", max_broken=0.1), tmp_path / "w", CPU)
     assert [line.split(":")[0] for line in found["broken"]] == ["pics/a/05.jpg"] * 2
 
 

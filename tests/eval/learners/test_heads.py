@@ -47,10 +47,10 @@ def test_before_a_layer_of_others(arch, size, layer, inside, outside):
         assert "encoder.layers.encoder_layer_1.mlp.0.weight" not in found.names
 
     # What is not said to lie before has no part in the layer's output, and what is has one.
-    picture, path = torch.randn(2, 3, size, size), networks.layers(network, model)[layer]
+    image, path = torch.randn(2, 3, size, size), networks.layers(network, model)[layer]
     for weight in model.parameters():
         weight.requires_grad_(True)
-    maps = networks.feature_maps(model.eval(), {layer: path}, picture)[layer]
+    maps = networks.feature_maps(model.eval(), {layer: path}, image)[layer]
     maps.square().sum().backward()
     moved = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert moved <= found.names

@@ -40,7 +40,7 @@ def test_the_minimum_of_the_loss_that_is_stated(decay):
     assert (model.predict(rows) == theirs.predict(rows)).mean() > 0.99
 
 
-def test_right_answers_of_pictures_that_no_classifier_learns_from():
+def test_right_predictions_of_images_that_no_classifier_learns_from():
     rows, labels = planted()
     held = np.arange(240) % 5 == 0
     ticks = []
@@ -78,7 +78,7 @@ def test_folds_share_every_class_evenly():
     for label in range(4):
         sizes = np.bincount(folds[labels == label], minlength=3)
         assert sizes.max() - sizes.min() <= 1
-    assert folds[16] != folds[17]  # classes of one picture
+    assert folds[16] != folds[17]  # classes of one image
     assert (folds == stratified_folds(labels, 3, 0, "test")).all()
     assert (folds != stratified_folds(labels, 3, 1, "test")).any()
     assert (folds != stratified_folds(labels, 3, 0, "other")).any()

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from ktransfer.artifacts.features import Features
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import Layer, Views
-from ktransfer.eval.learners.probe import Probes, hold_out, optimiser, predictions, probe_loss, scores, standardisation
+from ktransfer.eval.learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores, standardisation
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
@@ -59,8 +59,8 @@ def trained(tmp_path, rows, targets, layers, classes=5, epochs=40):
 
 
 def accuracies(probes, rows, targets):
-    answers, kept = predictions(probes, Views([features(rows)]), torch.arange(len(rows)), 50, CPU)
-    return (answers == torch.from_numpy(targets)[kept]).double().mean(dim=1).numpy()
+    predictions, kept = predict(probes, Views([features(rows)]), torch.arange(len(rows)), 50, CPU)
+    return (predictions == torch.from_numpy(targets)[kept]).double().mean(dim=1).numpy()
 
 
 def test_as_good_as_logistic_regression(tmp_path):
@@ -252,7 +252,7 @@ def test_views_return_the_mirrored_view_for_odd_codes():
     np.testing.assert_array_equal(maps.numpy(), mirrored[[8, 1]].astype(np.float16).astype(np.float32))
 
 
-def test_loss_takes_the_picture_of_either_view_and_leaves_broken_ones_out():
+def test_loss_takes_the_image_of_either_view_and_leaves_broken_ones_out():
     rows, targets = planted(6)
     layers = [Layer("first", 8, 2, 0, 32), Layer("second", 4, 2, 32, 48)]
     torch.manual_seed(0)
@@ -269,13 +269,13 @@ def test_loss_takes_the_picture_of_either_view_and_leaves_broken_ones_out():
     assert int(sums["count"]) == 2
 
 
-def test_predictions_leave_broken_pictures_out():
+def test_predictions_leave_broken_images_out():
     rows, _ = planted(10)
     valid = np.arange(10) % 3 != 0
     probes = Probes([Layer("all", 12, 2, 0, 48)], RATES, 5, torch.from_numpy(rows))
     torch.nn.init.normal_(probes.heads[1].weight)
-    answers, kept = predictions(probes, Views([features(rows, valid)]), torch.tensor([9, 8, 2, 3, 4]), 2, CPU)
+    predictions, kept = predict(probes, Views([features(rows, valid)]), torch.tensor([9, 8, 2, 3, 4]), 2, CPU)
     assert kept.tolist() == [8, 2, 4]
-    assert answers.shape == (2, 3)
+    assert predictions.shape == (2, 3)
     for place, row in enumerate((8, 2, 4)):
-        assert answers[1, place] == probes(torch.from_numpy(rows[row : row + 1]))[1].argmax()
+        assert predictions[1, place] == probes(torch.from_numpy(rows[row : row + 1]))[1].argmax()

@@ -164,11 +164,11 @@ def test_frozen_batch_norms_and_dropouts_work_as_in_a_test():
     assert not tuned.eval().model.bn6.training
 
 
-def judged(
+def evaluated(
     painted, tmp_path, config=CONFIG, several=False, train=None, test=None, name="work", protocol=finetune, arm=ARM
 ):
     parts = train or painted(60, 0, several), test or painted(45, 1, several)
-    return protocol.judge(arm, parts, config, tmp_path / name, CPU)
+    return protocol.evaluate(arm, parts, config, tmp_path / name, CPU)
 
 
 def shuffled(data, seed):
@@ -181,18 +181,18 @@ def test_colours_are_learned_and_shuffled_labels_are_not(several, painted, tmp_p
     config = replace(CONFIG, epochs=8)
     measure = "map" if several else "top1"
     train = painted(90, 0, several)
-    found = judged(painted, tmp_path, config, several, train)["scores"]["joint"]
+    found = evaluated(painted, tmp_path, config, several, train)["scores"]["joint"]
     assert found[measure] > 0.9
     assert ("map" in found) == several
-    found = judged(
+    found = evaluated(
         painted, tmp_path, config, several, shuffled(train, 5), shuffled(painted(150, 1, several), 6), name="shuffled"
     )
-    # A third is right by chance, give or take 4 deviations; a mAP of guesses is about the share of pictures, a half.
+    # A third is right by chance, give or take 4 deviations; a mAP of guesses is about the share of images, a half.
     chance, room = (0.5, 0.15) if several else (1 / 3, 0.16)
     assert abs(found["scores"]["joint"][measure] - chance) < room
 
 
-def test_pictures_that_are_not_counted_teach_nothing(painted, tmp_path):
+def test_images_that_are_not_counted_teach_nothing(painted, tmp_path):
     data = painted(30, 0, True)
     tags = data.tags.copy()
     tags[:, 1] = -1
@@ -223,14 +223,14 @@ def test_the_test_part_is_read_once_and_chooses_nothing(protocol, painted, tmp_p
     config = replace(config, protocol=protocol.__name__.split(".")[-1])
     train, (test, rows) = painted(60, 0), counted(painted(24, 1))
     asked = []
-    answers = tuning.crop_answers
+    predictions = tuning.crop_predictions
 
-    def watch(model, network, pictures, chosen, *rest):
-        asked.append((pictures.dataset.name, chosen.tolist()))
-        return answers(model, network, pictures, chosen, *rest)
+    def watch(model, network, images, chosen, *rest):
+        asked.append((images.dataset.name, chosen.tolist()))
+        return predictions(model, network, images, chosen, *rest)
 
-    monkeypatch.setattr(tuning, "crop_answers", watch)
-    first = judged(painted, tmp_path, config, train=train, test=test, protocol=protocol)
+    monkeypatch.setattr(tuning, "crop_predictions", watch)
+    first = evaluated(painted, tmp_path, config, train=train, test=test, protocol=protocol)
     assert sorted(rows) == list(range(24))
     held = sorted(hold_out(60, 0.1, config.seed)[1].tolist())
     assert [(name, sorted(part)) for name, part in asked] == 2 * [
@@ -239,7 +239,7 @@ def test_the_test_part_is_read_once_and_chooses_nothing(protocol, painted, tmp_p
         ("painted1", list(range(24))),
     ]
     wrong = replace(test, targets=(test.targets + 1) % 3)
-    second = judged(painted, tmp_path, config, train=train, test=wrong, name="other", protocol=protocol)
+    second = evaluated(painted, tmp_path, config, train=train, test=wrong, name="other", protocol=protocol)
     for name, cell in first["scores"].items():
         assert (cell["lr"], cell["held_out"]) == (second["scores"][name]["lr"], second["scores"][name]["held_out"])
         assert set(cell["held_out"]) == {"0.01", "0.02"}
@@ -268,12 +268,12 @@ def test_rows_held_out_are_not_learned_from(painted, tmp_path, monkeypatch):
     seen = []
     fit = tuning.loop.fit
 
-    def watch(model, loss, pictures, batches, *rest):
+    def watch(model, loss, images, batches, *rest):
         seen.append(torch.cat([batches(epoch).flatten() for epoch in range(4)]))
-        fit(model, loss, pictures, batches, *rest)
+        fit(model, loss, images, batches, *rest)
 
     monkeypatch.setattr(tuning.loop, "fit", watch)
-    judged(painted, tmp_path, train=train)
+    evaluated(painted, tmp_path, train=train)
     learning, held = hold_out(60, 0.1, CONFIG.seed)
     assert set(seen[0].tolist()) == set(learning.tolist()) and not set(seen[0].tolist()) & set(held.tolist())
 
@@ -282,7 +282,7 @@ def test_rows_held_out_are_not_learned_from(painted, tmp_path, monkeypatch):
 def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp_path, monkeypatch):
     config = replace(CONFIG, strategy="staged,layerwise", lrs="0.01,0.03", epochs=2)
     parts = painted(27, 0), painted(12, 1)
-    expected = finetune.judge(ARM, parts, config, tmp_path / "whole", CPU)
+    expected = finetune.evaluate(ARM, parts, config, tmp_path / "whole", CPU)
     loss = tuning._loss
     steps = []
 
@@ -296,58 +296,60 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
     monkeypatch.setattr(tuning.loop, "CHECKPOINT_SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tuning, "_loss", killed)
-        finetune.judge(ARM, parts, config, tmp_path / "work", CPU)
+        finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU)
     again = []
     monkeypatch.setattr(tuning, "_loss", lambda *given, **more: again.append(0) or loss(*given, **more))
-    assert finetune.judge(ARM, parts, config, tmp_path / "work", CPU) == expected
+    assert finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU) == expected
     assert len(again) == 3 * 2 * 2 * 2 - (stop - 1)  # batches, epochs, rates and strategies; none twice
 
 
 def test_a_rate_that_diverges_is_left_out(painted, tmp_path, capsys):
     plain = Arm("random", replace(NETWORK, arch="alexnet"), None)
-    found = judged(painted, tmp_path, replace(CONFIG, lrs="999,0.01"), arm=plain)["scores"]["joint"]
+    found = evaluated(painted, tmp_path, replace(CONFIG, lrs="999,0.01"), arm=plain)["scores"]["joint"]
     assert found["lr"] == 0.01 and found["held_out"]["999.0"] is None
     assert "the loss is not finite; the rate is left out" in capsys.readouterr().err
     with pytest.raises(StageError, match=r"joint: the loss is not finite at any of --lrs 999"):
-        judged(painted, tmp_path, replace(CONFIG, lrs="999"), name="b", arm=plain)
+        evaluated(painted, tmp_path, replace(CONFIG, lrs="999"), name="b", arm=plain)
 
 
-def test_answers_are_the_mean_over_crops_and_turns_do_not_depend_on_the_batch(painted):
+def test_predictions_are_the_mean_over_crops_and_turns_do_not_depend_on_the_batch(painted):
     data = painted(10, 0)
     model = networks.build(replace(NETWORK, classes=3), 0, "test").eval()
     with torch.no_grad():
         model.fc8.weight.mul_(300)
-    pictures = tuning.Labelled(data, NETWORK, CONFIG, CPU).pictures
+    images = tuning.Labelled(data, NETWORK, CONFIG, CPU).images
     found = [
-        tuning.crop_answers(
-            model, NETWORK, pictures, torch.arange(10), replace(CONFIG, test_crops=crops, batch=batch), CPU
+        tuning.crop_predictions(
+            model, NETWORK, images, torch.arange(10), replace(CONFIG, test_crops=crops, batch=batch), CPU
         )
         for crops, batch in ((0, 8), (1, 8), (10, 8), (10, 3))
     ]
-    for answers in found:
-        torch.testing.assert_close(answers.sum(1), torch.ones(10))
+    for predictions in found:
+        torch.testing.assert_close(predictions.sum(1), torch.ones(10))
     torch.testing.assert_close(found[2], found[3])
     assert not found[0].equal(found[1]) and not found[1].equal(found[2])
-    centre = pictures.batch(torch.arange(10))[0][:, :, 2:37, 2:37]
+    centre = images.batch(torch.arange(10))[0][:, :, 2:37, 2:37]
     with torch.no_grad():
         wanted = model(networks.normalise(centre, "imagenet")).softmax(1)
     torch.testing.assert_close(found[0], wanted)
 
 
-def test_rescaled_from_pictures_that_are_learned_from(painted, tmp_path):
+def test_rescaled_from_images_that_are_learned_from(painted, tmp_path):
     arm = Arm("random", replace(NETWORK, arch="alexnet"), None)
     parts = counted(painted(60, 0))[0], painted(12, 1)
     plain, scaled = (
-        finetune.judge(arm, parts, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / str(rescale), CPU)["scores"]
+        finetune.evaluate(arm, parts, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / str(rescale), CPU)[
+            "scores"
+        ]
         for rescale in (False, True)
     )
     assert plain != scaled
     sample = finetune._sample(parts[0], arm.network, CONFIG)
     held = hold_out(60, 0.1, CONFIG.seed)[1]
     assert sample.shape == (54, 3, 35, 35)
-    data = tuning.Labelled(parts[0], arm.network, CONFIG, CPU).pictures.batch(held)[0][:, :, 2:37, 2:37]
-    for picture in networks.normalise(data, "imagenet"):
-        assert not any(picture.equal(other) for other in sample)
+    data = tuning.Labelled(parts[0], arm.network, CONFIG, CPU).images.batch(held)[0][:, :, 2:37, 2:37]
+    for image in networks.normalise(data, "imagenet"):
+        assert not any(image.equal(other) for other in sample)
     model, _ = finetune._start(arm, 3, 0, sample)
     with torch.no_grad():
         assert float(model.eval()(sample).var(correction=0)) == pytest.approx(1, rel=1e-3)
@@ -373,16 +375,16 @@ def test_misuse(painted, monkeypatch):
         with pytest.raises(UsageError, match=words):
             check(module, painted, **options)
     for module in (finetune, nonlinear):
-        with pytest.raises(UsageError, match="--size 8: alexnet_bn does not take pictures so small"):
+        with pytest.raises(UsageError, match="--size 8: alexnet_bn does not take images so small"):
             check(module, painted, replace(NETWORK, size=8))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
     with pytest.raises(UsageError, match=r"eval needs 0\.\d+ GB, but .* free; make room"):
         check(finetune, painted)
 
 
-def test_too_few_pictures_to_choose_a_rate(painted, tmp_path):
+def test_too_few_images_to_choose_a_rate(painted, tmp_path):
     data = painted(30, 0, True)
     tags = data.tags.copy()
     tags[hold_out(30, 0.1, 0)[1].numpy()] = 0
     with pytest.raises(StageError, match="a tenth of it says nothing about learning rates"):
-        judged(painted, tmp_path, several=True, train=replace(data, tags=tags))
+        evaluated(painted, tmp_path, several=True, train=replace(data, tags=tags))

@@ -11,7 +11,7 @@ from sklearn import metrics
 from sklearn.cluster import KMeans
 
 from ktransfer import files, networks
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.protocols import clusters
@@ -65,7 +65,7 @@ def test_k_means_finds_groups_as_scikit_learn_does():
 
 
 def test_visible_classes_are_found(parts, tmp_path):
-    found = clusters.judge(Arm("random", NETWORK, None), parts, CONFIG, tmp_path / "work", CPU)
+    found = clusters.evaluate(Arm("random", NETWORK, None), parts, CONFIG, tmp_path / "work", CPU)
     assert list(found["scores"]) == ["conv1", "conv2"]
     assert max(cell["match"] for cell in found["scores"].values()) > 0.8
     for cell in found["scores"].values():
@@ -81,7 +81,7 @@ def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
     shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
     arm = Arm("random", NETWORK, None)
     mine, other = (
-        clusters.judge(arm, given, CONFIG, tmp_path / name, CPU)["scores"]
+        clusters.evaluate(arm, given, CONFIG, tmp_path / name, CPU)["scores"]
         for name, given in (("mine", parts), ("other", shuffled))
     )
     for layer in mine:
@@ -93,7 +93,7 @@ def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
 
 def test_several_numbers_of_clusters(parts, tmp_path):
     config = replace(CONFIG, clusters_k="2, 5", layers="conv1")
-    found = clusters.judge(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)["scores"]
+    found = clusters.evaluate(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)["scores"]
     assert list(found) == ["conv1, k = 2", "conv1, k = 5"]
     assert [cell["k"] for cell in found.values()] == [2, 5]
     assert all(cell["sizes"]["met"] <= cell["k"] for cell in found.values())
@@ -104,7 +104,7 @@ TOLD = [(row, (row + row % 2) % 3) for row in range(60)] + [(70, -1)]
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A network whose run labelled 61 pictures called as those of the training part, one of them broken."""
+    """A network whose run labelled 61 images called as those of the training part, one of them broken."""
     run = tmp_path / "run"
     weights = run / "retrain" / "model.safetensors"
     networks.save(weights, networks.build(NETWORK, 0, "test").state_dict(), NETWORK)
@@ -121,17 +121,17 @@ def test_the_pseudo_labels_of_the_run(parts, labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(clusters, "open_dataset", lambda spec: parts[0])
     assert list(clusters.inputs([arm, Arm("random", NETWORK, None)], parts, CONFIG)) == ["labels run"]
     config = replace(CONFIG, layers="conv1")
-    cell = clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
+    cell = clusters.evaluate(arm, parts, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
     classes = parts[0].targets[:60]
     found = [label for _, label in told[:60]]
     assert cell["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, found))
     assert cell["ari"] == pytest.approx(metrics.adjusted_rand_score(classes, found))
     assert "seeds" not in cell
-    labels.write_text(labels.read_text() + "elsewhere,1,0.5\n")  # of other pictures: there is nothing to compare
-    assert list(clusters.judge(arm, parts, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
+    labels.write_text(labels.read_text() + "elsewhere,1,0.5\n")  # of other images: there is nothing to compare
+    assert list(clusters.evaluate(arm, parts, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
 
 
-def test_pseudo_labels_of_other_pictures_with_the_same_keys(parts, labelled, painted, tmp_path, monkeypatch, capsys):
+def test_pseudo_labels_of_other_images_with_the_same_keys(parts, labelled, painted, tmp_path, monkeypatch, capsys):
     path = tmp_path / "run" / "clusters" / "labels.csv"
 
     def left_out(data):
@@ -148,17 +148,17 @@ def test_pseudo_labels_of_other_pictures_with_the_same_keys(parts, labelled, pai
     anew = {row: parts[0].read(row, 40) + draws.integers(-2, 3, (40, 40, 3)).clip(0) for row in range(90)}
     packed = replace(parts[0], fingerprint="of a pack", read=lambda row, side: anew[row].clip(0, 255).astype(np.uint8))
     assert left_out(packed) == ""
-    assert left_out(painted(90, 9)) == "0 of painted is another picture than that of painted"
+    assert left_out(painted(90, 9)) == "0 of painted is another image than that of painted"
 
     def one_torn(row, side):
         if row == 59:
-            raise BrokenPicture("torn")
+            raise BrokenImage("torn")
         return parts[0].read(row, side)
 
-    assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another picture")
+    assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another image")
     assert left_out(None).startswith("painted does not exist")
     (tmp_path / "run" / "clusters" / "stage.json").unlink()
-    assert left_out(parts[0]) == "it is not known which pictures they are of"
+    assert left_out(parts[0]) == "it is not known which images they are of"
 
 
 @pytest.mark.parametrize("wanted", ["1", "46", "three", "3,", "-4"])
@@ -170,9 +170,9 @@ def test_misuse_is_one_line(parts, tmp_path, wanted):
     assert "\n" not in str(caught.value)
 
 
-def test_too_few_pictures_for_twice_as_many_clusters_as_classes(parts, tmp_path):
+def test_too_few_images_for_twice_as_many_clusters_as_classes(parts, tmp_path):
     crowded = replace(parts[0], classes=tuple(f"class{place}" for place in range(46)))
-    with pytest.raises(UsageError, match=r"90 training pictures are too few .* \(46\); .*--clusters-k"):
+    with pytest.raises(UsageError, match=r"90 training images are too few .* \(46\); .*--clusters-k"):
         clusters.check([NETWORK], (crowded, parts[1]), CONFIG, tmp_path)
 
 
@@ -185,5 +185,5 @@ def test_which_clusterings_are_compared(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(clusters, "clustered", watched)
     config = replace(CONFIG, layers="conv1", clusters_k="4", clusters_starts=2, seed=7)
-    clusters.judge(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)
+    clusters.evaluate(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)
     assert calls == [(90, 45, 4, 7), (90, 45, 4, 8), (90, 45, 8, 7)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
 from ktransfer.eval.arms import Arm
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def few_boxes(monkeypatch):
-    """Heads learn from few boxes, and answer for few: they take most of the time."""
+    """Heads learn from few boxes, and predict few: they take most of the time."""
     monkeypatch.setattr(detect, "SAMPLED", 16)
     monkeypatch.setattr(detect, "PROPOSALS", 30)
 
@@ -69,9 +69,9 @@ def test_the_test_part_is_read_once_and_labels_at_random_teach_nothing(tmp_path,
     """Learned by heart from shuffled labels, a detector finds objects, and not their classes."""
     train, test = detect.open_data("scenes:images=24,size=64")
     asked = []
-    real = Pictures.batches
+    real = ImageLoader.batches
     monkeypatch.setattr(
-        Pictures,
+        ImageLoader,
         "batches",
         lambda self, rows: real(self, (asked.append((self.dataset.name, one.tolist())) or one for one in rows)),
     )
@@ -81,7 +81,7 @@ def test_the_test_part_is_read_once_and_labels_at_random_teach_nothing(tmp_path,
     )
     object.__setattr__(train, "objects", shuffled)
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    found = detect.judge(arm, (train, test), config(epochs=12), tmp_path / "work", CPU)
+    found = detect.evaluate(arm, (train, test), config(epochs=12), tmp_path / "work", CPU)
     assert found["scores"]["full"]["AP50"] < 0.2
     of_test = [row for name, rows in asked for row in rows if name == test.name]
     assert sorted(of_test) == list(range(len(test)))
@@ -102,7 +102,7 @@ def test_frozen_trunks_keep_their_weights_and_full_ones_move(tmp_path, monkeypat
     monkeypatch.setattr(detect.loop, "fit", fit)
     parts = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    detect.judge(arm, parts, config(trunk="frozen,full"), tmp_path / "work", CPU)
+    detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "work", CPU)
     assert kept["detect run frozen"] == []
     assert {"conv1.weight", "conv5.bias", "bn3.running_mean"} <= set(kept["detect run full"])
 
@@ -110,7 +110,7 @@ def test_frozen_trunks_keep_their_weights_and_full_ones_move(tmp_path, monkeypat
 def test_interrupted_between_columns_it_goes_on(tmp_path, monkeypatch):
     parts = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    wanted = detect.judge(arm, parts, config(trunk="frozen,full"), tmp_path / "one", CPU)
+    wanted = detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "one", CPU)
     real, calls = detect._column, []
 
     def column(arm, name, *arguments):
@@ -121,8 +121,8 @@ def test_interrupted_between_columns_it_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(detect, "_column", column)
     with pytest.raises(KeyboardInterrupt):
-        detect.judge(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
-    found = detect.judge(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
+        detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
+    found = detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
     assert calls == ["frozen", "full", "full"] and found == wanted
 
 
@@ -137,13 +137,13 @@ def test_several_scales_are_read_at_test_alone(tmp_path, monkeypatch):
     parts = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
     asked = []
-    real = Pictures.batches
+    real = ImageLoader.batches
     monkeypatch.setattr(
-        Pictures, "batches", lambda self, rows: asked.append((self.dataset.name, self.size)) or real(self, rows)
+        ImageLoader, "batches", lambda self, rows: asked.append((self.dataset.name, self.size)) or real(self, rows)
     )
-    found = detect.judge(arm, parts, config(test_scales="1,1.5", cache_pictures="off"), tmp_path / "work", CPU)
+    found = detect.evaluate(arm, parts, config(test_scales="1,1.5", cache_images="off"), tmp_path / "work", CPU)
     assert set(found["scores"]["full"]) >= set(detect.MEASURES)
     assert [size for name, size in asked if name == parts[1].name] == [64, 64, 96, 96]
     assert {size for name, size in asked if name == parts[0].name} == {64}
-    with pytest.raises(UsageError, match="--cache-pictures device"):
-        detect.judge(arm, parts, config(cache_pictures="device"), tmp_path / "work", CPU)
+    with pytest.raises(UsageError, match="--cache-images device"):
+        detect.evaluate(arm, parts, config(cache_images="device"), tmp_path / "work", CPU)

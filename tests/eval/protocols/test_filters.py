@@ -1,4 +1,4 @@
-"""Shares of energy of filters that are known, and the picture of them."""
+"""Shares of energy of filters that are known, and the image of them."""
 
 import numpy as np
 import pytest
@@ -38,15 +38,15 @@ def test_random_filters_are_as_the_docstring_says():
     assert found["smooth"] == pytest.approx((5 / 11) ** 2, abs=0.01)
 
 
-def test_the_picture(tmp_path):
+def test_the_image(tmp_path):
     home = tmp_path / "eval" / "work-filters"
-    found = filters.judge(Arm("random", NETWORK, None), None, EvalConfig(), home / "random", torch.device("cpu"))
+    found = filters.evaluate(Arm("random", NETWORK, None), None, EvalConfig(), home / "random", torch.device("cpu"))
     assert found["files"] == ["random.png"]
-    picture = np.asarray(Image.open(tmp_path / "eval" / "filters" / "random.png"))
+    image = np.asarray(Image.open(tmp_path / "eval" / "filters" / "random.png"))
     weights = networks.build(NETWORK, 0, "eval/random").conv1.weight.detach()
     assert found["scores"]["conv1"]["filters"] == len(weights) == 8
     first = weights[0] / weights[0].abs().max()
-    shown = picture[3 : 3 + 44 : 4, 3 : 3 + 44 : 4].astype(float)
+    shown = image[3 : 3 + 44 : 4, 3 : 3 + 44 : 4].astype(float)
     assert np.abs(shown / 127.5 - 1 - first.permute(1, 2, 0).numpy()).max() < 0.01
 
 

@@ -1,4 +1,5 @@
-"""Held-out pseudo-labels against the ones that `assign` gives, and the network's answers against its own by hand."""
+"""Held-out pseudo-labels against the ones that `assign` gives, and the network's predictions against its own by
+hand."""
 
 import json
 import shutil
@@ -61,8 +62,8 @@ def test_labels_are_those_of_assign(run, tmp_path):
     assert len(np.unique(labels)) > 1
 
 
-def test_answers_are_those_of_the_whole_network_to_centre_squares(run, test_part):
-    told = heldout.answers(arm_of(run), test_part, CONFIG, CPU)
+def test_predictions_are_those_of_the_whole_network_to_centre_squares(run, test_part):
+    told = heldout.predictions(arm_of(run), test_part, CONFIG, CPU)
     weights = run / "retrain" / "model.safetensors"
     network = networks.describe(weights)
     model = networks.load(weights, network).eval()
@@ -70,8 +71,8 @@ def test_answers_are_those_of_the_whole_network_to_centre_squares(run, test_part
     edge = (side - network.size) // 2
     wanted = []
     for row in range(len(test_part)):
-        picture = torch.from_numpy(square(test_part.read(row, side), side).copy()).permute(2, 0, 1)[None]
-        inner = picture[..., edge : edge + network.size, edge : edge + network.size]
+        image = torch.from_numpy(square(test_part.read(row, side), side).copy()).permute(2, 0, 1)[None]
+        inner = image[..., edge : edge + network.size, edge : edge + network.size]
         with torch.no_grad():
             wanted.append(int(model(networks.normalise(inner, network.normalise)).argmax()))
     assert told.tolist() == wanted
@@ -117,7 +118,7 @@ def test_killed_at_the_held_out_labels_no_layer_is_clustered_again(run, tmp_path
     assert not (copy / "eval" / "work-clusters").exists()
 
 
-def test_labels_of_other_pictures_have_no_column(run, tmp_path, capsys):
+def test_labels_of_other_images_have_no_column(run, tmp_path, capsys):
     """Those of another seed have the same keys."""
     copy = shutil.copytree(run, tmp_path / "run")
     options = {"protocol": "clusters", "layers": "conv1", "clusters_k": "4", "random": False}
@@ -138,7 +139,7 @@ def test_shares_by_hand():
 
 
 def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
-    with pytest.raises(UsageError, match="learned from these very pictures"):
+    with pytest.raises(UsageError, match="learned from these very images"):
         heldout.find_source(arm_of(run), open_parts(SCENES)[0])
     copy = shutil.copytree(run, tmp_path / "run")
     labels, centroids = copy / "clusters" / "labels.csv", copy / "clusters" / "clusters.h5"
@@ -168,8 +169,8 @@ def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
     assert "run is not asked for held-out pseudo-labels: the features" in capsys.readouterr().err
 
 
-def test_pictures_that_were_learned_from_are_not_held_out(tmp_path):
-    """A folder is learned from, and a list names some of its pictures for the test."""
+def test_images_that_were_learned_from_are_not_held_out(tmp_path):
+    """A folder is learned from, and a list names some of its images for the test."""
     scenes.write_scenes(tmp_path / "s", 12, 48)
     learned, test = (open_dataset(str(tmp_path / "s" / part)) for part in ("train", "val"))
     assert heldout._seen(learned, test) == 0
@@ -179,8 +180,8 @@ def test_pictures_that_were_learned_from_are_not_held_out(tmp_path):
     assert heldout._seen(open_dataset(str(listed)), learned) == 4
 
 
-def test_a_run_that_learned_some_of_the_test_pictures_is_not_asked(run, test_part):
+def test_a_run_that_learned_some_of_the_test_images_is_not_asked(run, test_part):
     some = replace(test_part, fingerprint="of fewer", read=open_parts(SCENES)[0].read)
     shared = len(set(some.keys) & set(open_parts(SCENES)[0].keys))
-    with pytest.raises(UsageError, match=f"learned from {shared} of the {len(some)} test pictures"):
+    with pytest.raises(UsageError, match=f"learned from {shared} of the {len(some)} test images"):
         heldout.find_source(arm_of(run), some)

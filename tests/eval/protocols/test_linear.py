@@ -1,4 +1,4 @@
-"""judge() on small scenes: the maps it caches, what the probes see of them, and what they must never see."""
+"""evaluate() on small scenes: the maps it caches, what the probes see of them, and what they must never see."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from ktransfer.eval.learners import maps
 from ktransfer.eval.learners.maps import choose_layers
 from ktransfer.eval.learners.probe import hold_out
 from ktransfer.eval.protocols import linear
-from ktransfer.eval.protocols.linear import judge, rates
+from ktransfer.eval.protocols.linear import evaluate, rates
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")
@@ -38,9 +38,9 @@ def parts():
 
 @pytest.fixture
 def caught(monkeypatch):
-    """What judge() hands to the loop and to the final predictions."""
+    """What evaluate() hands to the loop and to the final predictions."""
     seen = {"predictions": []}
-    fit, predictions = linear.loop.fit, linear.predictions
+    fit, predict = linear.loop.fit, linear.predict
 
     def watch_fit(probes, loss, source, batches, config, folder, device, *rest):
         seen.update(probes=probes, epochs=[batches(epoch) for epoch in range(3)])
@@ -48,12 +48,12 @@ def caught(monkeypatch):
         fit(probes, loss, source, batches, config, folder, device, *rest)
 
     def watch_predictions(probes, source, rows, *rest):
-        found = predictions(probes, source, rows, *rest)
+        found = predict(probes, source, rows, *rest)
         seen["predictions"].append((source, rows, found))
         return found
 
     monkeypatch.setattr(linear.loop, "fit", watch_fit)
-    monkeypatch.setattr(linear, "predictions", watch_predictions)
+    monkeypatch.setattr(linear, "predict", watch_predictions)
     return seen
 
 
@@ -75,7 +75,7 @@ def counted(data):
 def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
     train, trained = counted(parts[0])
     test, tested = counted(parts[1])
-    found = judge(arm(), (train, test), CONFIG, tmp_path / "work", CPU)
+    found = evaluate(arm(), (train, test), CONFIG, tmp_path / "work", CPU)
     assert found["arch"] == "alexnet_bn"
     assert list(found["scores"]) == NAMES
     for name in NAMES:
@@ -95,13 +95,13 @@ def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
 
 
 def test_nothing_held_out_is_trained_on(parts, tmp_path, caught):
-    judge(arm(), parts, CONFIG, tmp_path / "work", CPU)
+    evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU)
     learning, held = hold_out(48, 0.1, CONFIG.seed)
     seen = torch.cat(caught["epochs"]).flatten() // 2
     assert not set(seen.tolist()) & set(held.tolist())
     assert set(seen.tolist()) <= set(learning.tolist())
     assert caught["predictions"][0][1].equal(held)
-    # Both views, and not the same for a picture in every epoch.
+    # Both views, and not the same for an image in every epoch.
     mirrored = torch.cat(caught["epochs"]).flatten() % 2
     assert 0.3 < mirrored.float().mean() < 0.7
     chosen = [dict(zip((e // 2).flatten().tolist(), (e % 2).flatten().tolist(), strict=True)) for e in caught["epochs"]]
@@ -117,13 +117,13 @@ def test_nothing_held_out_is_trained_on(parts, tmp_path, caught):
 
 def test_labels_of_test_and_held_out_rows_change_nothing_that_is_trained(parts, tmp_path, caught):
     def trained(name, train, test):
-        found = judge(arm(), (train, test), CONFIG, tmp_path / name, CPU)
+        found = evaluate(arm(), (train, test), CONFIG, tmp_path / name, CPU)
         return {key: value.clone() for key, value in caught["probes"].state_dict().items()}, found
 
     weights, first = trained("a", *parts)
     held = hold_out(48, 0.1, CONFIG.seed)[1].numpy()
     targets = parts[0].targets.copy()
-    # The answers of conv1's second probe: it shall be the one that is chosen.
+    # The predictions of conv1's second probe: it shall be the one that is chosen.
     targets[held] = caught["predictions"][0][2][0][1].numpy()
     other, second = trained("b", replace(parts[0], targets=targets), parts[1])
     assert all(weights[key].equal(other[key]) for key in weights)
@@ -138,14 +138,15 @@ def test_labels_of_test_and_held_out_rows_change_nothing_that_is_trained(parts, 
     assert any(third["scores"][n]["top1"] != first["scores"][n]["top1"] for n in NAMES)
 
 
-def test_the_rate_is_the_best_on_the_held_out_rows_and_its_answers_are_scored(parts, tmp_path, monkeypatch):
-    """With answers planted per probe: the best on held-out rows is chosen, also where another is best on the test."""
+def test_the_rate_is_the_best_on_the_held_out_rows_and_its_predictions_are_scored(parts, tmp_path, monkeypatch):
+    """With predictions planted per probe: the best on held-out rows is chosen, also where another is best on the
+    test."""
     config = replace(CONFIG, lrs="0.001,0.002,0.004")
     held = hold_out(48, 0.1, config.seed)[1]
     goods = {"conv1": (0, 5, 1), "conv2": (2, 1, 0), "conv3": (1, 1, 3), "conv4": (0, 4, 4), "conv5": (5, 5, 5)}
     calls = []
 
-    def answers(probes, source, rows, batch, device):
+    def predictions(probes, source, rows, batch, device):
         data = parts[len(calls)]
         calls.append(rows)
         wanted = torch.from_numpy(data.targets)[rows].long()
@@ -158,8 +159,8 @@ def test_the_rate_is_the_best_on_the_held_out_rows_and_its_answers_are_scored(pa
             [torch.where(torch.arange(len(rows)) < hit, wanted, (wanted + 1) % 12) for hit in hits]
         ), rows
 
-    monkeypatch.setattr(linear, "predictions", answers)
-    found = judge(arm(), parts, config, tmp_path / "work", CPU)["scores"]
+    monkeypatch.setattr(linear, "predict", predictions)
+    found = evaluate(arm(), parts, config, tmp_path / "work", CPU)["scores"]
     best = {"conv1": 1, "conv2": 0, "conv3": 2, "conv4": 1, "conv5": 0}
     for place, name in enumerate(NAMES):
         assert found[name]["lr"] == (0.001, 0.002, 0.004)[best[name]]
@@ -171,7 +172,7 @@ def test_the_rate_is_the_best_on_the_held_out_rows_and_its_answers_are_scored(pa
 def test_cached_maps_are_those_of_the_network(parts, tmp_path, caught):
     network = replace(NETWORK, normalise="picture")
     model = networks.build(network, CONFIG.seed, "eval/random").eval()
-    judge(arm(network=network), parts, CONFIG, tmp_path / "work", CPU)
+    evaluate(arm(network=network), parts, CONFIG, tmp_path / "work", CPU)
     pixels = np.stack([square(parts[0].read(row, 64), 64) for row in range(48)])
     pixels = centre_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), 56)
     keep = {}
@@ -220,7 +221,7 @@ def test_grids_shrink_with_the_maps_and_other_networks_get_about_as_many_numbers
     assert len(choose_layers(model, network, None)) == 5
     with pytest.raises(UsageError, match=r"--layers layer9: resnet18 has no such layer; did you mean"):
         choose_layers(model, network, "layer1,layer9")
-    with pytest.raises(UsageError, match=r"--size 8: alexnet_bn does not take pictures so small"):
+    with pytest.raises(UsageError, match=r"--size 8: alexnet_bn does not take images so small"):
         choose_layers(networks.build(NETWORK, 0, "test"), replace(NETWORK, size=8), None)
 
 
@@ -242,13 +243,13 @@ def test_right_rates():
 
 @pytest.mark.parametrize("name", ["train-False", "train-True", "test"])
 def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
-    expected = judge(arm(), parts, CONFIG, tmp_path / "whole", CPU)
+    expected = evaluate(arm(), parts, CONFIG, tmp_path / "whole", CPU)
     work = tmp_path / "work"
     write = Killer(name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(maps, "FORWARD_BATCH", 7)
         patch.setattr(maps, "create_or_resume", write)
-        judge(arm(), parts, CONFIG, work, CPU)
+        evaluate(arm(), parts, CONFIG, work, CPU)
     assert (work / f"{name}.h5.part").is_file()
     resumed = []
 
@@ -258,7 +259,7 @@ def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
         return writer
 
     monkeypatch.setattr(maps, "create_or_resume", watch)
-    assert judge(arm(), parts, CONFIG, work, CPU) == expected
+    assert evaluate(arm(), parts, CONFIG, work, CPU) == expected
     assert resumed[0] == (name, 7)
 
 
@@ -283,7 +284,7 @@ class Killer:
 
 
 def test_interrupted_probes_end_with_the_same_numbers(parts, tmp_path, monkeypatch):
-    expected = judge(arm(), parts, CONFIG, tmp_path / "whole", CPU)
+    expected = evaluate(arm(), parts, CONFIG, tmp_path / "whole", CPU)
     loss = linear.probe_loss
     steps = []
 
@@ -300,18 +301,18 @@ def test_interrupted_probes_end_with_the_same_numbers(parts, tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear, "probe_loss", killed)
-        judge(arm(), parts, CONFIG, tmp_path / "work", CPU)
-    assert judge(arm(), parts, CONFIG, tmp_path / "work", CPU) == expected
+        evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU)
+    assert evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU) == expected
 
 
 def test_maps_that_shall_not_be_kept_are_computed_to_the_same_numbers(folder, tmp_path, caught, capsys):
     parts = labelled(folder, tmp_path)
     network = replace(NETWORK, size=40)
     config = replace(CONFIG, max_broken=0.05, epochs=3)
-    kept = judge(arm(network=network), parts, config, tmp_path / "kept", CPU)
+    kept = evaluate(arm(network=network), parts, config, tmp_path / "kept", CPU)
     weights = {key: value.clone() for key, value in caught["probes"].state_dict().items()}
     capsys.readouterr()
-    computed = judge(arm(network=network), parts, replace(config, cache=0.0), tmp_path / "computed", CPU)
+    computed = evaluate(arm(network=network), parts, replace(config, cache=0.0), tmp_path / "computed", CPU)
     assert "over --cache: each epoch computes them anew" in capsys.readouterr().err
     assert kept == computed and len(kept["broken"]) == 1
     for key, value in caught["probes"].state_dict().items():
@@ -329,14 +330,14 @@ def test_maps_too_large_for_float16_say_what_to_do(parts, tmp_path):
         patch.setattr(linear, "model_of", loud)
         for cache in (20.0, 0.0):
             with pytest.raises(StageError, match=r"65504, the largest float16: give .*--dtype float32 --overwrite"):
-                judge(arm(), parts, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
+                evaluate(arm(), parts, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
         for cache in (20.0, 0.0):
             wide = replace(CONFIG, cache=cache, dtype="float32", epochs=1, layers="conv1")
-            assert judge(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["scores"]["conv1"]["top1"] <= 1
+            assert evaluate(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["scores"]["conv1"]["top1"] <= 1
 
 
 def labelled(folder, tmp_path):
-    """The folder's pictures as a training part, its sound ones as a test part."""
+    """The folder's images as a training part, its sound ones as a test part."""
     root = tmp_path / "labelled"
     shutil.copytree(folder, root / "train")
     shutil.copytree(folder, root / "val")
@@ -346,17 +347,17 @@ def labelled(folder, tmp_path):
     return open_parts(str(root))
 
 
-def test_broken_pictures_are_neither_trained_on_nor_counted(folder, tmp_path, caught):
+def test_broken_images_are_neither_trained_on_nor_counted(folder, tmp_path, caught):
     parts = labelled(folder, tmp_path)
     with pytest.raises(StageError, match=r"1 of 24.*a/05\.jpg"):
-        judge(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
-    # Once more: the broken picture is not met again, and counts all the same.
+        evaluate(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
+    # Once more: the broken image is not met again, and counts all the same.
     with pytest.raises(StageError, match="1 of 24"):
-        judge(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
+        evaluate(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
     config = replace(CONFIG, max_broken=0.05)
-    judge(arm(network=replace(NETWORK, size=40)), parts, config, tmp_path / "work", CPU)
+    evaluate(arm(network=replace(NETWORK, size=40)), parts, config, tmp_path / "work", CPU)
     assert not caught["views"][0][5].any()
-    # Zeros of the broken picture would pull the mean.
+    # Zeros of the broken image would pull the mean.
     learning = [row for row in hold_out(24, 0.1, config.seed)[0].tolist() if row != 5]
     part = caught["probes"].layers[0]
     maps = caught["views"][0][learning, : part.stop].astype(np.float64).reshape(len(learning), part.channels, -1)

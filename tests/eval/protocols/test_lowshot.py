@@ -43,7 +43,7 @@ def test_a_published_list(tmp_path, folder):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a/03.jpg\nb/03.jpg\n", r"line 2: b/03.jpg: is no picture of the training part; give keys such as a/00.jpg"),
+        ("a/03.jpg\nb/03.jpg\n", r"line 2: b/03.jpg: is no image of the training part; give keys such as a/00.jpg"),
         ("", "is empty"),
         ("a/03.jpg\na/04.jpg\n", "of one class"),
         (None, "cannot be read"),
@@ -59,10 +59,10 @@ def test_wrong_lists_are_one_line(tmp_path, folder, text, words):
     assert "\n" not in str(caught.value) and "--subset" in str(caught.value)
 
 
-def test_names_that_several_pictures_have(tmp_path, folder):
+def test_names_that_several_images_have(tmp_path, folder):
     (folder / "b" / "03.jpg").write_bytes((folder / "a" / "03.jpg").read_bytes())
     (tmp_path / "list.txt").write_text("03.jpg\nb/14.jpg\n")
-    with pytest.raises(UsageError, match=r"line 1: 03.jpg: 2 training pictures are called so"):
+    with pytest.raises(UsageError, match=r"line 1: 03.jpg: 2 training images are called so"):
         subsets(open_dataset(str(folder)), EvalConfig(subset=str(tmp_path / "list.txt")))
 
 
@@ -97,14 +97,14 @@ def test_episodes_are_those_of_a_nearest_centroid_classifier(monkeypatch):
         assert len(set(support[number].ravel())) == 100 and len(set(asked[number].ravel())) == 75
         theirs = NearestCentroid().fit(train[support[number].ravel()], own.ravel())
         assert right[number] == pytest.approx(theirs.score(test[asked[number].ravel()], other.ravel()))
-    # All classes and pictures come up, and no two episodes are alike.
+    # All classes and images come up, and no two episodes are alike.
     assert len(np.unique(labels[support[:, :, 0]])) == 7 and len(np.unique(support)) > 390
     assert len({tuple(row) for row in support.reshape(EPISODES, -1)}) == EPISODES
     assert (episodes(train, labels, test, wanted, 20, 0) == right).all()
     assert (episodes(train, labels, test, wanted, 20, 1) != right).any()
 
 
-def test_classes_with_too_few_pictures_are_not_drawn():
+def test_classes_with_too_few_images_are_not_drawn():
     (train, labels), (test, wanted) = vectors(400, 6, 0), vectors(300, 6, 1)
     few = labels.copy()
     few[np.flatnonzero(labels == 2)[19:]] = 0  # 19 are left

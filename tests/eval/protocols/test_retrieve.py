@@ -1,4 +1,4 @@
-"""Neighbours against brute force, the sheet against the pictures it must show."""
+"""Neighbours against brute force, the sheet against the images it must show."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from ktransfer.data.decoding import square
 from ktransfer.data.sheets import FRAME, GAP, MARGIN, SIDE, TEXT
-from ktransfer.errors import BrokenPicture, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.eval.arms import Arm, model_of
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import choose_layers, frozen_maps
@@ -36,7 +36,7 @@ def neighbours(parts, tmp_path):
 
 
 def test_precisions_are_those_of_brute_force(parts, tmp_path):
-    cell = retrieve.judge(ARM, parts, CONFIG, tmp_path / "eval" / "work-retrieve" / "random", CPU)["scores"]["conv2"]
+    cell = retrieve.evaluate(ARM, parts, CONFIG, tmp_path / "eval" / "work-retrieve" / "random", CPU)["scores"]["conv2"]
     near = neighbours(parts, tmp_path)
     alike = parts[0].targets[near] == parts[1].targets[:, None]
     for count in (1, 5, 10):
@@ -49,7 +49,7 @@ def test_precisions_are_those_of_brute_force(parts, tmp_path):
 def test_the_sheet_shows_queries_and_their_nearest(parts, tmp_path):
     config = replace(CONFIG, queries="4,17")
     home = tmp_path / "eval" / "work-retrieve"
-    found = retrieve.judge(ARM, parts, config, home / "random", CPU)
+    found = retrieve.evaluate(ARM, parts, config, home / "random", CPU)
     assert found["files"] == ["random-conv2.png"]
     sheet = np.asarray(Image.open(tmp_path / "eval" / "retrieve" / "random-conv2.png"))
     near = neighbours(parts, tmp_path)
@@ -62,13 +62,13 @@ def test_the_sheet_shows_queries_and_their_nearest(parts, tmp_path):
             for left in range(MARGIN, MARGIN + 11 * (SIDE + GAP), SIDE + GAP)
         ]
         wanted = [parts[1].read(row, SIDE), *(parts[0].read(place, SIDE) for place in near[row, :10])]
-        for cell, picture in zip(shown, wanted, strict=True):
-            assert (cell[inner, inner] == square(picture, SIDE)[inner, inner]).all()
+        for cell, image in zip(shown, wanted, strict=True):
+            assert (cell[inner, inner] == square(image, SIDE)[inner, inner]).all()
         framed = [tuple(cell[0, 0].tolist()) == FRAME for cell in shown]
         assert framed == [False, *(parts[0].targets[near[row, :10]] == parts[1].targets[row])]
 
 
-def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_pictures(parts, tmp_path):
+def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_images(parts, tmp_path):
     first, again, other = (retrieve.wanted_rows(replace(CONFIG, seed=seed), parts[1]) for seed in (0, 0, 1))
     assert first == again
     assert first[:3] != other[:3]
@@ -76,32 +76,34 @@ def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_pictures(parts,
 
     def read(row, side):
         if row in torn:
-            raise BrokenPicture("torn")
+            raise BrokenImage("torn")
         return parts[1].read(row, side)
 
     broken = parts[0], replace(parts[1], read=read)
     config = replace(CONFIG, max_broken=0.5)
-    found = retrieve.judge(ARM, broken, config, tmp_path / "eval" / "work-retrieve" / "a", CPU)
+    found = retrieve.evaluate(ARM, broken, config, tmp_path / "eval" / "work-retrieve" / "a", CPU)
     assert len(found["broken"]) == 2
     assert Image.open(tmp_path / "eval" / "retrieve" / "random-conv2.png").height == MARGIN + 3 * (TEXT + SIDE + MARGIN)
-    with pytest.raises(StageError, match=f"--queries {first[0]}: this picture cannot be read"):
-        retrieve.judge(ARM, broken, replace(config, queries=str(parts[1].keys[first[0]]) + ",3"), tmp_path / "w", CPU)
+    with pytest.raises(StageError, match=f"--queries {first[0]}: this image cannot be read"):
+        retrieve.evaluate(
+            ARM, broken, replace(config, queries=str(parts[1].keys[first[0]]) + ",3"), tmp_path / "w", CPU
+        )
 
 
 def test_shuffled_labels_stay_at_chance(parts, tmp_path):
     draws = np.random.default_rng(0)
     shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
-    cell = retrieve.judge(ARM, shuffled, CONFIG, tmp_path / "eval" / "work-retrieve" / "a", CPU)["scores"]["conv2"]
+    cell = retrieve.evaluate(ARM, shuffled, CONFIG, tmp_path / "eval" / "work-retrieve" / "a", CPU)["scores"]["conv2"]
     assert abs(cell["at10"] - 1 / 3) < 0.12
 
 
 @pytest.mark.parametrize("queries", ["-1", "nowhere", "1,x", ""])
 def test_misuse_is_one_line(parts, tmp_path, queries):
-    with pytest.raises(UsageError, match=r"--queries .*neither a number above 0 nor a test picture") as caught:
+    with pytest.raises(UsageError, match=r"--queries .*neither a number above 0 nor a test image") as caught:
         retrieve.check([ARM.network], parts, replace(CONFIG, queries=queries), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_few_pictures(painted, tmp_path):
-    with pytest.raises(UsageError, match="--protocol retrieve: 9 training pictures; it needs 10"):
+def test_few_images(painted, tmp_path):
+    with pytest.raises(UsageError, match="--protocol retrieve: 9 training images; it needs 10"):
         retrieve.check([ARM.network], (painted(9, 1), painted(9, 2)), replace(CONFIG, queries="1"), tmp_path)

@@ -1,4 +1,4 @@
-"""The robust protocol on pictures whose labels can be seen: what must fall falls, and nothing leaks."""
+"""The robust protocol on images whose labels can be seen: what must fall falls, and nothing leaks."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktransfer.errors import BrokenPicture, UsageError
+from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.corruptions import KINDS
@@ -22,7 +22,7 @@ CONFIG = EvalConfig(
     lrs="0.001,0.01",
     precision="float32",
     layers="conv1,conv3",
-    robust_pictures=24,
+    robust_images=24,
     robust_eps="2,40",
     robust_noise="0.3,1",
     robust_steps=5,
@@ -37,7 +37,7 @@ def parts(painted):
 
 @pytest.fixture(scope="module")
 def found(parts, tmp_path_factory):
-    return robust.judge(ARM, parts, CONFIG, tmp_path_factory.mktemp("robust") / "work", CPU)
+    return robust.evaluate(ARM, parts, CONFIG, tmp_path_factory.mktemp("robust") / "work", CPU)
 
 
 def counted(data):
@@ -53,7 +53,7 @@ def counted(data):
 def test_what_must_fall_falls(found):
     cells = found["scores"]
     assert cells["clean"]["top1"] > 0.9
-    assert cells["clean"]["pictures"] == 24
+    assert cells["clean"]["images"] == 24
     assert cells["clean"]["held_out"] > 0.8
     assert cells["clean"]["layer"] in ("conv1", "conv3")
     assert cells["corrupted"]["top1"] < cells["clean"]["top1"]
@@ -83,11 +83,11 @@ def test_mce_by_hand(found):
     other = {**found, "scores": {"corrupted": {}}, "hits": {kind: [5, 3] * 12 for kind in KINDS}}
     first = {**found, "scores": {"corrupted": {}}, "hits": {kind: [1, 1] * 12 for kind in KINDS}}
     first["hits"]["fog"] = [5] * 24  # no errors: counted as one
-    judged = {"random": first, "mine": other}
-    robust.relate(judged, CONFIG)
+    evaluated = {"random": first, "mine": other}
+    robust.relate(evaluated, CONFIG)
     assert "hits" not in first
     assert first["scores"]["corrupted"]["mce"] == pytest.approx(14 / 15)
-    mine = judged["mine"]["scores"]["corrupted"]
+    mine = evaluated["mine"]["scores"]["corrupted"]
     assert mine["mce"] == pytest.approx((14 * 0.25 + 24) / 15)  # 24 errors of 120 against 96 of 120
     assert mine["mce_reference"] == "random"
     assert mine["mce_interval"][0] < mine["mce"] < mine["mce_interval"][1]
@@ -121,20 +121,18 @@ def test_wrong_labels():
 
 def test_the_test_part_is_read_once_and_only_what_was_drawn(parts, tmp_path):
     test, rows = counted(parts[1])
-    config = replace(
-        CONFIG, epochs=1, robust_pictures=10, layers="conv1", lrs="0.01", robust_eps="1", robust_noise="0.5"
-    )
-    robust.judge(ARM, (parts[0], test), config, tmp_path / "a", CPU)
+    config = replace(CONFIG, epochs=1, robust_images=10, layers="conv1", lrs="0.01", robust_eps="1", robust_noise="0.5")
+    robust.evaluate(ARM, (parts[0], test), config, tmp_path / "a", CPU)
     assert len(rows) == len(set(rows)) == 10
     again, others = counted(parts[1])
-    robust.judge(ARM, (parts[0], again), replace(config, seed=1), tmp_path / "b", CPU)
+    robust.evaluate(ARM, (parts[0], again), replace(config, seed=1), tmp_path / "b", CPU)
     assert set(others) != set(rows)
 
 
 def test_labels_of_the_test_part_choose_nothing(parts, found, tmp_path):
-    """With the test labels moved by one, every right answer becomes wrong, and what was chosen stays."""
+    """With the test labels moved by one, every right prediction becomes wrong, and what was chosen stays."""
     moved = replace(parts[1], targets=((parts[1].targets + 1) % 3).astype(np.int32))
-    other = robust.judge(ARM, (parts[0], moved), CONFIG, tmp_path / "work", CPU)["scores"]
+    other = robust.evaluate(ARM, (parts[0], moved), CONFIG, tmp_path / "work", CPU)["scores"]
     for name in ("layer", "lr", "held_out"):
         assert other["clean"][name] == found["scores"]["clean"][name]
     assert other["clean"]["top1"] <= 1 - found["scores"]["clean"]["top1"]
@@ -143,8 +141,8 @@ def test_labels_of_the_test_part_choose_nothing(parts, found, tmp_path):
 def test_shuffled_labels_stay_at_chance(parts, tmp_path):
     draws = np.random.default_rng(0)
     shuffled = [replace(part, targets=draws.permutation(part.targets)) for part in parts]
-    config = replace(CONFIG, robust_pictures=0, robust_eps="1", robust_noise="0.5")
-    cells = robust.judge(ARM, tuple(shuffled), config, tmp_path / "work", CPU)["scores"]
+    config = replace(CONFIG, robust_images=0, robust_eps="1", robust_noise="0.5")
+    cells = robust.evaluate(ARM, tuple(shuffled), config, tmp_path / "work", CPU)["scores"]
     assert 1 / 3 - 0.25 < cells["clean"]["top1"] < 1 / 3 + 0.25
 
 
@@ -161,35 +159,35 @@ def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(robust, "FORWARD_BATCH", 10)
         patch.setattr(robust, "_told", once)
-        robust.judge(ARM, parts, CONFIG, tmp_path / "work", CPU)
+        robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
     monkeypatch.setattr(robust, "FORWARD_BATCH", 10)
-    again = robust.judge(ARM, parts, CONFIG, tmp_path / "work", CPU)
-    # Batches of another size than in `found`: the same answers.
+    again = robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
+    # Batches of another size than in `found`: the same predictions.
     assert again["hits"] == found["hits"]
     for column, cell in found["scores"].items():
         for name, value in cell.items():
             assert again["scores"][column][name] == pytest.approx(value, abs=1e-4), (column, name)
 
 
-def test_broken_pictures_are_left_out(parts, tmp_path):
+def test_broken_images_are_left_out(parts, tmp_path):
     def read(row, side):
         if row % 15 == 2:
-            raise BrokenPicture("torn")
+            raise BrokenImage("torn")
         return parts[1].read(row, side)
 
-    config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_pictures=0, max_broken=0.2, robust_eps="1")
-    found = robust.judge(ARM, (parts[0], replace(parts[1], read=read)), config, tmp_path / "work", CPU)
-    assert found["scores"]["clean"]["pictures"] == 42
+    config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_images=0, max_broken=0.2, robust_eps="1")
+    found = robust.evaluate(ARM, (parts[0], replace(parts[1], read=read)), config, tmp_path / "work", CPU)
+    assert found["scores"]["clean"]["images"] == 42
     assert found["broken"] == [f"painted2/{row}: torn" for row in (2, 17, 32)]
 
 
-def test_a_batch_without_a_readable_picture(parts, tmp_path, monkeypatch):
-    """45 pictures in batches of 11: the third batch and the last, of one picture, are broken altogether."""
+def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
+    """45 images in batches of 11: the third batch and the last, of one image, are broken altogether."""
     torn = {*range(22, 33), 44}
 
     def read(row, side):
         if row in torn:
-            raise BrokenPicture("torn")
+            raise BrokenImage("torn")
         return parts[1].read(row, side)
 
     told, calls = robust._told, []
@@ -201,15 +199,15 @@ def test_a_batch_without_a_readable_picture(parts, tmp_path, monkeypatch):
         return told(*args)
 
     broken = replace(parts[1], read=read)
-    config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_pictures=0, max_broken=0.3, robust_eps="1")
+    config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_images=0, max_broken=0.3, robust_eps="1")
     monkeypatch.setattr(robust, "FORWARD_BATCH", 11)
-    whole = robust.judge(ARM, (parts[0], broken), config, tmp_path / "whole", CPU)
-    assert whole["scores"]["clean"]["pictures"] == 33
+    whole = robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "whole", CPU)
+    assert whole["scores"]["clean"]["images"] == 33
     assert [line.split(":")[0] for line in whole["broken"]] == [f"painted2/{row}" for row in sorted(torn)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(robust, "_told", killed)
-        robust.judge(ARM, (parts[0], broken), config, tmp_path / "work", CPU)
-    assert robust.judge(ARM, (parts[0], broken), config, tmp_path / "work", CPU) == whole
+        robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU)
+    assert robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU) == whole
     assert calls == [list(range(11)), list(range(11, 22))]
 
 
@@ -230,7 +228,7 @@ def test_misuse_is_one_line(parts, tmp_path, options, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_best_layer_and_rate_are_chosen_on_held_out_pictures(parts, tmp_path):
+def test_the_best_layer_and_rate_are_chosen_on_held_out_images(parts, tmp_path):
     """Shuffled labels, so that luck decides: one by one, the same heads tell as many, and the luckiest was taken."""
     train = replace(parts[0], targets=np.random.default_rng(3).permutation(parts[0].targets))
     config = replace(CONFIG, epochs=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import masks, segmentation
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
@@ -57,7 +57,7 @@ def test_wrong_data_is_found_before_the_work(small_student, tmp_path, monkeypatc
     with pytest.raises(UsageError, match="boxes alone"):
         evaluate(small_student, **(SMALL | {"labelled": str(tmp_path / "s")}))
     monkeypatch.setattr(masks, "available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match="--canvas 64: the masks of 24 pictures"):
+    with pytest.raises(UsageError, match="--canvas 64: the masks of 24 images"):
         evaluate(small_student, **SMALL)
 
 
@@ -69,7 +69,7 @@ def test_summary_is_that_of_one_confusion_matrix():
     assert found["mIoU_interval"][0] < found["mIoU"] < found["mIoU_interval"][1]
 
 
-def test_masks_of_other_pictures_teach_nothing_and_the_test_part_is_read_once(tmp_path, monkeypatch):
+def test_masks_of_other_images_teach_nothing_and_the_test_part_is_read_once(tmp_path, monkeypatch):
     train, test = segment.open_data("scenes:images=24,size=64")
     labels = np.random.default_rng(0).integers(0, 12, 24)
     shuffled = tuple(
@@ -77,17 +77,17 @@ def test_masks_of_other_pictures_teach_nothing_and_the_test_part_is_read_once(tm
     )
     object.__setattr__(train, "objects", shuffled)
     asked = []
-    real = Pictures.batches
+    real = ImageLoader.batches
     monkeypatch.setattr(
-        Pictures,
+        ImageLoader,
         "batches",
         lambda self, rows: real(self, (asked.append((self.dataset.name, one.tolist())) or one for one in rows)),
     )
     config = EvalConfig(**(SMALL | {"weight_decay": 1e-4, "trunk": "full", "epochs": 10, "lr": 0.05}))
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    found = segment.judge(arm, (train, test), config, tmp_path / "work", torch.device("cpu"))
+    found = segment.evaluate(arm, (train, test), config, tmp_path / "work", torch.device("cpu"))
     cell = found["scores"]["full"]
-    # Objects cover a fifth of a picture: background everywhere has 1/13 at best, and nothing to tell classes by.
+    # Objects cover a fifth of an image: background everywhere has 1/13 at best, and nothing to tell classes by.
     assert (
         cell["mIoU"] < 0.2
         and np.mean([value for name, value in cell["classes"].items() if name != "background"]) < 0.12

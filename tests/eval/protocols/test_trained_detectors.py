@@ -1,4 +1,4 @@
-"""Detectors that selftrain finished, judged as they are; the runs are made by the command line."""
+"""Detectors that selftrain finished, evaluated as they are; the runs are made by the command line."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def result(run):
     return json.loads((run / "eval" / "detect.json").read_text())
 
 
-def test_the_line_judges_teacher_and_student(made):
+def test_the_line_evaluates_teacher_and_student(made):
     found = result(made)
     assert found["protocol"] == "detect/2 finished" and found["schema"] == 2
     assert list(found["arms"]) == ["teacher", "student"]
@@ -64,7 +64,7 @@ def test_given_again_it_is_done_and_what_changed_is_refused_before_the_line_begi
         stages.refuse_changes(stages.plan(anew, copy), copy)
 
 
-def test_other_pictures_other_runs_and_a_threshold(made, copy):
+def test_other_images_other_runs_and_a_threshold(made, copy):
     shutil.copytree(copy / "selftrain", copy.parent / "second" / "selftrain")
     path = evaluate(
         copy,
@@ -93,8 +93,8 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
 
     fails("holds no finished network", tmp_path / "none", labelled=SCENES)
     fails("scores is missing; make it first: .* selftrain", tmp_path / "none", labelled=SCENES, trunk="finished")
-    fails("no labelled pictures given", tmp_path / "none", trunk="finished")
-    fails("no labelled pictures given", protocol="linear")
+    fails("no labelled images given", tmp_path / "none", trunk="finished")
+    fails("no labelled images given", protocol="linear")
     fails("--supervised: finished detectors", supervised=True)
     fails("--test-scales 9: must be", test_scales="9")
     fails(r"^--precision, --canvas: not read by detect of finished detectors \(", canvas=64, precision="float32")
@@ -103,11 +103,11 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
         fails("holds no finished network", trunk=told, labelled=SCENES)
     fails("scores is missing", beside=str(tmp_path / "none"))
     strange = tmp_path / "boxes.json"
-    pictures = [{"id": n, "file_name": f"{n}.jpg", "width": 9, "height": 9} for n in range(9)]
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 9, "height": 9} for n in range(9)]
     notes = [{"id": n, "image_id": n, "category_id": 1, "bbox": [1, 1, 5, 5]} for n in range(9)]
-    held = {"images": pictures, "annotations": notes, "categories": [{"id": 1, "name": "cow"}]}
+    held = {"images": images, "annotations": notes, "categories": [{"id": 1, "name": "cow"}]}
     strange.write_text(json.dumps(held))
-    for one in pictures:
+    for one in images:
         Image.new("RGB", (9, 9)).save(tmp_path / one["file_name"])
     fails("has other classes than the detectors tell", labelled=str(strange))
     line = [("selftrain", SMALL), ("eval", {"protocol": "detect", "labelled": str(strange)})]

@@ -11,9 +11,9 @@ from tiny import SELFTRAIN
 from torch import nn
 
 from ktransfer.detection import canvas, saved
-from ktransfer.detection.answers import Answer, detect
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_detection
+from ktransfer.detection.predictions import Prediction, detect
 from ktransfer.detection.saved import Described
 from ktransfer.networks import Network
 from ktransfer.retrain import selftrain
@@ -28,7 +28,7 @@ class Seer(nn.Module):
     """In place of a detector: finds a red, a green and a blue square by their pixels; some otherwise than they are.
 
     The green one's sides are told wrong by a share of its size that differs from call to call, the blue one is not
-    seen where it is not as large as in the picture itself.
+    seen where it is not as large as in the image itself.
     """
 
     def __init__(self, wrong):
@@ -61,12 +61,12 @@ class Seer(nn.Module):
 
 @pytest.fixture
 def data(monkeypatch):
-    """Two pictures with the three squares on black."""
+    """Two images with the three squares on black."""
     whole = open_detection(f"scenes:images=12,size={SIZE}")[0]
-    picture = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
     for channel, (x1, y1, x2, y2) in enumerate(PLACES.astype(int)):
-        picture[y1:y2, x1:x2, channel] = 255
-    return replace(whole, read=lambda row, short_side: picture)
+        image[y1:y2, x1:x2, channel] = 255
+    return replace(whole, read=lambda row, short_side: image)
 
 
 def test_boxes_that_stay_that_move_and_that_vanish(data):
@@ -75,11 +75,11 @@ def test_boxes_that_stay_that_move_and_that_vanish(data):
     wrong[0] = 0
     model, settings = Seer(torch.from_numpy(wrong)), Settings(threshold=0.5)
     source = canvas.canvases(data, SIZE, 1, cache="off")
-    answers = detect(model, data, source, rows, SIZE, settings, CPU)
-    assert np.allclose(answers[3].boxes, PLACES)
-    nothing = Answer(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    answers[5] = nothing
-    found = box_jitter.spreads(model, data, source, answers, SIZE, settings, CPU, seed=7)
+    predictions = detect(model, data, source, rows, SIZE, settings, CPU)
+    assert np.allclose(predictions[3].boxes, PLACES)
+    nothing = Prediction(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    predictions[5] = nothing
+    found = box_jitter.spreads(model, data, source, predictions, SIZE, settings, CPU, seed=7)
     assert model.seen == [0.5] + [0.25] * box_jitter.VIEWS
     assert sorted(found) == [3, 8]
     flips, scales = [], []
@@ -96,21 +96,21 @@ def test_boxes_that_stay_that_move_and_that_vanish(data):
             sides.append([-right, top, -left, bottom] if flips[view][number] else [left, top, right, bottom])
         by_hand = np.std([[0, 0, 0, 0], *sides], axis=0).mean() / ((width + height) / 2)
         spread = found[row].numpy()
-        assert spread[0] < 0.03  # whole pixels of a smaller picture
+        assert spread[0] < 0.03  # whole pixels of a smaller image
         assert spread[1] == pytest.approx(by_hand, abs=0.03)
         assert spread[1] > 0.04
         assert np.isinf(spread[2])
-    kept, dropped = box_jitter.steady(answers, found, 0.03)
+    kept, dropped = box_jitter.steady(predictions, found, 0.03)
     assert dropped == 4
     assert [kept[row].labels.tolist() for row in (3, 8, 5)] == [[0], [0], []]
-    assert torch.equal(kept[3].boxes, answers[3].boxes[:1])
-    assert box_jitter.steady(answers, found, 1.0)[1] == 2
+    assert torch.equal(kept[3].boxes, predictions[3].boxes[:1])
+    assert box_jitter.steady(predictions, found, 1.0)[1] == 2
 
 
-def test_a_box_that_ends_at_the_edge_of_its_picture_does_not_move(data):
-    """The green square stands on the lower edge of a picture that is lower than the canvas, and is told higher.
+def test_a_box_that_ends_at_the_edge_of_its_image_does_not_move(data):
+    """The green square stands on the lower edge of an image that is lower than the canvas, and is told higher.
 
-    What reaches over the edge is cut in the answer; so it is in the views, where the canvas goes on beyond it.
+    What reaches over the edge is cut in the prediction; so it is in the views, where the canvas goes on beyond it.
     """
     low = np.zeros((40, SIZE, 3), np.uint8)
     for channel, (x1, y1, x2, y2) in enumerate([(4, 8, 20, 24), (40, 16, 64, 40), (20, 2, 44, 26)]):
@@ -120,10 +120,10 @@ def test_a_box_that_ends_at_the_edge_of_its_picture_does_not_move(data):
     wrong[:, :, 3] = 0.6
     rows, settings, source = torch.tensor([3, 8]), Settings(threshold=0.5), canvas.canvases(data, SIZE, 1, cache="off")
     model = Seer(wrong)
-    answers = detect(model, data, source, rows, SIZE, settings, CPU)
-    assert np.allclose(answers[3].boxes[1], [40, 16, 64, 40])
-    found = box_jitter.spreads(model, data, source, answers, SIZE, settings, CPU, seed=7)
-    assert max(float(found[row][1]) for row in (3, 8)) < 0.03  # whole pixels of a smaller picture
+    predictions = detect(model, data, source, rows, SIZE, settings, CPU)
+    assert np.allclose(predictions[3].boxes[1], [40, 16, 64, 40])
+    found = box_jitter.spreads(model, data, source, predictions, SIZE, settings, CPU, seed=7)
+    assert max(float(found[row][1]) for row in (3, 8)) < 0.03  # whole pixels of a smaller image
 
 
 def test_only_the_same_class_stands_for_a_box():
@@ -142,14 +142,14 @@ def test_a_detector_that_is_shown_the_same_again_says_the_same(kind, monkeypatch
     settings = Settings(kind, threshold=0.0, most=20, proposals=50)
     described = Described(network, detecting.NECKS[kind], settings, data.classes, SIZE, 16)
     model, source = saved.make(described, 0), canvas.canvases(data, SIZE, 1, cache="off")
-    answers = detect(model, data, source, torch.tensor([3, 8]), SIZE, settings, CPU)
-    assert [len(answer.scores) for answer in answers.values()] == [20, 20]
+    predictions = detect(model, data, source, torch.tensor([3, 8]), SIZE, settings, CPU)
+    assert [len(prediction.scores) for prediction in predictions.values()] == [20, 20]
 
     def still(rows, extents, size, *_):
         return canvas.Jitter(torch.ones(2), torch.zeros(2, 2), torch.tensor([False, False]), extents, size)
 
     monkeypatch.setattr(box_jitter.canvas, "draw_jitter", still)
-    found = box_jitter.spreads(model, data, source, answers, SIZE, settings, CPU, seed=0)
+    found = box_jitter.spreads(model, data, source, predictions, SIZE, settings, CPU, seed=0)
     assert all((spread < 1e-4).all() for spread in found.values())
 
 

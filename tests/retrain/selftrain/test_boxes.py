@@ -10,9 +10,9 @@ import torch
 from ktransfer.data import scenes
 from ktransfer.data.opening import open_dataset
 from ktransfer.detection import masks
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.data import Objects
 from ktransfer.detection.opening import open_detection
+from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import UsageError
 from ktransfer.retrain.selftrain import boxes
 
@@ -22,19 +22,19 @@ def data():
     return open_detection("scenes:images=12,size=64")[0]
 
 
-def answers(data):
+def predictions(data):
     """Two boxes in row 0, one in row 2, none in row 5."""
     some = torch.tensor([[4.0, 5.0, 30.5, 40.25], [10.0, 10.0, 20.0, 20.0]])
     return {
-        0: Answer(some, torch.tensor([0.9, 0.55]), torch.tensor([3, 4])),
-        2: Answer(some[1:], torch.tensor([0.51]), torch.tensor([4])),
-        5: Answer(some[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)),
+        0: Prediction(some, torch.tensor([0.9, 0.55]), torch.tensor([3, 4])),
+        2: Prediction(some[1:], torch.tensor([0.51]), torch.tensor([4])),
+        5: Prediction(some[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64)),
     }
 
 
 @pytest.fixture
 def path(data, tmp_path):
-    boxes.write(tmp_path / "pseudo.json", data, answers(data), {"threshold": 0.5})
+    boxes.write(tmp_path / "pseudo.json", data, predictions(data), {"threshold": 0.5})
     return tmp_path / "pseudo.json"
 
 
@@ -50,15 +50,15 @@ def test_there_and_back(data, path):
 
 @pytest.mark.parametrize("outlined", [False, True])
 def test_parts_become_what_would_have_been_written_at_once(data, tmp_path, outlined):
-    found = answers(data)
+    found = predictions(data)
     held = {row: [masks.encoded(np.eye(64, k=row) > 0)] * len(one.scores) for row, one in found.items()}
     outlines = held if outlined else None
     boxes.write(tmp_path / "whole.json", data, found, {"threshold": 0.5}, outlines)
     parts = [tmp_path / f"{row}.json" for row in (0, 2, 5, 7)]
     for row, part in zip((0, 2, 5, 7), parts, strict=True):
         mine = {row: found[row]} if row in found else {}
-        boxes.write(part, data, mine, {"pictures": len(mine), "late": row == 7}, outlines)
-    assert boxes.join(tmp_path / "joined.json", parts, {"threshold": 0.5}) == {"pictures": 3, "late": 1}
+        boxes.write(part, data, mine, {"images": len(mine), "late": row == 7}, outlines)
+    assert boxes.join(tmp_path / "joined.json", parts, {"threshold": 0.5}) == {"images": 3, "late": 1}
     assert (tmp_path / "joined.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
@@ -90,7 +90,7 @@ def test_boxes_of_others_have_no_scores(data, path):
     ("change", "words"),
     [
         (lambda held: held.pop("images"), "lacks 'images'"),
-        (lambda held: held["images"][0].update(file_name="../x"), "1 of its pictures are not those of"),
+        (lambda held: held["images"][0].update(file_name="../x"), "1 of its images are not those of"),
         (lambda held: held["categories"][0].update(name="cow"), "classes are not those of .* such as cow"),
         (lambda held: held["annotations"][0].update(bbox=["a", 0, 1, 1]), "annotation is not as COCO's"),
         (lambda held: held["annotations"][0].update(category_id=99), "annotation is not as COCO's"),
@@ -126,7 +126,7 @@ def test_numbers_may_be_text_and_crowds_are_not_learned(data, path):
     assert found.objects[0].boxes.tolist() == [[4.0, 5.0, 30.5, 40.25]]
 
 
-def test_pictures_of_the_test_part_are_known_by_name_and_pixels(tmp_path):
+def test_images_of_the_test_part_are_known_by_name_and_pixels(tmp_path):
     scenes.write_scenes(tmp_path / "s", 24, 64)
     _, test = open_detection(str(tmp_path / "s" / "train.json"))
     plain = open_dataset(str(tmp_path / "s" / "train"))
@@ -139,16 +139,16 @@ def test_pictures_of_the_test_part_are_known_by_name_and_pixels(tmp_path):
 
 
 def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
-    """Scores of class k at 0.5, 0.51, ...; labelled pictures hold so many of it that a known share passes."""
-    pictures = boxes.without_boxes(data, data)
+    """Scores of class k at 0.5, 0.51, ...; labelled images hold so many of it that a known share passes."""
+    images = boxes.without_boxes(data, data)
     place = torch.tensor([[1.0, 1.0, 9.0, 9.0]])
     made = {
-        row: Answer(place.repeat(12, 1), torch.full((12,), 0.5 + row / 100), torch.arange(12))
+        row: Prediction(place.repeat(12, 1), torch.full((12,), 0.5 + row / 100), torch.arange(12))
         for row in range(len(data))
     }
-    boxes.write(tmp_path / "p.json", pictures, made, {})
-    found = boxes.adaptive_thresholds(data, tmp_path / "p.json", pictures, 0.5)
-    kept = boxes.read(tmp_path / "p.json", pictures, found)[0]
+    boxes.write(tmp_path / "p.json", images, made, {})
+    found = boxes.adaptive_thresholds(data, tmp_path / "p.json", images, 0.5)
+    kept = boxes.read(tmp_path / "p.json", images, found)[0]
     own = boxes.count(data.objects, 12)
     for label, number in enumerate(boxes.count(kept.objects, 12)):
         assert number == min(own[label], len(data)) or found[label] == 0.5
@@ -158,10 +158,10 @@ def test_adaptive_thresholds_leave_as_many_boxes_as_labels(data, tmp_path):
     twice = Objects(*(np.concatenate([part, part]) for part in one[:5]), one.outlines * 2)
     crowds = twice._replace(crowd=np.arange(len(twice.labels)) >= len(one.labels))
     around = replace(data, objects=(crowds, *data.objects[1:]))
-    assert boxes.adaptive_thresholds(around, tmp_path / "p.json", pictures, 0.5).tolist() == found.tolist()
+    assert boxes.adaptive_thresholds(around, tmp_path / "p.json", images, 0.5).tolist() == found.tolist()
 
 
-def test_sizes_of_pictures_without_any_statement(folder):
+def test_sizes_of_images_without_any_statement(folder):
     plain = open_dataset(str(folder))
     like = open_detection("scenes:images=12,size=64")[0]
     found = boxes.without_boxes(plain, like)
@@ -174,8 +174,8 @@ def test_sizes_of_pictures_without_any_statement(folder):
             assert (width, height) == boxes.UNREADABLE
 
 
-def test_pictures_of_a_vocdevkit_are_known_by_their_names_without_ending(tmp_path):
-    """Its keys have no ending; the unlabelled pictures are often its whole JPEGImages."""
+def test_images_of_a_vocdevkit_are_known_by_their_names_without_ending(tmp_path):
+    """Its keys have no ending; the unlabelled images are often its whole JPEGImages."""
     scenes.write_scenes(tmp_path / "s", 12, 64)
     _, test = open_detection(str(tmp_path / "s"))
     keys = tuple(f"VOC2007/{key.rsplit('/', 1)[-1].rsplit('.', 1)[0]}" for key in test.keys)

@@ -1,4 +1,4 @@
-"""Early stopping of a self-training: who judges, what is kept, and kills."""
+"""Early stopping of a self-training: who evaluates, what is kept, and kills."""
 
 import json
 from types import SimpleNamespace
@@ -11,9 +11,9 @@ from tiny import SELFTRAIN
 
 from ktransfer.data import scenes
 from ktransfer.detection import canvas, metrics, saved
-from ktransfer.detection.answers import detect
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_detection
+from ktransfer.detection.predictions import detect
 from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import SelftrainConfig, selftrain
 from ktransfer.retrain.selftrain import early_stopping
@@ -59,15 +59,17 @@ def test_what_is_held_out_is_not_learned_and_gives_the_number(made, name):
     model, _ = saved.load(folder / name / WEIGHTS)
     places = torch.tensor([whole.ids.index(number) for number in held])
     source = canvas.canvases(whole, 64, cache="off")
-    answers = detect(model, whole, source, places, 64, Settings(), torch.device("cpu"))
-    found = metrics.coco_scores(whole, answers)
+    predictions = detect(model, whole, source, places, 64, Settings(), torch.device("cpu"))
+    found = metrics.coco_scores(whole, predictions)
     assert record["result"]["held-out AP"] == pytest.approx(found["AP"], abs=1e-6)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    judged = [line[early_stopping.MEASURE] for line in lines if early_stopping.MEASURE in line]
-    best = np.argmax(judged) + 1 if max(judged) > 0 else len(judged)  # before anything is found the last is the best
-    assert (len(judged), best) == (record["result"]["passes"], record["result"]["best pass"])
-    assert max(judged) == pytest.approx(found["AP"], abs=1e-6)
-    assert max(judged) > 0 or name == "student"  # which learns too little in twelve steps of two kinds of boxes
+    evaluated = [line[early_stopping.MEASURE] for line in lines if early_stopping.MEASURE in line]
+    best = (
+        np.argmax(evaluated) + 1 if max(evaluated) > 0 else len(evaluated)
+    )  # before anything is found the last is the best
+    assert (len(evaluated), best) == (record["result"]["passes"], record["result"]["best pass"])
+    assert max(evaluated) == pytest.approx(found["AP"], abs=1e-6)
+    assert max(evaluated) > 0 or name == "student"  # which learns too little in twelve steps of two kinds of boxes
 
 
 @pytest.mark.parametrize(("where", "when"), [("teacher", 8), ("student", 5)])
@@ -95,8 +97,8 @@ def test_killed_it_ends_with_the_same_bytes(made, tmp_path, monkeypatch, where, 
 def test_it_stops_with_the_weights_of_the_best_pass(tmp_path, monkeypatch):
     """With a constant rate these are the weights of a training that is only so long."""
     told = iter([0.2, 0.3, 0.1, 0.3, 0.4, 0.1, 0.1, 0.1, 0.2])
-    judge = SimpleNamespace(coco_scores=lambda *_: {"AP": next(told), "AP50": 0.5})
-    monkeypatch.setattr(early_stopping, "metrics", judge)
+    evaluate = SimpleNamespace(coco_scores=lambda *_: {"AP": next(told), "AP50": 0.5})
+    monkeypatch.setattr(early_stopping, "metrics", evaluate)
     options = SMALL | {"patience": 2, "schedule": "constant", "warmup": 0.0}
     folder = selftrain(tmp_path / "run", **options).parent
     results = [json.loads((folder / "stage.json").read_text())[name]["result"] for name in ("teacher", "student")]
@@ -114,24 +116,24 @@ def test_without_patience_nothing_is_held_out(tmp_path):
     held = early_stopping.rows(data, SelftrainConfig(patience=1, held_out=0.25, seed=3))
     assert len(held) == 4
     assert set(early_stopping.rows(data, SelftrainConfig(patience=1, held_out=0.125, seed=3))) < set(held)
-    learned, judging = early_stopping.divided(torch.tensor([5, 3, *held.tolist(), 2]), held)
-    assert judging.tolist() == held.tolist()
+    learned, evaluating = early_stopping.divided(torch.tensor([5, 3, *held.tolist(), 2]), held)
+    assert evaluating.tolist() == held.tolist()
     assert learned.tolist() == [row for row in (5, 3, 2) if row not in held]
 
 
-def test_too_few_pictures_are_one_line(tmp_path):
-    with pytest.raises(UsageError, match=r"--patience: no box among the 0 other ones of 1 labelled pictures; change"):
+def test_too_few_images_are_one_line(tmp_path):
+    with pytest.raises(UsageError, match=r"--patience: no box among the 0 other ones of 1 labelled images; change"):
         selftrain(tmp_path / "run", **(SMALL | {"fraction": 0.05}))
     assert not (tmp_path / "run" / "selftrain").exists()
     data, _ = open_detection(SCENES)
     nothing = torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(StageError, match="no box in the held-out pictures that can be read"):
+    with pytest.raises(StageError, match="no box in the held-out images that can be read"):
         early_stopping.stopping(None, data, None, nothing, SelftrainConfig(patience=1), None, tmp_path)
 
 
 @pytest.mark.parametrize("methods", ["self", "joint"])
-def test_pictures_that_are_held_out_and_unlabelled_too_teach_nothing(tmp_path, monkeypatch, capsys, methods):
-    """Labelled and unlabelled pictures are the same folder: pseudo-boxes would teach those that judge."""
+def test_images_that_are_held_out_and_unlabelled_too_teach_nothing(tmp_path, monkeypatch, capsys, methods):
+    """Labelled and unlabelled images are the same folder: pseudo-boxes would teach those that evaluate."""
     scenes.write_scenes(tmp_path / "s", 12, 64)
     seen, original = set(), loop.fit
 
@@ -149,4 +151,4 @@ def test_pictures_that_are_held_out_and_unlabelled_too_teach_nothing(tmp_path, m
     numbers = json.loads((folder / "teacher" / early_stopping.IDS).read_text())
     held = {whole.keys[whole.ids.index(number)].rsplit("/", 1)[-1] for number in numbers}
     assert len(held) == 3 and len(seen) == 9 and not held & seen
-    assert "3 of the unlabelled pictures are held out" in capsys.readouterr().err
+    assert "3 of the unlabelled images are held out" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_the_student_weighs_both_halves():
     assert int(sums["objects"]) == sum(len(one.labels) for one in data.objects)
 
 
-def test_a_picture_whose_objects_are_moved_out_has_none():
+def test_an_image_whose_objects_are_moved_out_has_none():
     data, _ = instances.open_data("scenes:images=12,size=64")
     known, _ = instances.known(data, SelftrainConfig(size=64), torch.device("cpu"))
     away = geometry.shift(torch.tensor([[100.0, 0.0]]))

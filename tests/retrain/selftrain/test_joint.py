@@ -119,7 +119,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, copy, monkeypa
 
 @pytest.fixture
 def parts():
-    """A model, its loss, and a batch of two labelled pictures and three with classes."""
+    """A model, its loss, and a batch of two labelled images and three with classes."""
     labelled = open_detection("scenes:images=4,size=64")[0]
     others = open_dataset("scenes:images=6,size=64,seed=1")
     data = student.joined(labelled, boxes.without_boxes(others, labelled))
@@ -189,7 +189,7 @@ def test_it_learns_classes_by_heart(parts):
     assert np.mean(found[-8:]) < 0.7 * np.mean(found[:4])
 
 
-def test_pictures_of_the_test_part_and_broken_ones_teach_nothing(tmp_path, monkeypatch):
+def test_images_of_the_test_part_and_broken_ones_teach_nothing(tmp_path, monkeypatch):
     scenes.write_scenes(tmp_path / "s", 16, 64)
     test = open_detection(str(tmp_path / "s"))[1]
     folder = tmp_path / "mine" / "class"
@@ -219,7 +219,7 @@ def test_pictures_of_the_test_part_and_broken_ones_teach_nothing(tmp_path, monke
     assert record["result"]["of a class"] == 8 and len(record["broken"]) == 1
     for path in (tmp_path / "mine").rglob("other*.png"):
         path.write_bytes(b"")
-    with pytest.raises(StageError, match="joint: none of the pictures with classes can be read"):
+    with pytest.raises(StageError, match="joint: none of the images with classes can be read"):
         selftrain(tmp_path / "none", **options | {"max_broken": 1.0})
 
 
@@ -243,7 +243,7 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
         (ALONE | {"rounds": 2}, "--rounds: is not for --methods joint alone; leave it away"),
         (ALONE | {"empty": "drop"}, "--empty: is not for --methods joint alone"),
         ({"methods": "joint"}, "--threshold: is not for --methods joint alone"),
-        ({"unlabelled": None}, "the pictures without boxes have no classes for --methods joint"),
+        ({"unlabelled": None}, "the images without boxes have no classes for --methods joint"),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
@@ -264,7 +264,7 @@ def test_in_a_study_it_is_a_method(made, tmp_path):
     (tmp_path / "recipe.toml").write_text(f"[selftrain]\n{lines}\n[grid]\nfraction = [0.5]\n")
     shutil.copytree(made, tmp_path / "out" / "cells" / "fraction-0.5")
     text = study.study(tmp_path / "recipe.toml", tmp_path / "out").read_text()
-    assert "| AP % | labelled pictures alone | with self-training | with joint training |" in text
+    assert "| AP % | labelled images alone | with self-training | with joint training |" in text
     assert "| ImageNet Init | 33.3 | 36.0 | 34.0 | 36.6 |" in text
 
 

@@ -1,4 +1,4 @@
-"""Labelling: what a teacher is shown, what of it is kept when it is killed, and which pictures are left out."""
+"""Labelling: what a teacher is shown, what of it is kept when it is killed, and which images are left out."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from ktransfer.data import scenes
 from ktransfer.detection import saved
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_detection
-from ktransfer.errors import BrokenPicture, StageError
+from ktransfer.errors import BrokenImage, StageError
 from ktransfer.networks import Network
 from ktransfer.retrain import selftrain
 from ktransfer.retrain.selftrain import detecting, stage
@@ -34,7 +34,7 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """Scenes as files, 16 to learn and some to test; the first eight to learn are broken."""
     scenes.write_scenes(tmp_path / "s", 16, 64)
     for key in open_detection(str(tmp_path / "s"))[0].keys[:8]:
@@ -42,8 +42,8 @@ def pictures(tmp_path):
     return tmp_path / "s"
 
 
-def test_broken_pictures_are_in_no_batch(pictures, tmp_path, monkeypatch):
-    options = SMALL | {"labelled": str(pictures), "fraction": 1.0, "unlabelled": "scenes:images=8,size=64,seed=1"}
+def test_broken_images_are_in_no_batch(images, tmp_path, monkeypatch):
+    options = SMALL | {"labelled": str(images), "fraction": 1.0, "unlabelled": "scenes:images=8,size=64,seed=1"}
     seen, original = {}, loop.fit
 
     def fit(model, loss, source, batches, *rest):
@@ -54,26 +54,26 @@ def test_broken_pictures_are_in_no_batch(pictures, tmp_path, monkeypatch):
     folder = selftrain(tmp_path / "run", **options, max_broken=0.5).parent
     assert seen == {"teacher": set(range(8, 16)), "student": set(range(8, 24))}
     assert (folder / "student" / "augmented.png").is_file()
-    with pytest.raises(StageError, match="8 of 16 pictures"):
+    with pytest.raises(StageError, match="8 of 16 images"):
         selftrain(tmp_path / "strict", **options)
 
 
-def test_too_many_broken_pictures_stop_labelling_and_judging(teacher, pictures, tmp_path):
-    options = SMALL | {"unlabelled": str(pictures / "train")}
+def test_too_many_broken_images_stop_labelling_and_evaluating(teacher, images, tmp_path):
+    options = SMALL | {"unlabelled": str(images / "train")}
     config, data, _ = stage.check(tmp_path / "run", options)
     device = torch.device("cpu")
-    with pytest.raises(StageError, match="8 of 16 pictures"):
+    with pytest.raises(StageError, match="8 of 16 images"):
         stage._label(tmp_path / "run", config, data, device, teacher, "")
-    data = data._replace(test=open_detection(str(pictures))[0])
-    with pytest.raises(StageError, match="8 of 16 pictures"):
-        stage._judge(tmp_path / "run", config, data, device, {"teacher": teacher})
+    data = data._replace(test=open_detection(str(images))[0])
+    with pytest.raises(StageError, match="8 of 16 images"):
+        stage._evaluate(tmp_path / "run", config, data, device, {"teacher": teacher})
 
 
-def test_a_labelling_that_is_killed_goes_on(teacher, pictures, tmp_path, monkeypatch):
-    """Half of the pictures are broken: those of the first part, and of the second, which is killed, in turns."""
+def test_a_labelling_that_is_killed_goes_on(teacher, images, tmp_path, monkeypatch):
+    """Half of the images are broken: those of the first part, and of the second, which is killed, in turns."""
     seen, whole = [], []
-    options = SMALL | {"unlabelled": str(pictures / "train"), "max_broken": 0.5, "jitter_filter": 100.0}
-    original, read, record = detecting.detect, pictures_read(whole), {}
+    options = SMALL | {"unlabelled": str(images / "train"), "max_broken": 0.5, "jitter_filter": 100.0}
+    original, read, record = detecting.detect, images_read(whole), {}
 
     def labelled(run, killed=None):
         def detect(model, data, source, rows, *rest, **more):
@@ -102,10 +102,10 @@ def test_a_labelling_that_is_killed_goes_on(teacher, pictures, tmp_path, monkeyp
     assert len(record["at once"]["broken"]) == 8
     for fact in ("broken", "result"):
         assert record["killed"][fact] == record["at once"][fact]
-    assert record["killed"]["result"]["pictures"] == 8 and record["killed"]["result"]["boxes"] > 0
+    assert record["killed"]["result"]["images"] == 8 and record["killed"]["result"]["boxes"] > 0
 
 
-def pictures_read(whole):
+def images_read(whole):
     """`open_dataset` that notes the rows whose size is asked for."""
 
     def opened(spec, original=stage.open_dataset):
@@ -121,8 +121,8 @@ def pictures_read(whole):
     return opened
 
 
-def test_pictures_of_the_test_part_are_not_labelled(teacher, pictures, tmp_path, capsys):
-    options = SMALL | {"labelled": str(pictures / "train.json"), "unlabelled": str(pictures / "train")}
+def test_images_of_the_test_part_are_not_labelled(teacher, images, tmp_path, capsys):
+    options = SMALL | {"labelled": str(images / "train.json"), "unlabelled": str(images / "train")}
     config, data, _ = stage.check(tmp_path / "run", options | {"max_broken": 0.9})
     path = stage._label(tmp_path / "run", config, data, torch.device("cpu"), teacher, "")
     listed = {one["file_name"].rsplit("/", 1)[-1] for one in json.loads(path.read_text())["images"]}
@@ -130,22 +130,22 @@ def test_pictures_of_the_test_part_are_not_labelled(teacher, pictures, tmp_path,
     assert good
     assert not good & listed
     assert listed
-    assert f"pseudo: {len(good)} of the unlabelled pictures are in the test part" in capsys.readouterr().err
+    assert f"pseudo: {len(good)} of the unlabelled images are in the test part" in capsys.readouterr().err
 
 
 def broken(data, row):
     try:
         data.read(row, None)
-    except BrokenPicture:
+    except BrokenImage:
         return True
     return False
 
 
-def test_sizes_are_read_once_in_a_run(pictures, tmp_path, monkeypatch):
-    """A picture is decoded whole for its size alone: broken ones too, in one step of all, and never for a student."""
+def test_sizes_are_read_once_in_a_run(images, tmp_path, monkeypatch):
+    """An image is decoded whole for its size alone: broken ones too, in one step of all, and never for a student."""
     whole = []
-    monkeypatch.setattr(stage, "open_dataset", pictures_read(whole))
-    options = SMALL | {"fraction": 1.0, "unlabelled": str(pictures / "train"), "max_broken": 0.5}
+    monkeypatch.setattr(stage, "open_dataset", images_read(whole))
+    options = SMALL | {"fraction": 1.0, "unlabelled": str(images / "train"), "max_broken": 0.5}
     folder = selftrain(tmp_path / "run", **options, rounds=2).parent
     assert sorted(whole) == list(range(16))
     weights = (folder / "student" / "model.safetensors").read_bytes()

@@ -49,7 +49,7 @@ def test_files_and_scores(made, capsys):
     folder = made / "selftrain"
     steps = json.loads((folder / "stage.json").read_text())
     assert list(steps) == ["teacher", "pseudo", "student", "scores"]
-    assert steps["pseudo"]["result"] == {"pictures": 8, "masks": 8}
+    assert steps["pseudo"]["result"] == {"images": 8, "masks": 8}
     assert steps["student"]["result"]["pseudo-pixels"] > 0
     assert saved.describe(folder / "teacher" / "model.safetensors").settings.kind == "fpn"
     found = json.loads((folder / "scores.json").read_text())
@@ -65,8 +65,8 @@ def test_files_and_scores(made, capsys):
     assert "| teacher |" in capsys.readouterr().out
 
 
-def test_masks_are_the_teachers_answers(made):
-    """Each pixel again by hand: one picture at a time, and its mirror image by turning the array."""
+def test_masks_are_the_teachers_predictions(made):
+    """Each pixel again by hand: one image at a time, and its mirror image by turning the array."""
     folder = made / "selftrain"
     model, described = saved.load(folder / "teacher" / "model.safetensors")
     data = open_detection(SMALL["labelled"])[0]
@@ -98,7 +98,7 @@ def test_every_parameter_of_a_fresh_segmenter_moves(made):
 
 
 def test_killed_between_two_masks_it_looks_at_the_same_groups_again(made, copy, monkeypatch):
-    """One picture alone differs in its last digits from the same in a group."""
+    """One image alone differs in its last digits from the same in a group."""
     folder = copy / "selftrain"
     records = json.loads((folder / "stage.json").read_text())
     (folder / "stage.json").write_text(json.dumps({"teacher": records["teacher"]}))
@@ -189,9 +189,7 @@ def by_hand(model, pixels, wanted):
     logits = model(pixels).detach().double().numpy()
     logits -= logits.max(1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    values = [
-        -logs[picture, wanted[picture, y, x], y, x] for picture, y, x in zip(*np.nonzero(wanted != 255), strict=True)
-    ]
+    values = [-logs[image, wanted[image, y, x], y, x] for image, y, x in zip(*np.nonzero(wanted != 255), strict=True)]
     return float(np.mean(values))
 
 
@@ -261,7 +259,7 @@ def test_masks_of_others(listed):
     assert (masks.classes_of_pixels(found, 4) == 12).all()
     assert segmenting.count(found, 4).tolist() == [0] * 11 + [64 * 64]
     assert not segmenting.count(found, 2).any()
-    data.sizes[4] = boxes.UNREADABLE  # a broken picture stops nothing by itself
+    data.sizes[4] = boxes.UNREADABLE  # a broken image stops nothing by itself
     assert not segmenting.count(segmenting.read(path, data, data, config())[0], 4).any()
     data.sizes[4] = 64
     truth = open_detection("scenes:images=12,size=64")[0]
@@ -283,7 +281,7 @@ def test_masks_of_others(listed):
         ("mask", "m/none.png", "is missing"),
         ("mask", "m/\0.png", "is no name of a file"),
         ("mask", "m" * 5000, "is no name of a file"),
-        ("file_name", "x/1", "1 of its pictures are not those"),
+        ("file_name", "x/1", "1 of its images are not those"),
     ],
 )
 def test_a_list_that_leads_elsewhere_is_refused(listed, key, value, words):
@@ -368,5 +366,5 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
 
 def test_masks_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(masks, "available_bytes", lambda: 1000)
-    with pytest.raises(UsageError, match="--size 64: the masks of 16 pictures"):
+    with pytest.raises(UsageError, match="--size 64: the masks of 16 images"):
         selftrain(tmp_path / "run", **SMALL)

@@ -13,8 +13,8 @@ from tiny import SELFTRAIN
 from ktransfer import cli, stages
 from ktransfer.data import scenes
 from ktransfer.detection import saved
-from ktransfer.detection.answers import Answer
 from ktransfer.detection.opening import open_detection
+from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import RetrainConfig, SelftrainConfig, selftrain
 from ktransfer.retrain.selftrain import boxes, detecting, stage
@@ -105,8 +105,8 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, tmp_path, monk
     assert contents(run) == contents(made)
 
 
-@pytest.mark.parametrize(("step", "label"), [("pseudo", "pseudo"), ("scores", "judge student")])
-def test_killed_while_it_looks_at_pictures_it_goes_on(made, copy, monkeypatch, step, label):
+@pytest.mark.parametrize(("step", "label"), [("pseudo", "pseudo"), ("scores", "evaluate student")])
+def test_killed_while_it_looks_at_images_it_goes_on(made, copy, monkeypatch, step, label):
     path = copy / "selftrain" / "stage.json"
     records = json.loads(path.read_text())
     kept = list(records)[: list(records).index(step)]
@@ -239,9 +239,9 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"labelled": None}, "no pictures with boxes given"),
+        ({"labelled": None}, "no images with boxes given"),
         ({"labelled": "nowhere"}, "nowhere"),
-        ({"fraction": 1.0}, "no pictures for pseudo-boxes"),
+        ({"fraction": 1.0}, "no images for pseudo-boxes"),
         ({"backbone": "alexnot"}, r"--backbone alexnot: no such network"),
         ({"backbone": "resnet18", "width": 0.5}, r"--width 0.5: only .* not resnet18"),
         ({"init": "nothing.safetensors"}, r"nothing\.safetensors"),
@@ -253,8 +253,8 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"augment": "S5"}, "must be one of none, S1"),
         ({"ids": "ids.json"}, "--ids: says already"),
         ({"pseudo": "x.json", "rounds": 2}, "one round"),
-        ({"micro_batch": 4}, "--micro-batch 4: .* all 8 pictures"),
-        ({"cache_pictures": "device", "device": "cpu"}, "--cache-pictures device"),
+        ({"micro_batch": 4}, "--micro-batch 4: .* all 8 images"),
+        ({"cache_images": "device", "device": "cpu"}, "--cache-images device"),
         ({"ema": 1.0}, "must be at most 0.9999"),
         ({"head": "fpn"}, "--head: is not for --task detect; leave it away"),
         ({"scales": "0.5,1"}, "--scales: is not for --task detect"),
@@ -271,26 +271,26 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, options, words):
     assert not (tmp_path / "run" / "selftrain").exists()
 
 
-def test_a_labelled_picture_that_judges_too_is_refused(tmp_path):
+def test_a_labelled_image_that_evaluates_too_is_refused(tmp_path):
     root, ids = tmp_path / "s", tmp_path / "ids.json"
     scenes.write_scenes(root, 12, 64)
     given = SMALL | {"labelled": str(root), "fraction": 1.0, "unlabelled": "scenes:images=12,size=64,seed=1"}
     stage.check(tmp_path / "run", given)  # the names alone are the same in both parts
     shutil.copy(root / "train" / "chair" / "000001.jpg", root / "val" / "chair" / "000001.jpg")
-    with pytest.raises(UsageError, match=r"1 of its pictures would be learned and judge too, such as train/chair/0"):
+    with pytest.raises(UsageError, match=r"1 of its images would be learned and evaluate too, such as train/chair/0"):
         stage.check(tmp_path / "run", given)
     ids.write_text("[1, 3, 4]")
     assert len(stage.check(tmp_path / "run", given | {"ids": str(ids)}).data.labelled) == 3
 
 
-def test_labelled_pictures_without_a_box_are_told_by_what_chose_them(tmp_path):
+def test_labelled_images_without_a_box_are_told_by_what_chose_them(tmp_path):
     root, ids = tmp_path / "s", tmp_path / "ids.json"
     scenes.write_scenes(root, 12, 64)
     held = json.loads((root / "train.json").read_text())
     held["annotations"] = [note for note in held["annotations"] if note["image_id"] != 2]
     (root / "train.json").write_text(json.dumps(held))
     ids.write_text("[2]")
-    with pytest.raises(UsageError, match=r"--ids .*ids\.json: no box among 1 pictures"):
+    with pytest.raises(UsageError, match=r"--ids .*ids\.json: no box among 1 images"):
         stage.check(tmp_path / "run", SMALL | {"labelled": str(root), "fraction": 1.0, "ids": str(ids)})
 
 
@@ -305,9 +305,9 @@ def test_the_extra_is_asked_for_when_the_command_starts(tmp_path, monkeypatch):
         selftrain(tmp_path / "run", **SMALL)
 
 
-def test_samples_are_passes_over_the_labelled_pictures(tmp_path):
+def test_samples_are_passes_over_the_labelled_images(tmp_path):
     short = SMALL | {"student_epochs": 1}
-    selftrain(tmp_path / "samples", **short | {"samples": 12})  # 8 labelled pictures: two passes
+    selftrain(tmp_path / "samples", **short | {"samples": 12})  # 8 labelled images: two passes
     selftrain(tmp_path / "passes", **short | {"epochs": 2})
     assert contents(tmp_path / "samples") == contents(tmp_path / "passes")
 
@@ -328,11 +328,11 @@ def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
 
 @pytest.mark.parametrize("each", [1, 8])
 def test_few_pseudo_boxes_are_told(tmp_path, capsys, each):
-    """One box in every eighth picture, or in every picture."""
+    """One box in every eighth image, or in every image."""
     config, data, _ = stage.check(tmp_path / "run", SMALL)
     other = boxes.without_boxes(data.unlabelled, data.labelled)
-    one = Answer(torch.tensor([[1.0, 1.0, 30.0, 30.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
-    none = Answer(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    one = Prediction(torch.tensor([[1.0, 1.0, 30.0, 30.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    none = Prediction(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     boxes.write(tmp_path / "p.json", other, {row: one if row < each else none for row in range(8)}, {})
     stage._with_pseudo(config, data, "student", tmp_path / "p.json")
     assert ("background" in capsys.readouterr().err) == (each == 1)

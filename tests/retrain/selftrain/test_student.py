@@ -129,7 +129,7 @@ def test_each_step_has_both_halves_and_each_pass_all_of_them():
     assert not torch.equal(drawn[:27], drawn[27:54])
 
 
-def test_joined_pictures_are_those_of_both():
+def test_joined_images_are_those_of_both():
     train, test = open_detection("scenes:images=12,size=64")
     both = student.joined(train, test)
     assert len(both) == len(train) + len(test)

@@ -131,8 +131,8 @@ def test_every_cell_and_one_table(recipe, ran, tmp_path, capsys):
     assert float(own["AP50"]) == pytest.approx(200 * ap(cell, "teacher"))
     assert own["method"] == "teacher"
     assert "| AP % | 50 % | 25 % |" in text
-    assert "| init random, labelled pictures alone | 41.7 ± 5.2 | 31.7 ± 5.2 |" in text
-    assert "| CC, labelled pictures alone | 52.2 ± 6.4 (+10.5 ± 1.2) | 42.2 ± 6.4 (+10.5 ± 1.2) |" in text
+    assert "| init random, labelled images alone | 41.7 ± 5.2 | 31.7 ± 5.2 |" in text
+    assert "| CC, labelled images alone | 52.2 ± 6.4 (+10.5 ± 1.2) | 42.2 ± 6.4 (+10.5 ± 1.2) |" in text
     assert "| CC, with self-training | 59.2 ± 11.3 (+7.0 ± 5.0) |" in text
     assert (tmp_path / "out" / "fraction.svg").read_text().startswith("<?xml")
     assert not (tmp_path / "out" / "augment.svg").exists()
@@ -174,7 +174,7 @@ def test_each_varied_axis_has_a_table_and_three_methods_one_more(recipe, ran, tm
     assert heads == [
         "| AP % | S1 | S4 |",
         "| AP % | 50 % | 25 % |",
-        "| AP % | labelled pictures alone | with self-training | with joint training |",
+        "| AP % | labelled images alone | with self-training | with joint training |",
     ]
     assert "| S4, CC, 25 % | 42.2 ± 6.4 (+10.5 ± 1.2) | 49.2 ± 11.3 (+7.0 ± 5.0) | 56.2 ± 16.2 (+14.0 ± 9.9) |" in text
     assert "| CC, 25 %, with joint training | 56.2 ± 16.2 (+14.0 ± 9.9) | 56.2 ± 16.2 (+14.0 ± 9.9) |" in text
@@ -237,7 +237,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_whole(tmp_path):
 
 
 def devkit(root, parts):
-    """The pictures of scenes as a VOCdevkit."""
+    """The images of scenes as a VOCdevkit."""
     year = root / "VOCdevkit" / "VOC2007"
     for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
         (year / folder).mkdir(parents=True)
@@ -268,7 +268,7 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
     names = f'[names]\n"{cc}" = "CC"\n"{tmp_path}/coco" = "COCO"\n"{tmp_path}/voc" = "VOC"\n'
     (tmp_path / "recipe.toml").write_text(text + names)
     text = study.study(tmp_path / "recipe.toml", tmp_path / "out").read_text()
-    for line in ("| COCO, CC, labelled pictures alone |", "| VOC, init random, with self-training |"):
+    for line in ("| COCO, CC, labelled images alone |", "| VOC, init random, with self-training |"):
         assert line in text
     held = load_file(cc)
     for cell in sorted((tmp_path / "out" / "cells").iterdir()):
@@ -359,7 +359,7 @@ def test_one_seed_has_no_interval():
     assert tables.mean([3.0]) == (3.0, None)
 
 
-def test_masks_of_objects_are_judged_by_their_own_precision_and_pixels_have_no_published_table(
+def test_masks_of_objects_are_evaluated_by_their_own_precision_and_pixels_have_no_published_table(
     recipe, ran, tmp_path, monkeypatch
 ):
     def measured(*names):

@@ -1,12 +1,12 @@
-"""Pictures per second and core on the way to Jigsaw++ puzzles, beside the per-picture pipeline that peers use.
+"""Images per second and core on the way to Jigsaw++ puzzles, beside the per-image pipeline that peers use.
 
-Run as `python benchmarks/pictures.py [--pictures N] [--rounds N] [--data DIR] [--json FILE]`, on a quiet machine.
+Run as `python benchmarks/images.py [--images N] [--rounds N] [--data DIR] [--json FILE]`, on a quiet machine.
 
 Everything runs on one core (the process and its workers are pinned to it), so that the rate is that of a core, whatever
 the machine has. From the same JPEG files, to batches of normalised tiles (256, 9, 3, 64, 64):
 
 peers        Pillow and torchvision transforms in a DataLoader worker: short side 256, centre 255, nine cells, a random
-             64 x 64 part of each, each normalised by itself, a random permutation; without the grey pictures, shifted
+             64 x 64 part of each, each normalised by itself, a random permutation; without the grey images, shifted
              channels and foreign tiles of Jigsaw++, which ours have
 lightly      the same with the jigsaw transform of `lightly`, where it is installed (docs/performance.md says how)
 folder       ours from the same files
@@ -16,7 +16,7 @@ raw 255      ours from a pack of uint8 pixels
 cache        ours with the uint8 squares in memory already
 squares      the squares of `pack 256` alone, without puzzles; `puzzles` the puzzles alone
 
-The ways take turns; what is printed are medians over the rounds. Without --data the pictures are made, 500 x 375, with
+The ways take turns; what is printed are medians over the rounds. Without --data the images are made, 500 x 375, with
 JPEGs as large as ImageNet's (ktransfer/bench/photographs.py).
 """
 
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ktransfer.bench.photographs import write_photographs
-from ktransfer.data.loader import Pictures
+from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import pack
 from ktransfer.pretext.permutations import generate
@@ -52,7 +52,7 @@ BATCH, SIZE, CELL, TILE, CODES = 256, 255, 85, 64, 701
 
 
 class PeerPuzzles(Dataset[Tensor]):
-    """One picture at a time, as datasets of the field do it."""
+    """One image at a time, as datasets of the field do it."""
 
     def __init__(self, files: list[Path], cut: Callable[[Image.Image], Tensor]) -> None:
         self.files, self.cut = files, cut
@@ -104,19 +104,19 @@ def batches(count: int) -> Iterator[Tensor]:
     return iter(torch.randperm(count).split(BATCH))
 
 
-def squares(pictures: Pictures) -> int:
-    return sum(len(pixels) for _, pixels, _, _ in pictures.batches(batches(len(pictures.dataset))))
+def squares(images: ImageLoader) -> int:
+    return sum(len(pixels) for _, pixels, _, _ in images.batches(batches(len(images.dataset))))
 
 
 def following(count: int) -> Iterator[Tensor]:
-    """Batches as pretext reads them: one picture more, for the foreign tiles of the last one."""
+    """Batches as pretext reads them: one image more, for the foreign tiles of the last one."""
     rows = torch.randperm(count)
     return (torch.cat([part, rows[:1]]) for part in rows.split(BATCH))
 
 
-def puzzles(pictures: Pictures, codes: Tensor) -> int:
+def puzzles(images: ImageLoader, codes: Tensor) -> int:
     done = 0
-    for rows, pixels, valid, _ in pictures.batches(following(len(pictures.dataset))):
+    for rows, pixels, valid, _ in images.batches(following(len(images.dataset))):
         done += len(make_puzzles(pixels[:-1], pixels[1:], rows[:-1], valid[1:], codes, JIGSAWPP, 0, 0).tiles)
     return done
 
@@ -139,7 +139,7 @@ def pack_all(folder: Path, work: Path) -> dict[str, Path]:
 
 
 def ways(folder: Path, packed: dict[str, Path]) -> dict[str, Callable[[], int]]:
-    """Name -> a pass over all pictures, which returns how many it did."""
+    """Name -> a pass over all images, which returns how many it did."""
     data = open_dataset(str(folder))
     table = generate(CODES, 3)
     codes = torch.from_numpy(table).long()
@@ -150,10 +150,10 @@ def ways(folder: Path, packed: dict[str, Path]) -> dict[str, Callable[[], int]]:
         found[name] = partial(peers, DataLoader(PeerPuzzles(files, cut), BATCH, shuffle=True, **options))
     opened = {"folder": data} | {name: open_dataset(str(path)) for name, path in packed.items()}
     for name, dataset in opened.items():
-        found[name] = partial(puzzles, Pictures(dataset, SIZE, 1, cache="off"), codes)
-    kept = Pictures(opened["pack 256"], SIZE, 1, cache_bytes=len(data) * 3 * SIZE**2)
+        found[name] = partial(puzzles, ImageLoader(dataset, SIZE, 1, cache="off"), codes)
+    kept = ImageLoader(opened["pack 256"], SIZE, 1, cache_bytes=len(data) * 3 * SIZE**2)
     found["cache"] = partial(puzzles, kept, codes)
-    found["squares"] = partial(squares, Pictures(opened["pack 256"], SIZE, 1, cache="off"))
+    found["squares"] = partial(squares, ImageLoader(opened["pack 256"], SIZE, 1, cache="off"))
     first = kept.batch(torch.arange(min(BATCH + 1, len(data))))[0]
     found["puzzles"] = partial(puzzles_alone, first, len(data), codes)
     return found
@@ -172,7 +172,7 @@ def measure(found: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[
 
 def report(rates: dict[str, list[float]], peer: str, path: Path | None, facts: dict[str, Any]) -> None:
     """Print medians and ratios to the peer, and write everything as JSON."""
-    print(f"pictures/s on one core, medians of {len(rates[peer])} rounds; times the rate of {peer}; range")
+    print(f"images/s on one core, medians of {len(rates[peer])} rounds; times the rate of {peer}; range")
     medians = {name: statistics.median(found) for name, found in rates.items()}
     for name, rate in medians.items():
         lowest, highest = min(rates[name]), max(rates[name])
@@ -184,14 +184,14 @@ def report(rates: dict[str, list[float]], peer: str, path: Path | None, facts: d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--data", type=Path, help="a flat or nested folder of JPEGs instead of made ones")
     parser.add_argument("--json", type=Path, help="write the rates of all rounds here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        folder = options.data or write_photographs(work / "pictures", options.pictures)
+        folder = options.data or write_photographs(work / "images", options.images)
         packed = pack_all(folder, work)
         # Threads and workers that are started from here on inherit it.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -200,7 +200,7 @@ def main() -> None:
         rates = measure(found, options.rounds)
         stored = {path.name: path.stat().st_size for path in sorted(work.glob("*.h5"))}
     print(", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in stored.items()))
-    report(rates, "peers", options.json, {"pictures": options.pictures, "bytes": stored})
+    report(rates, "peers", options.json, {"images": options.images, "bytes": stored})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import torch
 from torchvision.ops import box_iou
 
 from ktransfer import rng
-from ktransfer.detection import answers, canvas, detectors, masks, trunks
+from ktransfer.detection import canvas, detectors, masks, predictions, trunks
 from ktransfer.detection.detectors import Settings
 from ktransfer.detection.opening import open_file
 from ktransfer.networks import Network
@@ -34,34 +34,34 @@ def test_soft_nms_is_that_of_a_plain_loop():
     draws = rng.uniform(0, "test", 0, torch.arange(40), 5)
     corner, side = draws[:, :2] * 30, draws[:, 2:4] * 20 + 5
     boxes, scores = torch.cat([corner, corner + side], 1), draws[:, 4]
-    order, values = answers.soft_nms(boxes, scores, 0.3, 0.05)
+    order, values = predictions.soft_nms(boxes, scores, 0.3, 0.05)
     wanted = soft_nms_by_loops(boxes, scores, 0.3, 0.05)
     assert order.tolist() == [place for place, _ in wanted] and 5 < len(wanted) < 40
     torch.testing.assert_close(values, torch.tensor([value for _, value in wanted]), atol=1e-5, rtol=1e-4)
-    order, values = answers.soft_nms(boxes[:0], scores[:0], 0.3, 0.05)
+    order, values = predictions.soft_nms(boxes[:0], scores[:0], 0.3, 0.05)
     assert len(order) == len(values) == 0
 
 
-def test_answers_are_in_pixels_of_the_picture_and_above_the_threshold():
+def test_predictions_are_in_pixels_of_the_image_and_above_the_threshold():
     data = open_file("scenes:images=24,size=48")
     source = canvas.canvases(data, 96)
     for soft in (0.0, 0.3):
         model, settings = made(size=96, soft=soft, threshold=0.012, most=20)
-        found = answers.detect(model, data, source, torch.tensor([3, 5]), 96, settings, CPU)
+        found = predictions.detect(model, data, source, torch.tensor([3, 5]), 96, settings, CPU)
         assert list(found) == [3, 5]
         for boxes, scores, labels in found.values():
             assert 0 < len(scores) <= 20 and (scores >= 0.012).all() and (scores.diff() <= 0).all()
             assert (boxes >= 0).all() and (boxes <= 48).all() and labels.min() >= 0 and labels.max() < 12
-    detectors.answering(model, 2.0, 0.5, 5)
-    nothing = answers.detect(model, data, source, torch.tensor([3]), 96, Settings(threshold=2.0), CPU)
+    detectors.predicting(model, 2.0, 0.5, 5)
+    nothing = predictions.detect(model, data, source, torch.tensor([3]), 96, Settings(threshold=2.0), CPU)
     assert len(nothing[3].boxes) == 0
 
 
-def test_broken_pictures_have_no_answer():
+def test_broken_images_have_no_prediction():
     data = open_file("scenes:images=12,size=64")
     source, (model, settings) = canvas.canvases(data, 64), made(soft=0.3, threshold=0.9)
     source._state[3] = 2  # found broken when it was read
-    found = answers.detect(model, data, source, torch.tensor([3, 5]), 64, settings, CPU, batch=1)
+    found = predictions.detect(model, data, source, torch.tensor([3, 5]), 64, settings, CPU, batch=1)
     assert list(found) == [5] and len(found[5].scores) == 0
 
 
@@ -70,7 +70,7 @@ def test_masks_lie_in_their_boxes():
     half = torch.zeros(1, 28, 28)
     half[:, :, :14] = 1.0
     boxes = torch.tensor([[10.0, 5, 30, 15], [50, 30, 70, 44]])
-    found = answers._pasted(torch.stack([half, torch.ones(1, 28, 28)]), boxes, [60, 40])
+    found = predictions._pasted(torch.stack([half, torch.ones(1, 28, 28)]), boxes, [60, 40])
     first, second = (masks.decoded(one) for one in found)
     wanted = np.zeros((40, 60), bool)
     wanted[5:15, 10:20] = True
@@ -78,4 +78,4 @@ def test_masks_lie_in_their_boxes():
     wanted[:] = False
     wanted[30:, 50:] = True
     assert (second != wanted).sum() <= 2 * (10 + 10)
-    assert answers._pasted(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), [60, 40]) == []
+    assert predictions._pasted(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), [60, 40]) == []

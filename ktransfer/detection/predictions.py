@@ -1,4 +1,4 @@
-"""What a detector answers: boxes, scores and labels of each picture, after NMS or soft-NMS."""
+"""What a detector predicts: boxes, scores and labels of each image, after NMS or soft-NMS."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from ktransfer.detection.masks import encoded
 from ktransfer.progress import bar
 from ktransfer.training.batch import Source
 
-# Soft-NMS looks at so many of the best answers of a picture.
+# Soft-NMS looks at so many of the best predictions of an image.
 SOFT_CANDIDATES = 1000
 
 
-class Answer(NamedTuple):
-    """Of one picture, best first: boxes (m, 4) float32 in its own pixels, scores (m,) float32, labels (m,) int64."""
+class Prediction(NamedTuple):
+    """Of one image, best first: boxes (m, 4) float32 in its own pixels, scores (m,) float32, labels (m,) int64."""
 
     boxes: Tensor
     scores: Tensor
@@ -68,23 +68,23 @@ def detect(
     batch: int = 16,
     label: str = "detect",
     outlines: dict[int, Sequence[Outline]] | None = None,
-) -> dict[int, Answer]:
-    """What the detector finds in the pictures of (n,) rows, with scores of at least `settings.threshold`.
+) -> dict[int, Prediction]:
+    """What the detector finds in the images of (n,) rows, with scores of at least `settings.threshold`.
 
     Args:
         source: canvases of `size` pixels of that data.
-        outlines: where a Mask R-CNN puts its masks, row -> one for each answer; not with soft-NMS.
+        outlines: where a Mask R-CNN puts its masks, row -> one for each prediction; not with soft-NMS.
 
     Returns:
-        Row -> answer, on the CPU; broken pictures are left out.
+        Row -> prediction, on the CPU; broken images are left out.
     """
     assert outlines is None or not settings.soft
     model.eval()
     overlap, most = (1.0, SOFT_CANDIDATES) if settings.soft else (settings.overlap, settings.most)
-    detectors.answering(model, settings.threshold, overlap, most)
+    detectors.predicting(model, settings.threshold, overlap, most)
     own, place = subset(data, rows.numpy()), {row: place for place, row in enumerate(rows.tolist())}
     edges, scaled = canvas.extents(own, size).to(device), canvas.factors(own, size).to(device)
-    shift, found = detectors.shift(model), dict[int, Answer]()
+    shift, found = detectors.shift(model), dict[int, Prediction]()
     with bar(len(rows), label) as shown:
         for chosen, pixels, valid, _ in source.batches(iter(rows.split(batch))):
             kept = chosen[valid].tolist()
@@ -104,18 +104,18 @@ def detect(
                     ],
                     dim=1,
                 )
-                answer = Answer(boxes / scaled[place[row]], one["scores"].float(), one["labels"] - shift)
+                prediction = Prediction(boxes / scaled[place[row]], one["scores"].float(), one["labels"] - shift)
                 if settings.soft:
-                    answer = _softened(answer, settings)
-                wide = (answer.boxes[:, 2:] > answer.boxes[:, :2]).all(1)
-                found[row] = Answer(*(part[wide].cpu() for part in answer))
+                    prediction = _softened(prediction, settings)
+                wide = (prediction.boxes[:, 2:] > prediction.boxes[:, :2]).all(1)
+                found[row] = Prediction(*(part[wide].cpu() for part in prediction))
                 if outlines is not None:
                     outlines[row] = _pasted(one["masks"][wide].cpu(), found[row].boxes, data.sizes[row].tolist())
     return found
 
 
 def _pasted(masks: Tensor, boxes: Tensor, size: list[int]) -> list[Outline]:
-    """(m, 1, 28, 28) probabilities in (m, 4) boxes as run lengths of the picture of `size`, width and height."""
+    """(m, 1, 28, 28) probabilities in (m, 4) boxes as run lengths of the image of `size`, width and height."""
     found: list[Outline] = []
     for mask, box in zip(masks[:, None], boxes[:, None], strict=True):
         whole = paste_masks_in_image(mask, box, (size[1], size[0]))
@@ -123,15 +123,15 @@ def _pasted(masks: Tensor, boxes: Tensor, size: list[int]) -> list[Outline]:
     return found
 
 
-def _softened(answer: Answer, settings: Settings) -> Answer:
+def _softened(prediction: Prediction, settings: Settings) -> Prediction:
     """Soft-NMS class by class, then the best of all."""
-    parts: list[Answer] = []
-    for label in answer.labels.unique().tolist():
-        own = (answer.labels == label).nonzero().flatten()
-        order, values = soft_nms(answer.boxes[own], answer.scores[own], settings.soft, settings.threshold)
-        parts.append(Answer(answer.boxes[own[order]], values, answer.labels[own[order]]))
+    parts: list[Prediction] = []
+    for label in prediction.labels.unique().tolist():
+        own = (prediction.labels == label).nonzero().flatten()
+        order, values = soft_nms(prediction.boxes[own], prediction.scores[own], settings.soft, settings.threshold)
+        parts.append(Prediction(prediction.boxes[own[order]], values, prediction.labels[own[order]]))
     if not parts:
-        return answer
-    whole = Answer(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return prediction
+    whole = Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
     best = whole.scores.argsort(descending=True, stable=True)[: settings.most]
-    return Answer(*(part[best] for part in whole))
+    return Prediction(*(part[best] for part in whole))
