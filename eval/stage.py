@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ktransfer import files, networks
 from ktransfer.config import build, chosen, in_words, read_by, result_settings, settings_of
 from ktransfer.data.loader import typical_short_side
-from ktransfer.errors import Prediction, UsageError
+from ktransfer.errors import Reply, UsageError
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training.device import choose_device
@@ -172,12 +172,12 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     """Everything that can be found wrong before the work; for each protocol its settings resolved, and its images.
 
     Raises:
-        Prediction: `--compare` was given; it holds the tables.
+        Reply: `--compare` was given; it holds the tables.
         UsageError: one line for what is wrong.
     """
     given = build(EvalConfig, options, "eval")
     if given.compare:
-        raise Prediction(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
+        raise Reply(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
     choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
