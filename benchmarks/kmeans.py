@@ -1,4 +1,4 @@
-"""k-means on the CPU beside its peers, as in reference/kmeans.md §3: same data, start, iterations, all points.
+"""k-means on the CPU beside its peers, as in docs/papers.md: same data, start, iterations, all points.
 
 Run as `python benchmarks/kmeans.py [--quick] [--repeats 5] [--threads 2] [--only relu-1024] [--methods exact,faiss]`.
 `--features FILE --k 200,1000` takes the rows of a feature file instead, as the cluster stage sees them (length 1).

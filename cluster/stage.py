@@ -121,7 +121,7 @@ def cluster(run: str | Path, **options: Any) -> Path:
 
 
 def assign(run: str | Path, **options: Any) -> Path:
-    """Pseudo-labels: the nearest centroid of every image of the same or another data set (jigsawpp.md §4).
+    """Pseudo-labels: the nearest centroid of every image of the same or another data set (docs/papers.md).
 
     Args:
         run: the run folder; the stage writes `labels.csv`, `labels.h5` and `labels.bin` below `run/clusters`.

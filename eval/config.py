@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class EvalConfig(LoopOptions):
     """Evaluate the run's network by named protocols, beside the same with random weights.
 
-    Several protocols at once are separated by commas. docs/protocols.md says what each does.
+    Several protocols at once are separated by commas. docs/reference/protocols.md says what each does.
     """
 
     labelled: str | None = option(

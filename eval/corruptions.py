@@ -1,7 +1,7 @@
 """Fifteen common corruptions of images, five severities each: batched functions whose noise belongs to the image.
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR
-2019; reference selftraining.md §4.3): the same fifteen kinds, most of them with their strengths. Lengths are scaled
+2019; docs/papers.md): the same fifteen kinds, most of them with their strengths. Lengths are scaled
 with the image (theirs are for 224 pixels) and noise with the root of that, so that small images are not drowned;
 frost is drawn instead of photographed; snow, glass, elastic and pixelate have strengths of their own, each severity
 stronger than the one before. So numbers can be compared with each other, not with those of the stored ImageNet-C.

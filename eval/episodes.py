@@ -1,4 +1,4 @@
-"""Few-shot episodes with the prototype classifier on frozen vectors (reference selftraining.md §4.2)."""
+"""Few-shot episodes with the prototype classifier on frozen vectors (docs/papers.md)."""
 
 import numpy as np
 import torch

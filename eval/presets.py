@@ -1,6 +1,6 @@
 """Other groups' settings of the linear probe: `linear --preset NAME`.
 
-deepcluster  (reference jigsawpp.md §8, Caron et al. 2018): average pools of fixed squares, no standardisation; in
+deepcluster  (docs/papers.md, Caron et al. 2018): average pools of fixed squares, no standardisation; in
              training a random square of the stored image (224 of 256) and its mirror image, at the test the mean
              probability over ten squares (corners and centre, and their mirror images); SGD with momentum, 90 epochs,
              batch 256, rate 0.01 / sqrt(1 + 0.01 x decay x step). Not followed: they report the best epoch on the test

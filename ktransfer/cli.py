@@ -271,7 +271,9 @@ def bench(part: str, **given: Any) -> None:
 
 
 @cli.command()
-@click.option("--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/selftraining.md.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/reference/self-training.md."
+)
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 def study(recipe: Path, run: Path) -> None:
     """Self-training in every cell of a grid, skipping what is done, with one table at the end."""

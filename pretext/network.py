@@ -10,7 +10,7 @@ from ktransfer.networks import Network, scaled
 
 
 class TaskHead(nn.Module):
-    """fc6 shared by the tiles, their concatenation, fc7 and fc8 (reference jigsawpp.md §2.1, §2.2).
+    """fc6 shared by the tiles, their concatenation, fc7 and fc8 (docs/papers.md).
 
     (batch * tiles, channels, h, w) -> (batch, classes). Maps larger than 4x4 are max-pooled to 4x4.
     """

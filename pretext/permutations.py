@@ -23,7 +23,7 @@ def generate(count: int = 701, min_distance: int = 3, seed: int = 0, tiles: int 
 
     Greedy: the first is random, each next one has the largest summed Hamming distance to those chosen among all that
     keep `min_distance` to every one of them; ties fall by a random order of the candidates. Identity (the solved
-    puzzle) is never chosen. The published set (reference/jigsawpp.md §1.3) has the same size, minimum and mean, but how
+    puzzle) is never chosen. The published set (docs/papers.md) has the same size, minimum and mean, but how
     it was picked is not known. The same arguments give the same rows with any numpy: only raw Philox words are drawn.
 
     Args:
@@ -109,7 +109,7 @@ def summarise(permutations: NDArray[np.uint8]) -> Summary:
 
 
 def to_bytes(permutations: NDArray[np.uint8]) -> bytes:
-    """The authors' layout (reference/jigsawpp.md §1.3): little-endian int32: count, tiles, values 1..tiles by row."""
+    """The authors' layout (docs/papers.md): little-endian int32: count, tiles, values 1..tiles by row."""
     header = np.array(permutations.shape, dtype="<i4")
     return header.tobytes() + (permutations.astype("<i4") + 1).tobytes()
 

@@ -1,6 +1,6 @@
 """Jigsaw++ puzzles: batches of uint8 images in, normalised tiles and labels out, on the device of the images.
 
-Facts and their sources: reference/jigsawpp.md §1 (Jigsaw++), §7 (Jigsaw), §10 (where paper and released code differ).
+Facts, their sources, and where paper and released code differ: docs/papers.md.
 """
 
 from dataclasses import dataclass

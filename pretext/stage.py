@@ -35,7 +35,7 @@ LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of
 
 
 def pretext(run: str | Path, **options: Any) -> Path:
-    """Train a teacher on a pretext task (paper §3; reference jigsawpp.md §1, §2).
+    """Train a teacher on a pretext task (paper §3; docs/papers.md).
 
     Args:
         run: the run folder; the stage writes below `run/pretext`.

@@ -30,7 +30,7 @@ class RetrainConfig(TrainOptions):
 
 
 RATES = {"detect": 0.32, "instance": 0.32, "segment": 0.08}
-"""Rates for batches of 256: those of Zoph et al.; of instance He et al.'s 0.02 for 16 (selftraining.md §1, §2)."""
+"""Rates for batches of 256: those of Zoph et al.; of instance He et al.'s 0.02 for 16 (docs/papers.md)."""
 
 
 @dataclass(frozen=True)

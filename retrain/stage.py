@@ -37,7 +37,7 @@ CLASSES = "classes"
 
 
 def retrain(run: str | Path, **options: Any) -> Path:
-    """Train a target network from scratch to tell pseudo-labels (paper §3.4; reference jigsawpp.md §5).
+    """Train a target network from scratch to tell pseudo-labels (paper §3.4; docs/papers.md).
 
     Args:
         run: the run folder; the stage writes below `run/retrain`.

@@ -1,4 +1,4 @@
-"""Lloyd's k-means on all rows, streamed from the feature file (reference/kmeans.md, reference/jigsawpp.md §3)."""
+"""Lloyd's k-means on all rows, streamed from the feature file (docs/papers.md)."""
 
 import time
 from collections.abc import Callable

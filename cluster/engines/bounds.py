@@ -1,6 +1,6 @@
 """Which bounds the exact engine works by: what they need, what they promise to cost on a sample, and the choice.
 
-What is chosen changes the speed and never the result (the proofs are in exact.cpp; reference/kmeans.md §4).
+What is chosen changes the speed and never the result (the proofs are in exact.cpp).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The exact engine on a GPU: labels of a search in float64 at the speed of float16 (reference/kmeans.md §5, §6).
+"""The exact engine on a GPU: labels of a search in float64 at the speed of float16.
 
 Rows stay on the device, as float32 and as centred float16, where they fit; the rest is streamed by spans through
 pinned memory, one being copied while the device works on the one before. A pass multiplies in float16, with float32

@@ -1,4 +1,4 @@
-"""Rows and centroids as float16 on a device, and how far scores made of them can be off (reference/kmeans.md §5).
+"""Rows and centroids as float16 on a device, and how far scores made of them can be off.
 
 With X = x - o and C = c - o for an origin o near the data, the score of a pair is s = X.C - |C|^2 / 2, and the
 nearest centroid has the largest. The device multiplies q.p instead, float16 vectors with X ~ a q and C ~ b p, where a

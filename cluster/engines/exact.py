@@ -1,4 +1,4 @@
-"""The engine of our own: the labels of a search in float64, for less than a dense product (reference/kmeans.md §4).
+"""The engine of our own: the labels of a search in float64, for less than a dense product.
 
 The kernels and the proof that they lose no label are in exact.cpp, the choice of bounds in bounds.py; here a pass is
 made. Without the extension, dense.py stands in.

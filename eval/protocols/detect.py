@@ -1,7 +1,7 @@
 """Detection from the network's trunk: how well boxes are found after training on a labelled set.
 
-Protocol `detect/2`, after the detection of the paper and of the transfer studies (reference jigsawpp.md §6.1,
-selftraining.md §4.2), made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's convolutions, heads
+Protocol `detect/2`, after the detection of the paper and of the transfer studies (docs/papers.md),
+made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's convolutions, heads
 random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Images lie
 on squares of `--canvas` pixels, the long side resized, the rest padded; in training they are scaled by a factor drawn
 from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales

@@ -1,7 +1,7 @@
 """The whole network learns the labels: one label an image, or several.
 
-Protocol `finetune/2`, after VOC07 classification (reference jigsawpp.md §6.1) and the strategies that practitioners
-tell apart (selftraining.md §4.1). The trunk (AlexNet: conv1 to conv5; others: all but the classifier) comes from the
+Protocol `finetune/2`, after VOC07 classification (docs/papers.md) and the strategies that practitioners
+tell apart (docs/papers.md). The trunk (AlexNet: conv1 to conv5; others: all but the classifier) comes from the
 run, the fully connected layers are random. `--strategy`, one column each:
 
 frozen     the trunk stays (batch norms as in a test), the new layers learn

@@ -1,6 +1,6 @@
 """Linear probes of a frozen network: how much of what matters for the labels can be read off its layers.
 
-Protocol `linear/1`, after Zhang et al. (reference jigsawpp.md §6.2). Centre square, and its mirror image in training;
+Protocol `linear/1`, after Zhang et al. (docs/papers.md). Centre square, and its mirror image in training;
 maps averaged to a grid of about 9,000 numbers; each channel standardised; one linear layer, SGD with momentum; the
 learning rate chosen on a tenth of the training part, which the probes do not learn from; the test part used once.
 `--preset deepcluster` and `fair` are those of other groups (presets.py).

@@ -1,6 +1,6 @@
 """Multinomial logistic regression on one vector: the linear probe of "How Well Do Self-Supervised Models Transfer?".
 
-Protocol `logreg/2` (reference selftraining.md §4.2). Centre square; maps of the last layer (or of `--layers`) averaged
+Protocol `logreg/2` (docs/papers.md). Centre square; maps of the last layer (or of `--layers`) averaged
 to one vector, not standardised; L-BFGS, C = 1 / decay, 45 decays from 1e-6 to 1e5, the largest first, each from the
 weights of the one before; the decay that is best on a fifth of the training part (seeded; the smallest of equals) is
 fitted again, along the same path, to all of it; the test part is used once. Theirs: bicubic resizing, 224 pixels.

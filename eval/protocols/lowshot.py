@@ -8,7 +8,7 @@ lie beside the results and can be given back as `--subset`. Numbers are standard
 labels are not looked at; multinomial logistic regression by L-BFGS; the weight decay is chosen by 3-fold cross-
 validation within the labelled images (the smallest of equals); the test part is used once.
 
-Episodes (reference selftraining.md §4.2): 5 classes; 5, 20 or 50 images of each, their mean is the prototype; 15
+Episodes (docs/papers.md): 5 classes; 5, 20 or 50 images of each, their mean is the prototype; 15
 test images of each; squared Euclidean distance; 600 episodes; mean, and 1.96 deviations / sqrt(600) to either
 side. A number of images that fewer than five classes have is left out.
 """

@@ -1,6 +1,6 @@
 """What the rest of a network can learn behind its frozen layers: how task-specific is a layer?
 
-Protocol `nonlinear/1`, after Table 2 of the original Jigsaw paper and the paper's own (reference jigsawpp.md §6.4): for
+Protocol `nonlinear/1`, after Table 2 of the original Jigsaw paper and the paper's own (docs/papers.md): for
 each layer, all up to it is frozen (batch norms as in a test), and the remaining layers of the network are trained on
 the labels *from scratch*, from random weights; of the run's network nothing else is used, so that a column says what
 its frozen layers hold. fc6 and fc7 are columns where the weights of a network hold them. Training: random parts of a

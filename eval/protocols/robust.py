@@ -1,6 +1,6 @@
 """How much a linear probe on a frozen network keeps where images or labels get worse.
 
-Protocol `robust/1` (reference selftraining.md §4.3). The classifier: one linear layer on the maps of one layer, learned
+Protocol `robust/1` (docs/papers.md). The classifier: one linear layer on the maps of one layer, learned
 as in `linear` but with fewer epochs; layer and learning rate are the best on a tenth of the training part, which the
 heads do not learn from. Then, on `--robust-images` of the test part, drawn by the seed, the same for all networks,
 their centre squares:

@@ -1,6 +1,6 @@
 """Segmentation from the network's trunk: how well the class of every pixel is told after training on masks.
 
-Protocol `segment/2`, after the FCN transfer of the paper (reference jigsawpp.md §6.1: its settings are not known), made
+Protocol `segment/2`, after the FCN transfer of the paper (docs/papers.md: its settings are not known), made
 short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips.
 `--head deeplab` puts torchvision's DeepLab there, `--head fpn` a pyramid on C2..C5 whose maps are summed. Masks
 are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box

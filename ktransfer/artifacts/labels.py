@@ -55,7 +55,7 @@ def write_labels(
         fingerprint: of the data set.
 
     Returns:
-        The three paths. `labels.bin` is the authors' layout (reference/jigsawpp.md §4): int32 count, int32 labels,
+        The three paths. `labels.bin` is the authors' layout (docs/papers.md): int32 count, int32 labels,
         little-endian.
     """
     if not len(keys) == len(labels) == len(distances):

@@ -2,7 +2,7 @@
 
 The long side of an image becomes `size` pixels, and what its short side leaves free, at the bottom or at the right, is
 padding. So batches have one shape, and nothing is distorted. `extents` (b, 2) float32 are width and height of what is
-image. Jitter is that of reference selftraining.md §1.2: a scale, then a random crop of what is too large.
+image. Jitter is that of docs/papers.md: a scale, then a random crop of what is too large.
 """
 
 from collections.abc import Callable

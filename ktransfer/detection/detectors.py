@@ -1,6 +1,6 @@
 """Detectors from torchvision's parts: RetinaNet, Faster R-CNN, Mask R-CNN, on canvases.
 
-RetinaNet's constants are those of reference selftraining.md §1.4: 9 anchors, focal loss of alpha 0.25 and gamma 1.5,
+RetinaNet's constants are those of docs/papers.md: 9 anchors, focal loss of alpha 0.25 and gamma 1.5,
 Huber loss of delta 0.1 and weight 50, both divided by the number of positives of the whole batch, and one.
 """
 

@@ -1,6 +1,6 @@
 """Colour operations of AutoAugment and RandAugment on batches of canvases, each image with its own strength.
 
-Constants as in the authors' detection code (reference selftraining.md §1.2); lengths in pixels are meant for canvases
+Constants as in the authors' detection code (docs/papers.md); lengths in pixels are meant for canvases
 of 640 and scale with the canvas. `extents` (b, 2) float32 are width and height of an image on its canvas.
 """
 

@@ -1,4 +1,4 @@
-"""Augment-S1 .. S4 of Zoph et al. (reference selftraining.md §1.2), on batches of canvases with their boxes.
+"""Augment-S1 .. S4 of Zoph et al. (docs/papers.md), on batches of canvases with their boxes.
 
 S1 mirrors and crops; S2 adds AutoAugment (policy v0); S3 is S2 with a wide range of scales; S4 takes RandAugment
 (magnitude 10) instead. Colour operations come first, on the canvas as it is; all moves (policy, mirror, scale, crop)

@@ -1,6 +1,6 @@
 """Networks by name, their layers by the papers' names, and weights that say what they are.
 
-Architectures and sizes: reference jigsawpp.md §2. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
+Architectures and sizes: docs/papers.md. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
 torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
 `timm:NAME` is timm's, `hog` and `pixels` are no networks but read like ones (`descriptors.py`).
@@ -55,7 +55,7 @@ class Network:
 
 
 class AlexNet(nn.Module):
-    """AlexNet of jigsawpp.md §2.1: convolutions `conv1`..`conv5`, and `fc6`..`fc8` when there are classes.
+    """AlexNet of docs/papers.md: convolutions `conv1`..`conv5`, and `fc6`..`fc8` when there are classes.
 
     (batch, 3, size, size) float32 -> (batch, classes), or the output of pool5 when `classes` is 0. `stride` is that of
     conv1: 2 on the puzzle's tiles, 4 on whole images.
@@ -124,7 +124,7 @@ class AlexNet(nn.Module):
 class VGGTrunk(nn.Module):
     """The convolutions of VGG-16 up to conv4_3, with torchvision's names (`features.0` is conv1_1).
 
-    Block 5 is left out: the pretext head and the clustering both read conv4 (jigsawpp.md §2.2, §3).
+    Block 5 is left out: the pretext head and the clustering both read conv4 (docs/papers.md).
     """
 
     def __init__(self, network: Network) -> None:
@@ -197,7 +197,7 @@ def he_init(model: nn.Module) -> nn.Module:
     """Fan-in initialisation in place; fc8 starts near zero, so that the first loss is ln(classes).
 
     Gaussians of fixed deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs
-    (jigsawpp.md §2.2).
+    (docs/papers.md).
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

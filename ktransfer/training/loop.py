@@ -36,7 +36,7 @@ CHECKPOINT_SHARE = 0.02  # of the time, at most
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
 """Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
 LEFT = ((60_000 * 16, 3), (20_000 * 16, 9))
-"""Where "he" does: when so many images are left, 60,000 and 20,000 iterations of 16 (reference selftraining.md §2.2).
+"""Where "he" does: when so many images are left, 60,000 and 20,000 iterations of 16 (docs/papers.md).
 
 In a training shorter than his shortest, 2x or 180,000 iterations, at a third and a ninth of it, as there."""
 SAME_CTRL_C = 2.0  # seconds

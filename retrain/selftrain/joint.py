@@ -1,6 +1,6 @@
 """Joint training: a detector learns the labelled images while its trunk also learns to tell the classes of others.
 
-After Zoph et al. (reference selftraining.md §1.7), in the setting of self-training: half of each batch are labelled
+After Zoph et al. (docs/papers.md), in the setting of self-training: half of each batch are labelled
 images, half such as have a class of their own instead of pseudo-boxes, both augmented alike, and the two losses are
 weighed as those of a student. Where the classifier sits is not known: here it is one linear layer on the mean of the
 trunk's deepest map. It is thrown away at the end; what is written is a detector like the teacher.

@@ -1,6 +1,6 @@
 """Self-training of segmenters (`--task segment`), see `tasks.Task`: labels are masks, the class of every pixel.
 
-After Zoph et al. (reference selftraining.md §1.6). Pseudo-masks are palette PNGs with the numbers of VOC's, in a folder
+After Zoph et al. (docs/papers.md). Pseudo-masks are palette PNGs with the numbers of VOC's, in a folder
 beside the JSON file that lists them:
 
     {"info": {...}, "classes": ["cow", ...],

@@ -1,6 +1,6 @@
 """Self-training: a teacher learns the labelled images, labels others, and a student learns both.
 
-After Zoph et al. (reference selftraining.md §1.5). Three steps, each resumable, with files between them,
+After Zoph et al. (docs/papers.md). Three steps, each resumable, with files between them,
 
     selftrain/teacher/model.safetensors  selftrain/pseudo.json  selftrain/student/model.safetensors
 

@@ -1,7 +1,7 @@
 """The student's loss: human and pseudo-boxes in one batch, weighed against each other.
 
 With the plain sum of both losses the paper's training was unstable; it normalises by moving averages. The formula here
-is a recollection of its Appendix B, which could not be read (reference selftraining.md §1.5.1): with L_h, L_p the two
+is a recollection of its Appendix B, which could not be read (docs/papers.md): with L_h, L_p the two
 losses, mean() their moving averages, without gradient, and weight a,
 
     L = (L_h + a * mean(L_h) / mean(L_p) * L_p) / (1 + a)

@@ -1,7 +1,7 @@
 """A study: self-training in every cell of a grid, cell by cell, and one table at the end.
 
-The recipe is a TOML file (docs/selftraining.md has one): what `[grid]` lists is varied, `[selftrain]` holds for all
-cells, `[names]` says what values are called in the tables. Each cell is a run of its own below `cells/`.
+The recipe is a TOML file (docs/reference/self-training.md has one): what `[grid]` lists is varied, `[selftrain]` holds
+for all cells, `[names]` says what values are called in the tables. Each cell is a run of its own below `cells/`.
 """
 
 import itertools

@@ -34,7 +34,7 @@ def batch_of(data, size, rows):
     ],
 )
 def test_every_parameter_learns_from_random_weights(kind, norm, neck, arch):
-    """The trap of reference selftraining.md §2.1: layers that stay at random weights because somebody froze them."""
+    """The trap of docs/papers.md: layers that stay at random weights because somebody froze them."""
     data = open_file("scenes:images=24,size=64")
     model, _ = made(kind, norm, neck, arch)
     loss = losses.detection_loss(losses.truth(data, 64, CPU), "imagenet", 0)

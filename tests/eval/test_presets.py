@@ -43,7 +43,7 @@ def layers_of(network, preset, names=None):
     ],
 )
 def test_grids_of_full_size_are_the_published_ones(preset, network):
-    """jigsawpp.md §8: 9600/9216/9600/9600/9216 numbers of 96, 256, 384, 384 and 256 channels."""
+    """docs/papers.md: 9600/9216/9600/9600/9216 numbers of 96, 256, 384, 384 and 256 channels."""
     layers = layers_of(network, preset)
     assert [(part.name, part.grid) for part in layers] == list(zip(NAMES, (10, 6, 5, 5, 6), strict=True))
     assert layers[0].start == 0 and all(part.stop - part.start == part.channels * part.grid**2 for part in layers)

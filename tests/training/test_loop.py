@@ -372,7 +372,7 @@ def test_the_schedules_ends_and_drops():
 @pytest.mark.parametrize(
     ("batch", "total", "drops"),
     [
-        (16, 180_000, (120_000, 160_000)),  # 2x to 9x: the table of reference selftraining.md §2.2
+        (16, 180_000, (120_000, 160_000)),  # 2x to 9x: the table of docs/papers.md
         (16, 270_000, (210_000, 250_000)),
         (16, 540_000, (480_000, 520_000)),
         (16, 810_000, (750_000, 790_000)),

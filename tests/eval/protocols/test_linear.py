@@ -199,7 +199,7 @@ def test_grids_of_full_size_are_those_of_zhang():
         assert part.stop == after.start
     for part in layers:
         assert part.stop - part.start == part.channels * part.grid**2
-    # At full width that is about 9,000 numbers each (jigsawpp.md §6.2): 96, 256, 384, 384, 256 channels.
+    # At full width that is about 9,000 numbers each (docs/papers.md): 96, 256, 384, 384, 256 channels.
     assert [c * part.grid**2 for c, part in zip((96, 256, 384, 384, 256), layers, strict=True)] == [
         9600,
         9216,

@@ -337,7 +337,7 @@ def test_seeds_alone_are_one_column(recipe, ran, tmp_path):
 
 
 def test_the_recipe_of_the_handbook_can_run(tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "selftraining.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "run-a-study.md").read_text()
     text = page[page.index("    [selftrain] ") :]
     lines = itertools.takewhile(lambda line: not line or line.startswith("    "), text.splitlines())
     (tmp_path / "recipe.toml").write_text(textwrap.dedent("\n".join(lines)))
