@@ -29,6 +29,6 @@ setup(
         "ktransfer": ["py.typed"],
         "ktransfer.recipes": ["*.toml"],
         "ktransfer.eval": ["published.csv"],
-        "ktransfer.retrain.selftrain": ["published.csv"],
+        "ktransfer.retrain.selftraining": ["published.csv"],
     },
 )

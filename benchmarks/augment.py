@@ -52,7 +52,7 @@ from ktransfer.detection.losses import truth
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.operations import DESIGNED_FOR, FILL
 from ktransfer.detection.strengths import LAYERS, MOVES, RANDOM, SMALLEST, STRENGTHS, Boxed, augment
-from ktransfer.retrain.selftrain.student import _filled
+from ktransfer.retrain.selftraining.student import _filled
 
 BATCH = 16
 Pair = tuple[Image.Image, tv_tensors.BoundingBoxes]

@@ -71,7 +71,7 @@ def ignored(done: int) -> None:
 
 def held(rows: Tensor) -> Any:
     """Rows for the engine that are on the device already."""
-    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.engine import Rows
 
     def read(begin: int, end: int) -> np.ndarray:
         return rows[begin:end].cpu().numpy()
@@ -84,7 +84,7 @@ def held(rows: Tensor) -> Any:
 
 def on_host(data: np.ndarray) -> Any:
     """Rows for the engine that are in the machine's memory."""
-    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.engine import Rows
 
     return Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
 

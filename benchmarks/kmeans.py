@@ -100,7 +100,7 @@ def ours(data: np.ndarray, start: np.ndarray, iterations: int, **options: Any) -
 def states(data: np.ndarray, start: np.ndarray, iterations: int, **options: Any) -> Iterator[Any]:
     """After each iteration."""
     from ktransfer.cluster.algorithms import lloyd as module
-    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.engine import Rows
     from ktransfer.cluster.engines.exact import exact_engine
 
     rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])
@@ -185,7 +185,7 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
 
 
 def inertia(data: np.ndarray, centroids: np.ndarray) -> float:
-    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.engine import Rows
     from ktransfer.cluster.engines.exact import exact_engine
 
     rows = Rows(len(data), data.shape[1], lambda begin, end: data[begin:end])

@@ -110,7 +110,7 @@ def assign(folder: Path, n: int) -> None:
     from kmeans import ours
 
     from ktransfer.cluster.algorithms.lloyd import assign_rows
-    from ktransfer.cluster.engines.base import Rows
+    from ktransfer.cluster.engines.engine import Rows
     from ktransfer.cluster.engines.exact import exact_engine
 
     for d in (256, 1024):

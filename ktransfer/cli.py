@@ -278,7 +278,7 @@ def bench(part: str, **given: Any) -> None:
 def study(recipe: Path, run: Path) -> None:
     """Self-training in every cell of a grid, skipping what is done, with one table at the end."""
     from ktransfer import distributed
-    from ktransfer.retrain.selftrain.study import study as carry_out
+    from ktransfer.retrain.selftraining.study import study as carry_out
 
     if distributed.is_leader():
         carry_out(recipe, run)

@@ -21,7 +21,7 @@ STAGES = {
     "selftrain": (
         "ktransfer.retrain.config",
         "SelftrainConfig",
-        "ktransfer.retrain.selftrain.stage",
+        "ktransfer.retrain.selftraining.stage",
         "selftrain",
         "check",
     ),

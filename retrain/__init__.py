@@ -6,7 +6,7 @@ from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
     from .config import RetrainConfig, SelftrainConfig
-    from .selftrain.stage import selftrain
+    from .selftraining.stage import selftrain
     from .stage import retrain
 
 __all__ = ["RetrainConfig", "SelftrainConfig", "retrain", "selftrain"]
@@ -14,7 +14,7 @@ __getattr__ = exports(
     __name__,
     {
         "retrain": "stage",
-        "selftrain": "selftrain.stage",
+        "selftrain": "selftraining.stage",
         "RetrainConfig": "config",
         "SelftrainConfig": "config",
     },

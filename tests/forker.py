@@ -33,7 +33,7 @@ MODULES = (
     "ktransfer.pretext.stage",
     "ktransfer.cluster.stage",
     "ktransfer.retrain.stage",
-    "ktransfer.retrain.selftrain.study",
+    "ktransfer.retrain.selftraining.study",
     "ktransfer.eval.stage",
 )
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}

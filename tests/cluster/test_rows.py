@@ -215,9 +215,9 @@ def test_blocks_that_are_kept_are_not_written_over(tmp_path, monkeypatch):
 SCAN = """
 import resource, sys
 from pathlib import Path
-from ktransfer.cluster.engine import blocks
+from ktransfer.cluster.engines.engine import blocks
 from ktransfer.cluster.rows import rows_of
-from ktransfer.features import open_features
+from ktransfer.artifacts.features import open_features
 rows = rows_of(open_features(Path(sys.argv[1])), None, True, kept=1000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start, stop in blocks(rows.count, rows.dim):

@@ -239,8 +239,8 @@ def test_on_a_gpu_they_are_the_same(data: Dataset, cache: str) -> None:
 
 READ_ALL = """
 import sys, numpy as np, torch
-from ktransfer.dataset import Dataset
-from ktransfer.images import Images
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import ImageLoader
 
 count = int(sys.argv[1])
 read = lambda row, short_side: np.full((64, 64, 3), row % 256, np.uint8)

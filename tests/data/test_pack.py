@@ -178,14 +178,17 @@ def test_workers_decode_one_giant_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert entered == [True]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_begin_worker, initargs=(context.Lock(),)) as pool:
-        kind = pool.submit(eval, "type(__import__('ktransfer.data.decoding').images._GIANTS).__module__").result()
+        kind = pool.submit(
+            eval, "type(__import__('ktransfer.data.decoding').data.decoding._GIANTS).__module__"
+        ).result()
     assert kind == "multiprocessing.synchronize"
 
 
 KILLED = """
 import os, signal, sys
-from ktransfer import files, packing
-from ktransfer.pack import pack
+from ktransfer import files
+from ktransfer.data import packing
+from ktransfer.data.pack import pack
 
 place, count, workers = sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 packing._SAVE_SECONDS = 0.0 if count % 2 else 1e9

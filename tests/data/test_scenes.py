@@ -251,7 +251,7 @@ def test_parse_refuses_what_is_out_of_range(spec: str) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, ktransfer.scenes; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
+    code = "import sys, ktransfer.data.scenes; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

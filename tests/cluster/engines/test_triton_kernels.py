@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 INTERPRETED = """
 import numpy as np, torch
-from ktransfer.cluster import device, device_steps, triton_kernels
-from ktransfer.cluster.engine import Rows, faiss_engine
+from ktransfer.cluster.engines import device, device_steps, triton_kernels
+from ktransfer.cluster.engines.engine import Rows, faiss_engine
 
 device_steps.trial(triton_kernels, torch.device("cpu"))
 device._kernels = lambda where, tell: triton_kernels

@@ -10,7 +10,7 @@ from ktransfer.detection.losses import Truth
 from ktransfer.detection.opening import open_detection
 from ktransfer.networks import Network
 from ktransfer.retrain import SelftrainConfig
-from ktransfer.retrain.selftrain import detecting, student
+from ktransfer.retrain.selftraining import detecting, student
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 

@@ -14,7 +14,7 @@ from ktransfer.detection import canvas, masks, saved
 from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import SelftrainConfig, selftrain
-from ktransfer.retrain.selftrain import boxes, segmenting, student
+from ktransfer.retrain.selftraining import boxes, segmenting, student
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 

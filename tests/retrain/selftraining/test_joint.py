@@ -19,7 +19,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
 from ktransfer.retrain import selftrain
-from ktransfer.retrain.selftrain import boxes, joint, stage, steps, student, study
+from ktransfer.retrain.selftraining import boxes, joint, stage, steps, student, study
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 

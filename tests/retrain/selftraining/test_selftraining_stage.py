@@ -17,8 +17,8 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import RetrainConfig, SelftrainConfig, selftrain
-from ktransfer.retrain.selftrain import boxes, detecting, stage
-from ktransfer.retrain.selftrain.student import Student
+from ktransfer.retrain.selftraining import boxes, detecting, stage
+from ktransfer.retrain.selftraining.student import Student
 from ktransfer.training import loop
 
 SCENES = "scenes:images=16,size=64"

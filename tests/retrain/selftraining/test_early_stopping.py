@@ -16,7 +16,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import detect
 from ktransfer.errors import StageError, UsageError
 from ktransfer.retrain import SelftrainConfig, selftrain
-from ktransfer.retrain.selftrain import early_stopping
+from ktransfer.retrain.selftraining import early_stopping
 from ktransfer.training import loop
 
 SCENES = "scenes:images=16,size=64"

@@ -17,7 +17,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.strengths import augment, boxless
 from ktransfer.errors import UsageError
 from ktransfer.retrain import SelftrainConfig, selftrain
-from ktransfer.retrain.selftrain import boxes, instances, stage, student
+from ktransfer.retrain.selftraining import boxes, instances, stage, student
 from ktransfer.training.batch import Batch
 
 SMALL = SELFTRAIN | {

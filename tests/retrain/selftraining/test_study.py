@@ -20,7 +20,7 @@ from ktransfer.detection import saved, voc
 from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.retrain.selftrain import stage, study, tables
+from ktransfer.retrain.selftraining import stage, study, tables
 
 RECIPE = """
 [selftrain]

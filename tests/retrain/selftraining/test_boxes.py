@@ -14,7 +14,7 @@ from ktransfer.detection.data import Objects
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import UsageError
-from ktransfer.retrain.selftrain import boxes
+from ktransfer.retrain.selftraining import boxes
 
 
 @pytest.fixture(scope="module")

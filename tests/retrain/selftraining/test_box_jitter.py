@@ -17,7 +17,7 @@ from ktransfer.detection.predictions import Prediction, detect
 from ktransfer.detection.saved import Described
 from ktransfer.networks import Network
 from ktransfer.retrain import selftrain
-from ktransfer.retrain.selftrain import box_jitter, detecting, stage
+from ktransfer.retrain.selftraining import box_jitter, detecting, stage
 
 SIZE = 64
 PLACES = np.array([[6, 8, 26, 32], [36, 10, 60, 26], [20, 40, 44, 58]], np.float32)  # red, green, blue

@@ -16,7 +16,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.errors import BrokenImage, StageError
 from ktransfer.networks import Network
 from ktransfer.retrain import selftrain
-from ktransfer.retrain.selftrain import detecting, stage
+from ktransfer.retrain.selftraining import detecting, stage
 from ktransfer.training import loop
 
 SMALL = SELFTRAIN | {"test_threshold": 0.0}
