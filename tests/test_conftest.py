@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ktransfer.data import folders
-
 
 @pytest.fixture(scope="module")
 def early() -> str:
@@ -19,7 +17,9 @@ def test_folders_are_remembered_below_the_temporary_folder(
     early: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = tmp_path_factory.getbasetemp()
-    ask = "import sys; from pathlib import Path; from ktransfer.data import folders; print(folders._cache_file(Path('x')))"
+    ask = (
+        "import sys; from pathlib import Path; from ktransfer.data import folders as f; print(f._cache_file(Path('x')))"
+    )
     theirs = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
     for place in (Path(early), folders._cache_file(tmp_path), Path(theirs)):
         assert place.is_relative_to(base)

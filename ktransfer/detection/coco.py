@@ -108,7 +108,7 @@ def _unique(path: Path, what: str, values: Iterable[Any]) -> None:
     try:
         value, times = max(Counter(values).items(), key=lambda pair: pair[1], default=(None, 0))
     except TypeError as error:
-        raise UsageError(f"{path}: a {what} is no number or text; mend it") from error
+        raise UsageError(f"{path}: {what}: no number or text; mend it") from error
     if times > 1:
         raise UsageError(f"{path}: {what} {value} is there {times} times; each must be there once")
 

@@ -257,7 +257,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no images in .* \(looked for .jpg"):
         open_dataset(str(tmp_path / "images"))
     with pytest.raises(UsageError, match=r"did you mean .*/images"):
-        open_dataset(str(tmp_path / "picturse/deep/er"))
+        open_dataset(str(tmp_path / "imgaes/deep/er"))
     with pytest.raises(UsageError, match="does not exist"):
         open_dataset(str(tmp_path / ("x" * 300)))
     with pytest.raises(UsageError, match="is empty"):

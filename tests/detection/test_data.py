@@ -8,6 +8,7 @@ from PIL import Image
 
 from ktransfer.data import dataset, scenes
 from ktransfer.detection import data as detection
+from ktransfer.detection import opening
 from ktransfer.detection.coco import read
 from ktransfer.errors import BrokenImage, UsageError
 
@@ -123,26 +124,26 @@ def test_missing_images_and_repeated_annotation_ids_are_counted(tmp_path):
 def test_no_json_is_one_line(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(UsageError, match="cannot be read as JSON"):
-        detection.open_file(str(tmp_path / "a.json"))
+        opening.open_file(str(tmp_path / "a.json"))
     with pytest.raises(UsageError, match="no such file"):
-        detection.open_file(str(tmp_path / "b.json"))
+        opening.open_file(str(tmp_path / "b.json"))
 
 
 def test_a_root_has_two_parts(tmp_path):
     coco(tmp_path)
     with pytest.raises(UsageError, match=r"no instances_val\.json"):
-        detection.open_detection(str(tmp_path))
+        opening.open_detection(str(tmp_path))
     coco(tmp_path, "instances_val.json")
-    train, test = detection.open_detection(str(tmp_path))
+    train, test = opening.open_detection(str(tmp_path))
     assert train.classes == test.classes and train.name == "instances_train" and test.name == "instances_val"
     coco(tmp_path, "instances_val.json", categories=[{"id": 3, "name": "cat"}, {"id": 90, "name": "cow"}])
     with pytest.raises(UsageError, match=r"different categories \(cow, dog\)"):
-        detection.open_detection(str(tmp_path))
+        opening.open_detection(str(tmp_path))
     coco(tmp_path, "instances_val.json", annotations=[])
     with pytest.raises(UsageError, match="no box in the test part"):
-        detection.open_detection(str(tmp_path))
+        opening.open_detection(str(tmp_path))
     with pytest.raises(UsageError, match="no such folder"):
-        detection.open_detection(str(tmp_path / "nowhere"))
+        opening.open_detection(str(tmp_path / "nowhere"))
 
 
 def test_cocos_own_layout_is_found(tmp_path):
@@ -152,16 +153,16 @@ def test_cocos_own_layout_is_found(tmp_path):
         path.rename(tmp_path / "annotations" / f"instances_{part}.json")
         for image in (tmp_path / part / "images").iterdir():
             image.rename(tmp_path / part / image.name)
-    train, test = detection.open_detection(str(tmp_path))
+    train, test = opening.open_detection(str(tmp_path))
     assert train.read(2, None)[0, 0].tolist() == [180, 0, 0] and len(test) == 3
 
 
 def test_one_file_is_split(tmp_path):
     scenes.write_scenes(tmp_path / "s", 40, 48)
-    train, test = detection.open_detection(str(tmp_path / "s" / "train.json"))
+    train, test = opening.open_detection(str(tmp_path / "s" / "train.json"))
     assert len(train) == 32 and len(test) == 8 and not set(train.keys) & set(test.keys)
     assert train.fingerprint != test.fingerprint
-    whole = detection.open_file(str(tmp_path / "s" / "train.json"))
+    whole = opening.open_file(str(tmp_path / "s" / "train.json"))
     row = whole.keys.index(test.keys[3])
     assert (whole.read(row, None) == test.read(3, None)).all() and whole.ids[row] == test.ids[3]
     assert (whole.objects[row].boxes == test.objects[3].boxes).all()
@@ -169,8 +170,8 @@ def test_one_file_is_split(tmp_path):
 
 def test_scenes_have_the_boxes_of_their_own_coco_files(tmp_path):
     scenes.write_scenes(tmp_path / "s", 24, 48, seed=5)
-    parts = detection.open_detection("scenes:images=24,size=48,seed=5")
-    written = detection.open_detection(str(tmp_path / "s"))
+    parts = opening.open_detection("scenes:images=24,size=48,seed=5")
+    written = opening.open_detection(str(tmp_path / "s"))
     for drawn, read_back in zip(parts, written, strict=True):
         assert drawn.classes == read_back.classes and drawn.ids == read_back.ids and len(drawn) == len(read_back)
         for ours, theirs in zip(drawn.objects, read_back.objects, strict=True):
@@ -181,7 +182,7 @@ def test_scenes_have_the_boxes_of_their_own_coco_files(tmp_path):
 
 
 def test_fractions_have_no_image_twice_and_nest():
-    data = detection.open_file("scenes:images=200,size=32")
+    data = opening.open_file("scenes:images=200,size=32")
     small, large = (detection.fraction(data, share, 1) for share in (0.1, 0.3))
     assert len(small) == 20 and len(large) == 60 and len(set(large.tolist())) == 60
     assert set(small.tolist()) <= set(large.tolist()) and (np.diff(large) > 0).all()
@@ -194,7 +195,7 @@ def test_fractions_have_no_image_twice_and_nest():
 
 
 def test_id_lists_come_back(tmp_path):
-    data = detection.open_file("scenes:images=50,size=32")
+    data = opening.open_file("scenes:images=50,size=32")
     rows = detection.fraction(data, 0.2, 0)
     detection.save_ids(tmp_path / "ids.json", data, rows)
     assert json.loads((tmp_path / "ids.json").read_text()) == (rows + 1).tolist()
@@ -219,7 +220,7 @@ def test_boxes_of_leaves_crowds_out(tmp_path):
 @pytest.mark.skipif(PACKS is None, reason="KTRANSFER_DATA does not name the packs")
 @pytest.mark.parametrize(("name", "train", "boxes"), [("det_animals7", 698, 1041), ("det_bccd", 205, 2804)])
 def test_real_packs_open(name, train, boxes):
-    parts = detection.open_detection(str(Path(PACKS) / name))
+    parts = opening.open_detection(str(Path(PACKS) / name))
     assert len(parts[0]) == train and sum(len(one.boxes) for one in parts[0].objects) == boxes
     height, width = parts[1].read(0, None).shape[:2]
     assert parts[1].sizes[0].tolist() == [width, height]

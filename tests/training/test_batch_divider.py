@@ -173,7 +173,8 @@ def test_batch_norm_over_processes_is_batch_norm_over_all(kind):
 
 def pretext(run, *more):
     fixed = ("--epochs", "2", "--batch", "9", "--width", "0.05", "--precision", "float32", "--permutations", "10")
-    return ("--run", run, "pretext", "--data", SCENES, *fixed, *more)
+    # At larger rates a deep network makes more of rounding in every step, and so few images cannot tell it from a fault.
+    return ("--run", run, "pretext", "--data", SCENES, *fixed, "--lr", "0.001", *more)
 
 
 def retrain(run, arch, *more):
@@ -206,9 +207,9 @@ def assert_alike(run, stage, wanted):
     found, losses = outcome(run, stage)
     weights, curve = wanted
     assert len(losses) == len(curve) > 4
-    # In a deep network with batch norm, and few images, every step makes more of the rounding of those before it.
-    relative, absolute = (1e-2, 1e-4) if len(weights) > 60 else (1e-5, 1e-7)
-    np.testing.assert_allclose(losses, curve, rtol=2e-4)
+    # Biases before a batch norm have no gradient but rounding.
+    relative, absolute = (1e-4, 2e-5) if len(weights) > 60 else (1e-5, 1e-7)
+    np.testing.assert_allclose(losses, curve, rtol=1e-5)
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         far = (found[name] - value).double().norm()
