@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ktransfer.data import folders
+
 
 @pytest.fixture(scope="module")
 def early() -> str:

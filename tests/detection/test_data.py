@@ -88,7 +88,7 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
         ),
         ({"annotations": [note(1, 10, 4, [0, 0, 1, 1])]}, "category_id that is not listed, such as 4"),
         ({"annotations": [note(1, [10], 3, [0, 0, 1, 1])]}, "image_id that is not listed"),
-        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "an image id is no number or text"),
+        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "image id: no number or text"),
         ({"images": [{"id": 1, "file_name": "1.png", "width": 1e400, "height": 6}]}, "COCO's have id"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3}]}, "an annotation is not as COCO's are"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2]}]}, "an annotation is not as"),

@@ -173,7 +173,7 @@ def test_batch_norm_over_processes_is_batch_norm_over_all(kind):
 
 def pretext(run, *more):
     fixed = ("--epochs", "2", "--batch", "9", "--width", "0.05", "--precision", "float32", "--permutations", "10")
-    # At larger rates a deep network makes more of rounding in every step, and so few images cannot tell it from a fault.
+    # At larger rates a deep network makes more of rounding in every step: it would look like a fault.
     return ("--run", run, "pretext", "--data", SCENES, *fixed, "--lr", "0.001", *more)
 
 
