@@ -12,12 +12,11 @@ import argparse
 from pathlib import Path
 
 from ktransfer import networks
-from ktransfer.cluster import cluster, extract
+from ktransfer.cluster import assign, cluster, extract
 from ktransfer.eval import evaluate
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
 from ktransfer.retrain import retrain
-from ktransfer.stages import function
 
 TASKS = ("jigsawpp", "jigsaw", "rotation", "context")
 TEACHER = {"arch": "alexnet_bn", "width": 0.5, "epochs": 40, "batch": 128, "lr": 0.05}
@@ -50,7 +49,7 @@ def run_all(data: str, out: Path, epochs: dict[str, int]) -> None:
             teacher = str(random_teacher(out / "random.safetensors", size)) if name == "random-cc" else name
             extract(run, data=data, teacher=teacher)
         cluster(run, k=CLUSTERS)
-        function("assign")(run)
+        assign(run)
         retrain(run, epochs=epochs["retrain"], **TARGET)
     beside = ",".join(str(out / name) for name in (*TASKS[1:], "random-cc", "hog", "pixels", "classes"))
     evaluate(out / "jigsawpp", labelled=data, beside=beside, epochs=epochs["eval"])

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
+    from .assignment import assign
     from .config import AssignConfig, ClusterConfig, ExtractConfig
     from .estimator import KMeans
     from .extraction import extract
-    from .stage import assign, cluster
+    from .stage import cluster
 
 __all__ = ["AssignConfig", "ClusterConfig", "ExtractConfig", "KMeans", "assign", "cluster", "extract"]
 __getattr__ = exports(
@@ -16,7 +17,7 @@ __getattr__ = exports(
     {
         "extract": "extraction",
         "cluster": "stage",
-        "assign": "stage",
+        "assign": "assignment",
         "KMeans": "estimator",
         "ExtractConfig": "config",
         "ClusterConfig": "config",

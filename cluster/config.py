@@ -1,6 +1,7 @@
 """What `ktransfer extract`, `cluster` and `assign` can be told."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ktransfer.config import option
 from ktransfer.training.options import SEED_LIMIT, MachineOptions
@@ -12,6 +13,8 @@ class ExtractConfig(MachineOptions):
 
     The defaults are those reported of the paper: conv4 of VGG-16, max-pooled to 4x4x512.
     """
+
+    first: ClassVar = ("data", "teacher", "layer", "pool", "size")
 
     data: str | None = option(None, "images; those of the pretext stage when not given", execution=True)
     name: str | None = option(None, "name of the feature file; the data folder's own name when not given")
@@ -46,10 +49,12 @@ class ExtractConfig(MachineOptions):
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Group the features of all images by k-means; they are extracted first where they are missing.
+    """Group the features of all images by k-means.
 
-    The paper's k is 2000, for 1.3 million images.
+    Features are extracted first where they are missing. The paper's k is 2000, for 1.3 million images.
     """
+
+    first: ClassVar = ("k", "features", "engine", "memory", "sheet")
 
     features: str | None = option(
         None, "a feature file, also a .npy or .npz made elsewhere; that of the run when not given", execution=True
@@ -105,10 +110,12 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class AssignConfig:
-    """Give each image of the same or another data set its nearest centroid as pseudo-label.
+    """Give each image its nearest centroid as pseudo-label.
 
     Clusters of one data set may label another, as in the paper.
     """
+
+    first: ClassVar = ("data", "features", "balanced", "engine", "memory")
 
     balanced: bool = option(
         False, "clusters of equal size, n / k rounded down or up, at the least sum of squares; on the CPU"

@@ -1,7 +1,7 @@
 """The extract stage: features of every image, one pass, constant memory, resumable by rows."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.ordered import ordered_map
 from ktransfer.errors import Reply, StageError, UsageError
-from ktransfer.networks import Network, teachers
+from ktransfer.networks import teachers
 from ktransfer.networks.teachers import Teacher
+from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import bar, say
 from ktransfer.run import begin, done_record, need_disk, read_record
 from ktransfer.training.device import choose_device
@@ -28,6 +29,18 @@ from .config import ExtractConfig
 
 DEFAULT_LAYERS = {"alexnet": "conv4", "alexnet_bn": "conv4", "vgg16": "conv4_1", "vgg16_bn": "conv4_1"}
 LIST = "list"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractPlan(Plan):
+    """What the stage will do: `config` with data, layer, token and size resolved; `file` is what it will write."""
+
+    config: ExtractConfig
+    images: Dataset
+    teacher: Teacher
+    dim: int
+    file: Path
+    device: torch.device
 
 
 def extract(run: str | Path, **options: Any) -> Path:
@@ -40,24 +53,19 @@ def extract(run: str | Path, **options: Any) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    run = Path(run)
-    config, data = check(run, options)
-    teacher = _teacher(run, config)
-    network = teacher.network
-    device = choose_device(config)
-    compute = _reader(teacher, config, device)
-    dim = len(compute(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8))[0])
+    return carry_out(check(Path(run), options))
 
-    name = config.name or data.name
+
+def carry_out(plan: ExtractPlan) -> Path:
+    """Read the images in batches, and write the teacher's features row by row."""
+    config, data, teacher, device = plan.config, plan.images, plan.teacher, plan.device
+    network, dim, file, name = teacher.network, plan.dim, plan.file, plan.file.stem
     inputs = {"data": data.fingerprint, "teacher": teachers.identity(teacher)}
     outputs = [f"{name}.h5", f"{name}.h5.part", f"{name}.h5.progress"]
-    with begin(run, "features", name, config, inputs, outputs, config.overwrite, str(device)) as step:
-        file = step.folder / f"{name}.h5"
+    with begin(plan.run, "features", name, config, inputs, outputs, plan.overwrite, str(device)) as step:
         if step.done:
             return file
-        need_disk(
-            step.folder, len(data) * dim * (2 if config.dtype == "float16" else 4), f"extract ({dim} numbers each)"
-        )
+        compute = _reader(teacher, config, device)
         attributes = {
             "teacher": inputs["teacher"],
             "layer": str(config.layer),
@@ -69,7 +77,7 @@ def extract(run: str | Path, **options: Any) -> Path:
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
         first = writer.rows_done
         if distributed.world_size() > 1:
-            order = {"do": "extract", "run": str(run.resolve()), "teacher": inputs["teacher"], "first": first}
+            order = {"do": "extract", "run": str(plan.run.resolve()), "teacher": inputs["teacher"], "first": first}
             distributed.send_order(order | {"config": asdict(config), "dim": dim} | data_facts(data))
             distributed.agree(None)
         with bar(len(data), f"extract {config.layer}", done=first) as shown:
@@ -103,10 +111,8 @@ def extract_share(order: dict[str, Any]) -> None:
     ordered_map(images, order["first"], config.batch, compute, order["dim"], None)
 
 
-def check(
-    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
-) -> tuple[ExtractConfig, Dataset]:
-    """Everything that can be found wrong before the work; the settings with data, layer and size resolved.
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> ExtractPlan:
+    """Everything that can be found wrong before the work.
 
     Raises:
         UsageError: one line for what is wrong.
@@ -114,7 +120,7 @@ def check(
     """
     config = build(ExtractConfig, options, "extract")
     if config.layer == LIST:
-        network = _teacher(run, config, pending).network
+        network = _teacher(run, config, before).network
         with networks.fitting(network):
             model = networks.build(network, 0, "layers").eval()
         raise Reply(teachers.listing(network, model))
@@ -125,22 +131,40 @@ def check(
     data = open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
-    choose_device(config)
-    teacher = _teacher(run, config, pending)
+    device = choose_device(config)
+    teacher = _teacher(run, config, before)
     network = teacher.network
     if not teacher.pooled and config.pool != ExtractConfig.pool:
         raise UsageError(f"--pool {config.pool}: {network.arch} is not pooled; leave --pool away, --size sets its grid")
     with networks.fitting(network):  # of a checkpoint made elsewhere nothing is known before it is read
         model = teachers.load(teacher) if teacher.foreign else networks.build(network, 0, "layers").eval()
-    names = teachers.shapes(network, model)
-    layer = config.layer or DEFAULT_LAYERS.get(network.arch) or list(names)[-1]
-    if layer not in names:
-        raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(names)}")
+    shapes = teachers.shapes(network, model)
+    layer = config.layer or DEFAULT_LAYERS.get(network.arch) or list(shapes)[-1]
+    if layer not in shapes:
+        raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(shapes)}")
     token = teachers.choose_token(model, network.arch, config.token)
-    return replace(config, data=spec, layer=layer, token=token, size=network.size), data
+    config = replace(config, data=spec, layer=layer, token=token, size=network.size)
+    file = run / "features" / f"{config.name or data.name}.h5"
+    dim = _numbers(teacher, shapes[layer], config)
+    reads = () if config.teacher else ("pretext",)
+    disk = len(data) * dim * (2 if config.dtype == "float16" else 4)
+    if not file.is_file():
+        need_disk(file.parent, disk, f"extract ({dim} numbers each)")
+    return ExtractPlan(
+        stage="extract",
+        run=run,
+        steps=[PlannedStep(file.stem, config, {"data": data.fingerprint}, reads, disk=disk)],
+        overwrite=config.overwrite,
+        images=data,
+        config=config,
+        teacher=teacher,
+        dim=dim,
+        file=file,
+        device=device,
+    )
 
 
-def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None = None) -> Teacher:
+def _teacher(run: Path, config: ExtractConfig, before: Sequence[Plan] = ()) -> Teacher:
     """The teacher that is named, else the one that the line will make, else the run's own."""
     if config.teacher:
         return teachers.find(config.teacher, config.arch, config.weights, config.size)
@@ -148,13 +172,21 @@ def _teacher(run: Path, config: ExtractConfig, pending: Mapping[str, Any] | None
         if value:
             raise UsageError(f"--{flag} {value}: says what --teacher is, and none is named; give --teacher too")
     path = run / "pretext" / "model.safetensors"
-    if pending and "pretext" in pending:
-        made_by = pending["pretext"]
-        network = Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
-    else:
+    coming = latest(before, "pretext")
+    if coming is None:
         done_record(run, "pretext", "pretext", "pretext")
-        network = networks.describe(path)
+    network = coming.network if coming and coming.network else networks.describe(path)
     return Teacher(networks.trunk(replace(network, size=config.size or network.size)), path)
+
+
+def _numbers(teacher: Teacher, shape: tuple[int, int, int], config: ExtractConfig) -> int:
+    """Numbers of a row, for a layer of this shape (channels, height, width)."""
+    channels, height, width = shape
+    if config.token in ("cls", "mean"):
+        return channels
+    if not teacher.pooled:
+        return channels * height * width
+    return channels * min(config.pool, width) ** 2
 
 
 def _reader(teacher: Teacher, config: ExtractConfig, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -45,6 +45,16 @@ def features_path(run: Path, config: ClusterConfig) -> Path | None:
     return None
 
 
+def outdated(run: Path, data: str | None) -> bool:
+    """Whether the run's features of these images come from an older teacher than its own."""
+    teacher = read_record(run, "pretext", "pretext")
+    made = read_record(run, "features", open_dataset(data).name) if data and teacher else None
+    if not made or not teacher or made["config"]["teacher"]:
+        return False
+    weights = teacher["outputs"].get("model.safetensors", {})  # none while it is unfinished
+    return bool(made["inputs"]["teacher"] != weights.get("sha256"))
+
+
 def pretext_data(run: Path) -> str | None:
     """The images that the teacher of the run learned from."""
     record = read_record(run, "pretext", "pretext")

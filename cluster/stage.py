@@ -1,8 +1,8 @@
-"""The cluster and assign stages: features in, centroids and pseudo-labels out."""
+"""The cluster stage: features in, centroids out."""
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,39 +10,41 @@ from typing import Any
 import numpy as np
 
 from ktransfer import files
-from ktransfer.artifacts.centroids import read_centroids
 from ktransfer.artifacts.features import Features, open_features
-from ktransfer.artifacts.labels import write_labels
 from ktransfer.config import build, nearest
-from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
+from ktransfer.plan import Plan, PlannedStep, carry_out_line, latest, plan_line
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, input_hash
+from ktransfer.run import begin, input_hash
 
-from .algorithms.balanced import assign_balanced
 from .algorithms.initialisation import STARTS, sample_size, start_of
-from .algorithms.lloyd import Clustering, assign_rows, kmeans, refuse_sizes
+from .algorithms.lloyd import Clustering, kmeans, refuse_sizes
 from .algorithms.minibatch import minibatch_kmeans
 from .algorithms.restarts import best_of
 from .algorithms.two_level import two_level
 from .centroids import read_start, write_centroids
-from .config import AssignConfig, ClusterConfig
-from .distributed import open_rows, planned_rows
+from .config import ClusterConfig
+from .distributed import open_rows
 from .engines.choose import device_of, parts_engine
-from .engines.engine import Engine, Rows, described
-from .extraction import check as check_extract
-from .extraction import extract
+from .engines.engine import Engine, Rows
+from .extraction import ExtractPlan
 from .feature_check import check_features
-from .foreign import adopt, check_keys, is_foreign, open_foreign, preview
+from .foreign import adopt, check_keys, is_foreign, preview
 from .projection import fit_projection
-from .quality import quality, sparkline, summary
+from .quality import sparkline
 from .record import derived_seed, make_record, record_summary, survey, write_record
 from .rows import plan_memory
 from .sheet import images_of, save_sheet
-from .sources import data_of, features_path, labelled_features, pretext_data, refuse_mismatch
+from .sources import data_of, features_path, outdated
 
-BALANCED_BYTES = 144  # of a row, beyond a plain assignment
 OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", "work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterPlan(Plan):
+    """What the stage will do."""
+
+    config: ClusterConfig
 
 
 def cluster(run: str | Path, **options: Any) -> Path:
@@ -56,13 +58,19 @@ def cluster(run: str | Path, **options: Any) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    run = Path(run)
-    config = check_cluster(run, options)
+    made: Path = carry_out_line(plan_line([("cluster", options)], Path(run)))[-1]
+    return made
+
+
+def carry_out(plan: ClusterPlan) -> Path:
+    """Look for the centroids of the features; write them, how good they are, and a sheet."""
+    run, config = plan.run, plan.config
     if config.features and is_foreign(config.features):
         adopted = adopt(run, config.features, config.keys, config.data, config.overwrite, "cluster")
         config = replace(config, features=str(adopted))
-    path = features_path(run, config) or extract(run, data=config.data)
+    path = _features(run, config)
     features = open_features(path)
+    _refuse_rows(config, int(features.valid.sum()), features.rows.shape[1])
     inputs = {"features": input_hash(path)}
     start = config.start
     if start not in STARTS:
@@ -120,65 +128,24 @@ def cluster(run: str | Path, **options: Any) -> Path:
         return file
 
 
-def assign(run: str | Path, **options: Any) -> Path:
-    """Pseudo-labels: the nearest centroid of every image of the same or another data set (docs/papers.md).
-
-    Args:
-        run: the run folder; the stage writes `labels.csv`, `labels.h5` and `labels.bin` below `run/clusters`.
-        options: the fields of `AssignConfig`.
-
-    Raises:
-        UsageError, StageError: one line each.
+def first(
+    run: Path, options: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The extraction that comes before, where features are missing or a file has settings for them, or where the line
+    makes their teacher anew.
     """
-    run = Path(run)
-    config = check_assign(run, options)
-    made = done_record(run, "clusters", "cluster", "cluster")
-    centroids_path = run / "clusters" / "clusters.h5"
-    centroids = read_centroids(centroids_path)
-    clustered = Path(made["config"]["features"])
-    if not clustered.is_file():  # the run folder was moved
-        clustered = run / "features" / clustered.name
-    if config.features and is_foreign(config.features):
-        path = adopt(run, config.features, config.keys, config.data, config.overwrite, "assign")
-    else:
-        path = labelled_features(run, config, clustered)
-    features = open_features(path)
-    refuse_mismatch(features, path, centroids, centroids_path)
-    spec = config.data or data_of(run, path)
-    inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
-    config = replace(config, features=str(path), data=spec)
-    names = ["labels.csv", "labels.h5", "labels.bin"]
-    device = "cpu" if config.balanced else device_of(config.engine)
-    with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, device) as step:
-        if step.done:
-            return step.folder / names[0]
-        k = len(centroids.centroids)
-        prepared = features, centroids.projection, centroids.normalise, k
-        more: dict[str, Any] = {}
-        if config.balanced:
-            extra = BALANCED_BYTES * int(features.valid.sum())
-            rows, _ = planned_rows(*prepared, config.memory, "assign", extra)
-            even = assign_balanced(rows, centroids.centroids)
-            labels, distances, by = even.labels, even.distances, f"balanced, products by numpy {np.__version__}"
-            more = {"cost": even.cost, "least cost possible": even.bound}
-            say(f"assign: equal sizes; cost {even.cost:.8g}, the least possible is at least {even.bound:.8g}")
-        else:
-            rows, engine = open_rows(*prepared, config.engine, config.memory, "assign")
-            labels, distances = assign_rows(rows, centroids.centroids, engine)
-            by = described(engine)
-        everywhere = np.full(len(features.valid), -1, np.int32)
-        everywhere[features.valid] = labels
-        far = np.full(len(features.valid), np.nan, np.float32)
-        far[features.valid] = distances
-        fingerprint = str(features.attributes.get("fingerprint"))
-        write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
-        result = quality(everywhere, features.targets, k)
-        step.finish([step.folder / name for name in names], result=result | more | {"engine": by})
-        say(f"assign: done; {summary(result)}; {step.folder / names[0]}")
-        return step.folder / names[0]
+    config = build(ClusterConfig, options, "cluster")
+    if config.features or latest(before, "extract"):
+        return []
+    teacher = latest(before, "pretext")
+    again = teacher is not None and (teacher.overwrite or outdated(run, config.data))
+    if not again and "extract" not in tables and features_path(run, config):
+        return []
+    given = ({"data": config.data} if config.data else {}) | dict(tables.get("extract", {}))
+    return [("extract", given | ({"overwrite": True} if again else {}))]
 
 
-def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> ClusterConfig:
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> ClusterPlan:
     """Everything that can be found wrong before the work, k against the number of images first of all.
 
     Raises:
@@ -186,7 +153,6 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
     """
     config = build(ClusterConfig, options, "cluster")
     check_keys(config.features, config.keys)
-    dim = config.pca or None
     if config.whiten and not config.pca:
         raise UsageError("--whiten: needs the principal components; give --pca too")
     if config.spherical and not config.normalise:
@@ -196,30 +162,47 @@ def check_cluster(run: Path, options: dict[str, Any], pending: Mapping[str, Any]
         raise UsageError(f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give more")
     if config.start not in STARTS and (config.redo > 1 or config.stability):
         raise UsageError(f"--start {config.start}: --redo and --stability need starts that differ; leave them away")
-    coming = {"pretext", "extract"} & set(pending or ())
-    path = None if coming and not config.features else features_path(run, config)
-    if path:
-        features = preview(str(path), config.keys, config.data) if is_foreign(str(path)) else open_features(path)
-        count = int(features.valid.sum())
-        columns = features.rows.shape[1]
-        dim = dim or columns
-        if config.pca > columns:
-            raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
-    elif pending:
-        spec = config.data or pretext_data(run)
-        count = len(open_dataset(spec)) if spec else config.k
+    coming = None if config.features else latest(before, "extract")
+    memory = 0
+    if isinstance(coming, ExtractPlan):
+        count, columns = len(coming.images), coming.dim
+        _refuse_rows(config, count, columns)
     else:
-        count = len(check_extract(run, {"data": config.data})[1])
+        path = _features(run, config)
+        features = preview(str(path), config.keys, config.data) if is_foreign(str(path)) else open_features(path)
+        count, columns = int(features.valid.sum()), features.rows.shape[1]
+        _refuse_rows(config, count, columns)
+        dim = config.pca or columns
+        memory = plan_memory(features, config.k, dim, config.memory, *_extra_bytes(config, count, dim, columns)).budget
+    _given_start(config, config.pca or columns)
+    reads = () if config.features else ("extract",)
+    disk = 4 * config.k * (config.pca or columns)
+    return ClusterPlan(
+        stage="cluster",
+        run=run,
+        steps=[PlannedStep("cluster", config, {}, reads, disk=disk, memory=memory)],
+        overwrite=config.overwrite,
+        config=config,
+    )
+
+
+def _features(run: Path, config: ClusterConfig) -> Path:
+    """The file of features, which is there."""
+    found = features_path(run, config)
+    if found is None:
+        raise UsageError(f"--run {run}: features are missing; make them first: ktransfer --run {run} extract")
+    return found
+
+
+def _refuse_rows(config: ClusterConfig, count: int, columns: int) -> None:
+    """UsageError where `count` rows of `columns` numbers do not make so many clusters."""
+    if config.pca > columns:
+        raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
     if config.k > count:
         raise UsageError(f"--k {config.k}: more clusters than the {count} images; give a smaller --k")
     if config.pca >= count:
         raise UsageError(f"--pca {config.pca}: must be below the number of images, {count}; give a smaller one")
     refuse_sizes(config.k, config.min_size, count)
-    if path:
-        dim = dim or columns
-        plan_memory(features, config.k, dim, config.memory, *_extra_bytes(config, count, dim, columns))
-    _given_start(config, dim)
-    return config
 
 
 def _clusterer(
@@ -264,32 +247,6 @@ def _refuse_foreign_settings(config: ClusterConfig) -> None:
         if getattr(config, name) != getattr(ClusterConfig, name):
             flag = name.replace("_", "-")
             raise UsageError(f"--algorithm {config.algorithm}: has no --{flag}; leave that away or take another one")
-
-
-def check_assign(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> AssignConfig:
-    """Everything that can be found wrong before the work.
-
-    Raises:
-        UsageError: one line for what is wrong.
-    """
-    config = build(AssignConfig, options, "assign")
-    if config.balanced and config.engine != AssignConfig.engine:
-        raise UsageError(
-            f"assign --balanced: looks at all clusters of each row on the CPU, without an engine; "
-            f"leave --engine {config.engine} away"
-        )
-    check_keys(config.features, config.keys)
-    if config.features and is_foreign(config.features):
-        open_foreign(config.features, config.keys, config.data)
-    elif config.features and config.data:
-        raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
-    elif config.features:
-        open_features(Path(config.features))
-    if config.data:
-        open_dataset(config.data)
-    if "cluster" not in (pending or ()):
-        done_record(run, "clusters", "cluster", "cluster")
-    return config
 
 
 def _evaluate(

@@ -1,15 +1,15 @@
 """The networks that are evaluated side by side: the run's own, those of other runs, random weights, and true labels."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.plan import Plan, latest
 from ktransfer.run import done_record, read_record
 
 from .config import EvalConfig
@@ -88,15 +88,12 @@ def final_network(run: Path) -> Path:
     raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
 
 
-def coming_network(run: Path, pending: Mapping[str, Any]) -> Network | None:
+def coming_network(run: Path, before: Sequence[Plan]) -> Network | None:
     """The final network that the stages before in the same line will make, if they do."""
-    if "retrain" in pending:
-        made_by = pending["retrain"]
-        return Network(made_by.arch, made_by.width, made_by.stride, made_by.size, 2, "imagenet", "pseudo-labels")
-    if "pretext" in pending and not read_record(run, "retrain", "retrain"):
-        made_by = pending["pretext"]
-        return Network(made_by.arch, made_by.width, 2, made_by.size, 0, "picture", made_by.task)
-    return None
+    made = latest(before, "retrain")
+    if made is None and not read_record(run, "retrain", "retrain"):
+        made = latest(before, "pretext")
+    return made.network if made else None
 
 
 def resized(network: Network, size: int, stride: int) -> Network:

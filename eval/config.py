@@ -1,7 +1,8 @@
 """What `ktransfer eval` can be told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ktransfer.config import narrowed, option
 from ktransfer.errors import UsageError
@@ -50,10 +51,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class EvalConfig(LoopOptions):
-    """Evaluate the run's network by named protocols, beside the same with random weights.
+    """Evaluate the run's network by named protocols.
 
-    Several protocols at once are separated by commas. docs/reference/protocols.md says what each does.
+    The same with random weights stands beside it. Several protocols at once are separated by commas.
+    docs/reference/protocols.md says what each does.
     """
+
+    first: ClassVar = ("labelled", "protocol", "beside", "layers", "seeds")
 
     labelled: str | None = option(
         None,
@@ -194,3 +198,13 @@ def own_settings(given: EvalConfig, name: str) -> dict[str, Any]:
     """What the protocol `name` takes for settings that were left at 0, -1 or ""."""
     own = DEFAULTS.get(name, {}) | (PRESETS[given.preset] if name == "linear" else {})
     return {key: value for key, value in own.items() if getattr(given, key) == getattr(EvalConfig, key)}
+
+
+def _counting(given: Mapping[str, Any]) -> list[str]:
+    """The parts of the stage that a call has: its protocols, and the arm that learns the true labels."""
+    names = str(given.get("protocol", EvalConfig.protocol)).split(",")
+    return [*(name.strip() for name in names), *(["supervised"] if given.get("supervised") else [])]
+
+
+counting = {"eval": _counting}
+"""Stage -> the parts of it that a call has, whose settings alone it takes from a file (`plan.with_table`)."""

@@ -1,14 +1,16 @@
 """The eval stage: networks and labelled images in, tables of what came across out."""
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files, networks
-from ktransfer.config import build, chosen, in_words, read_by, result_settings, settings_of
+from ktransfer.config import Settings, build, chosen, chosen_settings, in_words, read_by, result_settings, settings_of
 from ktransfer.data.loader import typical_short_side
 from ktransfer.errors import Reply, UsageError
+from ktransfer.networks import Network
+from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training.device import choose_device
@@ -34,15 +36,17 @@ class Evaluation(NamedTuple):
     protocol: str
     config: EvalConfig
     parts: Any
-    settings: Any
+    settings: Settings
     """Those of `config` that this protocol reads."""
-    given: dict[str, Any]
-    """What `evaluate` is called with for this protocol alone."""
 
     def module(self) -> protocols.Module:
         """What evaluates: the protocol's module, or that of detectors which are finished."""
-        as_they_are = self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
-        return protocols.load("trained_detectors" if as_they_are else self.protocol)
+        return protocols.load("trained_detectors" if self.as_they_are else self.protocol)
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether detectors are evaluated that selftrain finished."""
+        return self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled images, by part, and of the list of those whose labels are used."""
@@ -50,6 +54,13 @@ class Evaluation(NamedTuple):
         if self.protocol == "lowshot" and self.config.subset:
             found["subset"] = files.sha256(Path(self.config.subset))
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPlan(Plan):
+    """What the stage will do: a step for each protocol."""
+
+    evaluations: list[Evaluation]
 
 
 def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
@@ -65,17 +76,23 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
     Raises:
         UsageError, StageError: one line each.
     """
-    run = Path(run)
-    return {evaluating.protocol: _evaluate(run, evaluating) for evaluating in check(run, options)}
+    return carry_out(check(Path(run), options))
+
+
+def carry_out(plan: EvalPlan) -> dict[str, Path]:
+    """Evaluate by one protocol after the other."""
+    return {evaluating.protocol: _evaluate(plan.run, evaluating) for evaluating in plan.evaluations}
 
 
 def _evaluate(run: Path, evaluating: Evaluation) -> Path:
-    name, config, parts, settings, _ = evaluating
+    name, config, parts, settings = evaluating
     protocol = evaluating.module()
     device = choose_device(config)
     if config.supervised:
         supervised.train(run, config, device)
     arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
+    if hasattr(protocol, "check_arms"):  # weights that the line has made since it was planned
+        protocol.check_arms(arms, config)
     inputs = evaluating.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
     inputs |= protocol.inputs(arms, parts, config) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
@@ -130,7 +147,7 @@ def _evaluate(run: Path, evaluating: Evaluation) -> Path:
 
 def _command(run: Path, evaluating: Evaluation) -> str:
     """The line that evaluates the same again: every setting that counts and is not the default, and the paths."""
-    names = [name for name in PATHS if hasattr(evaluating.settings, name)] + list(result_settings(evaluating.settings))
+    names = [name for name in PATHS if name in evaluating.settings.values] + list(result_settings(evaluating.settings))
     names += ["supervised", "supervised_epochs", "size"] if evaluating.config.supervised else []
     own = {name: getattr(evaluating.config, name) for name in dict.fromkeys(names)}
     changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
@@ -168,7 +185,7 @@ def _evaluated(
     return found
 
 
-def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> list[Evaluation]:
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> EvalPlan:
     """Everything that can be found wrong before the work; for each protocol its settings resolved, and its images.
 
     Raises:
@@ -181,40 +198,59 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    learned = trained_detectors.labelled(run, pending or {})  # by selftrain
-    coming = coming_network(run, pending or {})
-    ready = "detect" in names and trained_detectors.wanted(run, given, pending or {})
+    learned = trained_detectors.labelled(run, before)  # by selftrain
+    coming = coming_network(run, before)
+    ready = "detect" in names and trained_detectors.wanted(run, given, before)
     read = {name: _read(name, ready and name == "detect", given) for name in names}
     _refuse_unread(given, read, ready)
     found: list[Evaluation] = []
     for name in names:
         as_it_is = ready and name == "detect"
-        alone = {key: value for key, value in options.items() if key.replace("-", "_") in read[name]}
-        alone |= {"protocol": name}
         spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
         if not spec:
             raise UsageError("eval: no labelled images given; name a root with train/ and val/ with --labelled")
         parts = protocols.open_data(name, spec)
         if as_it_is:
             config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
-            trained_detectors.check(run, config, parts, learned, pending or {})
-            found.append(Evaluation(name, config, parts, trained_detectors.settings(config), alone))
-            continue
-        network = coming or networks.describe(final_network(run))
-        size, stride = network.size, network.stride
-        if network.task in PRETEXT:
-            size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
-        found_out = {"size": given.size or size, "stride": given.stride or stride}
-        config = replace(given, protocol=name, labelled=spec, **(found_out | own_settings(given, name)))
-        arms = find_arms(run, config, coming)
-        protocol = protocols.load(name)
-        protocol.check([arm.network for arm in arms], parts, config, run)
-        if hasattr(protocol, "check_arms"):
-            protocol.check_arms(arms, config)
-        found.append(Evaluation(name, config, parts, settings_of(config, name), alone))
+            trained_detectors.check(run, config, parts, learned, before)
+            found.append(Evaluation(name, config, parts, chosen_settings(config, trained_detectors.READ)))
+        else:
+            network = coming or networks.describe(final_network(run))
+            config = _resolved(replace(given, protocol=name, labelled=spec), network, parts)
+            _check_protocol(name, run, config, parts, coming)
+            found.append(Evaluation(name, config, parts, settings_of(config, name)))
     if given.supervised:
         supervised.check(run, coming or networks.describe(final_network(run)), [one.config for one in found])
-    return found
+    final = "retrain" if latest(before, "retrain") or read_record(run, "retrain", "retrain") else "pretext"
+    return EvalPlan(
+        stage="eval",
+        run=run,
+        steps=[
+            PlannedStep(one.protocol, one.settings, one.fingerprints(), ("selftrain",) if one.as_they_are else (final,))
+            for one in found
+        ],
+        overwrite=given.overwrite,
+        stepwise=True,
+        evaluations=found,
+    )
+
+
+def _resolved(config: EvalConfig, network: Network, parts: Any) -> EvalConfig:
+    """The settings of one protocol, for the run's own network as it was trained."""
+    size, stride = network.size, network.stride
+    if network.task in PRETEXT:
+        size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
+    found_out = {"size": config.size or size, "stride": config.stride or stride}
+    return replace(config, **(found_out | own_settings(config, config.protocol)))
+
+
+def _check_protocol(name: str, run: Path, config: EvalConfig, parts: Any, coming: Network | None) -> None:
+    """What the protocol itself finds wrong before the work."""
+    arms = find_arms(run, config, coming)
+    protocol = protocols.load(name)
+    protocol.check([arm.network for arm in arms], parts, config, run)
+    if hasattr(protocol, "check_arms"):
+        protocol.check_arms(arms, config)
 
 
 def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:

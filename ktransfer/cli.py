@@ -4,7 +4,6 @@ The stages of a line are first all checked, then carried out one after the other
 when they are called.
 """
 
-import dataclasses
 import errno
 import importlib
 import shlex
@@ -13,32 +12,25 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ktransfer import __version__
-from ktransfer.config import build, kind, read_toml
+from ktransfer import __version__, stages
+from ktransfer.config import build, read_toml
 from ktransfer.errors import KTransferError, Reply, Stopped, UsageError
-from ktransfer.stages import (
-    STAGES,
-    Call,
-    complete,
-    function,
-    inherit_data,
-    plan,
-    refuse_changes,
-    servant,
-    settings,
-    with_table,
-)
+from ktransfer.help import Alone, Door, add_stages
+from ktransfer.stages import STAGES
+
+if TYPE_CHECKING:
+    from ktransfer.plan import Call, Plan
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
 STOPPED = "stopped; nothing is lost. This goes on where it was: ktransfer"
 
 
-@click.group(chain=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Door, chain=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="ktransfer")
 @click.option(
     "--run", "run_folder", type=click.Path(path_type=Path), help="The run folder: all stages read and write it."
@@ -47,8 +39,9 @@ STOPPED = "stopped; nothing is lost. This goes on where it was: ktransfer"
     "--config", "file", type=click.Path(path_type=Path), help="Settings of any stage, as TOML; flags beat it."
 )
 @click.option("--recipe", help="Settings that come with ktransfer: paper or laptop.")
+@click.option("--dry-run", is_flag=True, help="Check the whole line and show what each stage would do; do nothing.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(run_folder: Path | None, file: Path | None, recipe: str | None, debug: bool) -> None:
+def cli(run_folder: Path | None, file: Path | None, recipe: str | None, dry_run: bool, debug: bool) -> None:
     """Turn what a large network learned without labels into a small one, and measure how much came across.
 
     Stages chain in one line, each taking from the run what it is not given:
@@ -60,9 +53,14 @@ def cli(run_folder: Path | None, file: Path | None, recipe: str | None, debug: b
 
 @cli.result_callback()
 def carry_out(
-    calls: list[Call | None], run_folder: Path | None, file: Path | None, recipe: str | None, debug: bool
+    calls: "list[Call | None]",
+    run_folder: Path | None,
+    file: Path | None,
+    recipe: str | None,
+    dry_run: bool,
+    debug: bool,
 ) -> int:
-    """Check all stages of the line, then run them in order; the exit code.
+    """Plan all stages of the line, then carry out the plans in order; the exit code.
 
     Under torchrun the first process does, and the others serve it.
     """
@@ -77,44 +75,55 @@ def carry_out(
 
     with distributed.joined():
         if not distributed.is_leader():
-            return distributed.serve(servant)
+            return distributed.serve(stages.servant)
         with distributed.leading():
-            _carry_out(wanted, run_folder, file, recipe)
+            return _lead(wanted, run_folder, _tables(file, recipe), dry_run)
+
+
+def _lead(wanted: "list[Call]", run_folder: Path, tables: dict[str, dict[str, Any]], dry_run: bool) -> int:
+    from ktransfer import plan
+
+    line = plan.plan_line(wanted, run_folder, tables)
+    _refuse_among_images(line, run_folder)
+    if dry_run:
+        click.echo(plan.described(line))
+        return int(any(one.what == "is refused" for one in plan.outlooks(line))) * UsageError.exit_code
+    plan.refuse_changes(line)
+    from ktransfer.run import locked
+
+    before = [_records(one) for one in line]
+    with locked(run_folder):
+        try:
+            plan.carry_out_line(line)
+        except KeyboardInterrupt as error:
+            kept = {one.stage for one, old in zip(line, before, strict=True) if _untouched(one, old)}
+            words = click.get_current_context().obj
+            raise Stopped(f"{STOPPED} {_to_go_on(words, wanted, kept)}") from error
     return 0
 
 
-def _carry_out(calls: list[Call], run_folder: Path, file: Path | None, recipe: str | None) -> None:
-    wanted = calls
-    tables = _tables(file, recipe)
-    wanted = [(stage, with_table(stage, tables.get(stage, {}), given)) for stage, given in wanted]
-    inherit_data(wanted)
-    wanted = complete(wanted, run_folder, tables)
-    for stage, given in wanted:
-        images = Path(given.get("data") or ".")
-        if given.get("data") and images.is_dir() and run_folder.resolve().is_relative_to(images.resolve()):
-            raise UsageError(f"--run {run_folder}: lies inside the images of {stage}, {images}; choose another folder")
-    line = plan(wanted, run_folder)
-    refuse_changes(line, run_folder)
-    from ktransfer.run import FOLDERS, locked, read_record
-
-    def records() -> list[Any]:
-        """Of each stage of the line what its steps hold."""
-        return [
-            [read_record(run_folder, FOLDERS[planned.stage], part.step) for part in planned.parts] for planned in line
-        ]
-
-    before = records()
-    with locked(run_folder):
-        try:
-            for planned in line:
-                function(planned.stage)(run_folder, **planned.given)
-        except KeyboardInterrupt as error:
-            same = {planned.stage for planned, old, new in zip(line, before, records(), strict=True) if old == new}
-            words = click.get_current_context().obj
-            raise Stopped(f"{STOPPED} {_to_go_on(words, calls, same)}") from error
+def _refuse_among_images(line: "list[Plan]", run_folder: Path) -> None:
+    for one in line:
+        images = Path(one.images.spec) if one.images is not None else None
+        if images and images.is_dir() and run_folder.resolve().is_relative_to(images.resolve()):
+            raise UsageError(
+                f"--run {run_folder}: lies inside the images of {one.stage}, {images}; choose another folder"
+            )
 
 
-def _to_go_on(words: list[str], calls: list[Call], same: set[str]) -> str:
+def _records(planned: "Plan") -> list[Any]:
+    from ktransfer.run import read_record
+
+    return [read_record(planned.run, planned.folder, step.name) for step in planned.steps]
+
+
+def _untouched(planned: "Plan", old: list[Any]) -> bool:
+    """Whether `--overwrite` has removed nothing of a stage yet, or still has something to remove."""
+    same = [one == other for one, other in zip(old, _records(planned), strict=True)]
+    return any(same) if planned.stepwise else all(same)
+
+
+def _to_go_on(words: list[str], calls: "list[Call]", same: set[str]) -> str:
     """The command that goes on after Ctrl-C: `--overwrite` stays for the stages that were not begun (`same`)."""
     kept = iter([stage in same for stage, given in calls if given.get("overwrite")])
     return shlex.join(word for word in words if word != "--overwrite" or next(kept, True))
@@ -129,7 +138,7 @@ def _tables(file: Path | None, recipe: str | None) -> dict[str, dict[str, Any]]:
         errors: list[str] = []
         for stage, table in read_toml(path, STAGES).items():
             try:
-                build(settings(stage), table, f"{path.name} [{stage}]")
+                build(stages.settings(stage), table, f"{path.name} [{stage}]")
             except UsageError as error:
                 errors.append(str(error))
             tables[stage] = tables.get(stage, {}) | {key.replace("-", "_"): value for key, value in table.items()}
@@ -146,33 +155,7 @@ def _recipe(name: str) -> Path:
     return folder / f"{name}.toml"
 
 
-def _stage_command(stage: str) -> click.Command:
-    def call(**given: Any) -> Call:
-        return stage, {name: value for name, value in given.items() if value is not None}
-
-    config = settings(stage)
-    # The stage's own options come before those that all stages share.
-    fields = sorted(dataclasses.fields(config), key=lambda field: field.name not in vars(config)["__annotations__"])
-    options = [_flag(field) for field in fields]
-    return click.Command(stage, callback=call, params=list(options), help=config.__doc__)
-
-
-def _flag(field: "dataclasses.Field[Any]") -> click.Option:
-    name = field.name.replace("_", "-")
-    wanted = kind(field)
-    text = str(field.metadata["help"])
-    choices = field.metadata["choices"]
-    if wanted is bool:
-        shown = f"--{name}" if field.name == "overwrite" else f"--{name}/--no-{name}"
-        default = "" if field.name == "overwrite" else f"  [default: {'on' if field.default else 'off'}]"
-        return click.Option([shown], default=None, is_flag=True, help=text + default)
-    default = "" if field.default is None else f"  [default: {field.default}]"
-    kind_of: Any = click.Choice(choices) if choices else wanted
-    return click.Option([f"--{name}"], type=kind_of, default=None, help=text + default)
-
-
-for _stage in STAGES:
-    cli.add_command(_stage_command(_stage))
+add_stages(cli)
 
 
 @cli.command()
@@ -184,7 +167,7 @@ for _stage in STAGES:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the set in the authors' .bin layout.")
 def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Path | None) -> None:
-    """Make or read a set of permutations of nine tiles, and describe it."""
+    """Make or read a set of permutations of nine tiles."""
     from ktransfer.pretext import permutations
 
     found = permutations.from_file(source) if source else permutations.generate(count, min_distance, seed)
@@ -210,7 +193,10 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
 @click.option("--size", default=128, show_default=True, help="Side of an image in pixels.")
 @click.option("--seed", default=0, show_default=True, help="The images are a function of it.")
 def scenes(out: Path, images: int, size: int, seed: int) -> None:
-    """Write the embedded data set as class folders and as COCO json with boxes and polygons."""
+    """Write the embedded data set.
+
+    As class folders, and as COCO json with boxes and polygons.
+    """
     from ktransfer.data.scenes import write_scenes
 
     write_scenes(out, images, size, seed)
@@ -232,21 +218,16 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
     help="Largest share of broken images that is borne; their rows stay.",
 )
 def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, workers: int, max_broken: float) -> None:
-    """Make all images small once, into one file that every --data takes; interrupted, it goes on where it was."""
+    """Make all images small once, into one file.
+
+    Every --data takes it. Interrupted, it goes on where it was.
+    """
     from ktransfer.data.pack import pack as make
 
     make(data, out, size, raw, quality, workers, max_broken)
 
 
-class _Alone(click.Command):
-    """A command whose options may follow its argument: in a chain, they would be taken for the next command."""
-
-    def make_context(self, *given: Any, **extra: Any) -> click.Context:
-        """As click's, but for that."""
-        return super().make_context(*given, **extra | {"allow_interspersed_args": True, "allow_extra_args": False})
-
-
-@cli.command(cls=_Alone)
+@cli.command(cls=Alone)
 @click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
 @click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; made JPEGs when not given.")
 @click.option("--arch", help="The network.  [default: vgg16; retrain: alexnet]")
@@ -260,7 +241,9 @@ class _Alone(click.Command):
 @click.option("--seconds", default=5.0, type=click.FloatRange(0.1), show_default=True, help="For each measurement.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write all numbers here.")
 def bench(part: str, **given: Any) -> None:
-    """Measure a part of the way from images to gradients, alone and together, beside what the machine could do.
+    """Measure the way from images to gradients, part by part.
+
+    Each part alone and together, beside what the machine could do.
 
     decode: images to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
     step of the target network. Nothing is written but --json.
@@ -276,7 +259,10 @@ def bench(part: str, **given: Any) -> None:
 )
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 def study(recipe: Path, run: Path) -> None:
-    """Self-training in every cell of a grid, skipping what is done, with one table at the end."""
+    """Do self-training in every cell of a grid.
+
+    What is done is skipped; one table stands at the end.
+    """
     from ktransfer import distributed
     from ktransfer.retrain.selftraining.study import study as carry_out
 
@@ -286,7 +272,7 @@ def study(recipe: Path, run: Path) -> None:
 
 @cli.command()
 def doctor() -> None:
-    """Print versions, devices and what is missing; try torch and faiss once."""
+    """Print versions, devices and what is missing."""
     from ktransfer.doctor import report
 
     click.echo(report())
@@ -298,7 +284,10 @@ def doctor() -> None:
     "--images", default=2000, type=click.IntRange(100), show_default=True, help="Images of the training part."
 )
 def demo(out: Path, images: int) -> None:
-    """The whole chain on the embedded data set, with a table at the end: about ten minutes on two cores."""
+    """Run the whole chain on the embedded data set.
+
+    A table stands at the end, after about ten minutes on two cores.
+    """
     from ktransfer.demo import run_demo
 
     run_demo(out, images)

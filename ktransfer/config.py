@@ -56,13 +56,30 @@ def read_by(config: Any, parts: "typing.Iterable[str]") -> set[str]:
     return {field.name for field in fields if not field.metadata["of"] or wanted & set(field.metadata["of"])}
 
 
-def settings_of(config: Any, part: str) -> Any:
-    """The settings that one part of a stage reads, as a frozen dataclass of their own."""
-    names = read_by(config, (part,))
-    read = [field for field in dataclasses.fields(config) if field.name in names]
-    chosen = [(field.name, field.type, option(None, "", **_limits(field))) for field in read]
-    made = dataclasses.make_dataclass(type(config).__name__, chosen, frozen=True)
-    return made(**{field.name: getattr(config, field.name) for field in read})
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Some of a stage's settings: `values` by name, and the names of those that can change `results`."""
+
+    values: Mapping[str, Any]
+    results: frozenset[str]
+
+
+def settings_of(config: Any, part: str) -> Settings:
+    """The settings that one part of a stage reads."""
+    return chosen_settings(config, read_by(config, (part,)))
+
+
+def chosen_settings(config: Any, names: "typing.Iterable[str]") -> Settings:
+    """The settings of these names."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    wanted = [name for name in fields if name in set(names)]
+    results = frozenset(name for name in wanted if not fields[name].metadata["execution"])
+    return Settings({name: getattr(config, name) for name in wanted}, results)
+
+
+def all_settings(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass, or of `Settings`, by name."""
+    return dict(config.values) if isinstance(config, Settings) else dataclasses.asdict(config)
 
 
 def _limits(field: "dataclasses.Field[Any]") -> dict[str, Any]:
@@ -145,7 +162,9 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
 
 
 def result_settings(config: Any) -> dict[str, Any]:
-    """The settings that can change results."""
+    """Those of a dataclass, or of `Settings`, that can change results."""
+    if isinstance(config, Settings):
+        return {name: value for name, value in config.values.items() if name in config.results}
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

@@ -9,14 +9,13 @@ from typing import Any
 import click
 
 from ktransfer.config import in_words
+from ktransfer.plan import Plan, carry_out_line, plan_line
 from ktransfer.progress import say
-from ktransfer.run import FOLDERS, read_record
-from ktransfer.stages import function
+from ktransfer.run import read_record
 
 SIZE = 96
 CLUSTERS = 50
 
-STEPS = {"extract": "scenes", "eval": "linear"}  # in stage.json; those of the other stages have the stage's name
 PUZZLE = {"permutations": 100, "epochs": 30, "batch": 64, "lr": 0.05}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.5}
 LEARN = {"stride": 2, "size": 80, "batch": 64, "lr": 0.05, "epochs": 20, "crop": 0.3}
@@ -46,20 +45,23 @@ def run_demo(out: Path, images: int = 2000) -> None:
         (supervised, "retrain", {"data": data, "labels": "classes"} | TARGET | LEARN),
         (transfer, "eval", {"labelled": data, "beside": f"{direct},{supervised}"} | PROBE),
     ]
+    done: list[Plan] = []
     for run, stage, options in line:
         say(f"\n$ {in_words(run, stage, options)}")
-        function(stage)(run, **options)
-    click.echo("\n".join(_times(line)))
+        planned = plan_line([(stage, options)], run)
+        carry_out_line(planned)
+        done += planned
+    click.echo("\n".join(_times(done)))
 
 
-def _times(line: list[tuple[Path, str, dict[str, Any]]]) -> list[str]:
+def _times(done: list[Plan]) -> list[str]:
     rows = ["", f"{'stage':24} {'seconds':>8}  files"]
     total = 0.0
-    for run, stage, _ in line:
-        folder = FOLDERS[stage]
-        record = read_record(run, folder, STEPS.get(stage, stage))
-        assert record is not None
-        total += record["seconds"]
-        files = ", ".join(str(run / folder / name) for name in record["outputs"])
-        rows.append(f"{run.name + ' ' + stage:24} {record['seconds']:8.1f}  {files}")
+    for plan in done:
+        folder = plan.run / plan.folder
+        records = [read_record(plan.run, plan.folder, step.name) for step in plan.steps]
+        seconds = sum(record["seconds"] for record in records if record)
+        total += seconds
+        files = ", ".join(str(folder / name) for record in records if record for name in record["outputs"])
+        rows.append(f"{plan.run.name + ' ' + plan.stage:24} {seconds:8.1f}  {files}")
     return [*rows, f"{'together':24} {total:8.1f}"]

@@ -12,28 +12,19 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ktransfer import __version__, files
-from ktransfer.config import result_settings
+from ktransfer.config import all_settings, result_settings
 from ktransfer.errors import KTransferError, UsageError
 from ktransfer.progress import say
+from ktransfer.stages import command_of
 
 RECORD = "stage.json"
 NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
-FOLDERS = {
-    "pretext": "pretext",
-    "extract": "features",
-    "cluster": "clusters",
-    "assign": "clusters",
-    "retrain": "retrain",
-    "eval": "eval",
-    "selftrain": "selftrain",
-}
-"""Stage -> its folder in a run."""
 _locks: dict[Path, int] = {}
 
 
@@ -140,7 +131,7 @@ def begin(
             say(f"{name}: goes on where it stopped ({folder})")
         record = {
             "state": "running",
-            "config": asdict(config),
+            "config": all_settings(config),
             "inputs": inputs,
             "outputs": {},
             "writes": outputs,
@@ -284,8 +275,7 @@ def leaves_nothing(folder: Path, old: dict[str, Any]) -> bool:
 def refusal(run: Path, stage: str, name: str, found: list[str]) -> UsageError:
     """The error for a step that exists and was made otherwise, as `found` by `changes`."""
     old = read_record(run, stage, name)
-    own = FOLDERS.get(name) == stage  # else a data set or a protocol
-    command = name if own else next((key for key, folder in FOLDERS.items() if folder == stage), name)
+    command = command_of(stage, name)
     if old and old["state"] != "done":
         why = f" ({' '.join(old['error'].split())})" if old["error"] else ""
         return UsageError(

@@ -1,6 +1,7 @@
 """What `ktransfer pretext` can be told."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ktransfer.config import option
 from ktransfer.training.options import TrainOptions
@@ -12,6 +13,8 @@ class PretextConfig(TrainOptions):
 
     Where the paper is known, the defaults are its own; docs/choices.md lists the rest.
     """
+
+    first: ClassVar = ("data", "arch", "width", "epochs", "lr")
 
     data: str | None = option(
         None, "images: a folder, a list of paths (.txt, .csv), a pack (.h5), or scenes:", execution=True

@@ -25,10 +25,14 @@ HELD_OUT_EPOCH = 2**32 - 1  # draws that no training epoch uses
 OVERFIT_STEPS = 400
 
 
-def new_network(config: PretextConfig, task: Task) -> tuple[Network, TaskNet]:
-    """A network that has not learned yet, and what it is; `config.size` is resolved."""
-    network = Network(config.arch, config.width, task.stride, config.size, 0, task.normalise, config.task)
-    return network, TaskNet(network, task.tiles, task.side, task.classes, config.seed)
+def network_of(config: PretextConfig, task: Task) -> Network:
+    """What is trained; `config.size` is resolved."""
+    return Network(config.arch, config.width, task.stride, config.size, 0, task.normalise, config.task)
+
+
+def new_network(config: PretextConfig, network: Network, task: Task) -> TaskNet:
+    """A network that has not learned yet, with the task's head."""
+    return TaskNet(network, task.tiles, task.side, task.classes, config.seed)
 
 
 def loss(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,7 +90,7 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
         StageError: it cannot.
     """
     config = replace(config, batch=len(rows), epochs=OVERFIT_STEPS)
-    model = new_network(config, task)[1].to(device)
+    model = new_network(config, network_of(config, task), task).to(device)
     rows = torch.cat([rows, rows[: task.following]])
     pixels, valid = ImageLoader(data, config.size, config.workers).batch(rows)
     batch = Batch(rows.to(device), pixels.to(device), valid.to(device), 0)

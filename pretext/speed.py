@@ -34,7 +34,7 @@ def work(wanted: Wanted) -> Work:
     }
     config, device = build(PretextConfig, given, "bench"), wanted.device
     task = open_task(config, device)
-    _, model = solving.new_network(config, task)
+    model = solving.new_network(config, solving.network_of(config, task), task)
     step = training(model, partial(solving.loss, task=task), config, device)
 
     def network(tiles: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The pretext stage: images in, a teacher that solves a task out."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
+from ktransfer.plan import Plan, PlannedStep
 from ktransfer.progress import say
 from ktransfer.run import begin
 from ktransfer.training import loop
@@ -28,10 +29,21 @@ from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 from . import solving
 from .config import PretextConfig
 from .preview import save_sheet
-from .tasks import IMAGES, Task, open_task, refuse_foreign, usual_size
+from .tasks import SHEETS, Task, open_task, refuse_foreign, usual_size
 
 LEAST_TILE = 8
 LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of images whose tiles are that large
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretextPlan(Plan):
+    """What the stage will do: `config` with size and tile resolved; `network` is what it will make."""
+
+    config: PretextConfig
+    images: Dataset
+    network: Network
+    task: Task
+    device: torch.device
 
 
 def pretext(run: str | Path, **options: Any) -> Path:
@@ -48,35 +60,36 @@ def pretext(run: str | Path, **options: Any) -> Path:
         UsageError: what was asked for cannot be done.
         StageError: it failed while it ran.
     """
-    run = Path(run)
-    config, data = check(run, options)
-    device = choose_device(config)
-    task = open_task(config, device)
-    rows, held_out = _split(data, config)
-    if config.overfit:
-        solving.learn_by_heart(config, task, data, torch.cat([rows, held_out])[: config.overfit], device)
-        return run / "pretext" / "model.safetensors"
+    return carry_out(check(Path(run), options))
 
-    inputs = {"data": data.fingerprint, **task.inputs}
-    inputs |= seen_by_batch_norm(config, lambda: solving.new_network(config, task)[1])
-    outputs = ("model.safetensors", *sorted(set(IMAGES.values())), "metrics.jsonl", "checkpoint", "events")
-    with begin(run, "pretext", "pretext", config, inputs, outputs, config.overwrite, str(device)) as step:
-        weights, sheet = step.folder / "model.safetensors", step.folder / IMAGES[config.task]
+
+def carry_out(plan: PretextPlan) -> Path:
+    """Learn, measure on held-out images, and write the weights."""
+    config, data, task, device = plan.config, plan.images, plan.task, plan.device
+    rows, held_out = _split(data, config)
+    if plan.alone:
+        solving.learn_by_heart(config, task, data, torch.cat([rows, held_out])[: config.overfit], device)
+        return plan.run / "pretext" / "model.safetensors"
+
+    (planned,) = plan.steps
+    outputs = ("model.safetensors", *sorted(set(SHEETS.values())), "metrics.jsonl", "checkpoint", "events")
+    with begin(plan.run, "pretext", "pretext", config, planned.inputs, outputs, plan.overwrite, str(device)) as step:
+        weights, sheet = step.folder / "model.safetensors", step.folder / SHEETS[config.task]
         if step.done:
             return weights
         images = ImageLoader(data, config.size, config.workers, cache=config.cache_images, device=device)
         used = readable_by_all(images, torch.cat([rows, held_out]), config.max_broken)
         rows, held_out = (part[torch.isin(part, used)] for part in (rows, held_out))
-        network, model = solving.new_network(config, task)
+        model = solving.new_network(config, plan.network, task)
         _preview(sheet, images, rows, task, device)
         evaluate = partial(solving.accuracy, task=task, images=images, rows=held_out, config=config, device=device)
         tell_plan(model, partial(solving.loss, task=task), images, rows, config, device, "pretext", task.following)
         if distributed.world_size() > 1:
-            order = {"do": "pretext", "config": asdict(config), "inputs": task.inputs} | data_facts(data)
+            order = {"do": "pretext", "config": asdict(config), "inputs": dict(task.inputs)} | data_facts(data)
             distributed.send_order(order, rows.numpy())
             distributed.agree(None)
         _train(config, task, model, images, rows, device, step.folder, evaluate)
-        networks.save(weights, model.weights(), network)
+        networks.save(weights, model.weights(), plan.network)
         result = loop.evaluated(model, evaluate)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights, sheet], result=result, broken=broken)
@@ -94,7 +107,7 @@ def train_along(order: dict[str, Any]) -> None:
         if task.inputs != order["inputs"]:
             raise StageError(f"{config.permutation_file}: is another file here than where the first process runs")
         images = kept_images(order)
-        model = solving.new_network(config, task)[1]
+        model = solving.new_network(config, solving.network_of(config, task), task)
     rows = torch.from_numpy(order["arrays"][0])
     _train(config, task, model, images, rows, device, Path(), None)
 
@@ -124,10 +137,8 @@ def _train(
     )
 
 
-def check(
-    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
-) -> tuple[PretextConfig, Dataset]:
-    """Everything that can be found wrong before the work; the settings with `size` and `tile` resolved.
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> PretextPlan:
+    """Everything that can be found wrong before the work.
 
     Raises:
         UsageError: one line for what is wrong.
@@ -146,7 +157,7 @@ def check(
         raise UsageError(f"--limit {config.limit}: too few images to learn from; give 0 (all) or at least 4")
     device = choose_device(config)
     size = config.size or usual_size(config.task, typical_short_side(data))
-    cache_place(config.cache_images, len(data), size, device)
+    cached = cache_place(config.cache_images, len(data), size, device)
     task = open_task(replace(config, size=size))
     if task.side < LEAST_TILE and config.tile:
         raise UsageError(f"--tile {config.tile}: too small for any network; give at least {LEAST_TILE}")
@@ -158,7 +169,25 @@ def check(
     trunk = Network(config.arch, config.width, task.stride, task.side)
     with networks.fitting(replace(trunk, size=size)), torch.no_grad():
         networks.build(trunk, 0, "check").eval()(torch.zeros(1, 3, task.side, task.side))
-    return replace(config, size=size, tile=task.side), data
+    config = replace(config, size=size, tile=task.side)
+    task = open_task(config, device)
+    network = solving.network_of(config, task)
+    inputs = {"data": data.fingerprint, **task.inputs}
+    inputs |= seen_by_batch_norm(config, lambda: solving.new_network(config, network, task))
+    memory = 3 * size * size * len(data) if cached is not None and cached.type == "cpu" else 0
+    return PretextPlan(
+        stage="pretext",
+        run=run,
+        steps=[] if config.overfit else [PlannedStep("pretext", config, inputs, memory=memory)],
+        overwrite=config.overwrite,
+        images=data,
+        network=network,
+        weights=run / "pretext" / "model.safetensors",
+        alone="--overfit" if config.overfit else "",
+        config=config,
+        task=task,
+        device=device,
+    )
 
 
 def _split(data: Dataset, config: PretextConfig) -> tuple[Tensor, Tensor]:

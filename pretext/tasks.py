@@ -27,7 +27,7 @@ _OF_PUZZLES = ("tile", "colour", "permutations", "min_distance", "permutation_fi
 SETTINGS = {"jigsawpp": _OF_PUZZLES, "jigsaw": _OF_PUZZLES, "rotation": ("tile",), "context": ("tile", "colour")}
 """Task -> those of its settings that not every task has."""
 
-IMAGES = {"jigsawpp": "puzzles.png", "jigsaw": "puzzles.png", "rotation": "rotation.png", "context": "context.png"}
+SHEETS = {"jigsawpp": "puzzles.png", "jigsaw": "puzzles.png", "rotation": "rotation.png", "context": "context.png"}
 """Task -> the file that shows what the network sees."""
 
 _CONTEXT_COLOURS = {"paper": "dropped", "projected": "projected"}

@@ -1,6 +1,7 @@
 """What `ktransfer retrain` can be told."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ktransfer.config import option
 from ktransfer.training.options import TrainOptions
@@ -8,10 +9,12 @@ from ktransfer.training.options import TrainOptions
 
 @dataclass(frozen=True)
 class RetrainConfig(TrainOptions):
-    """Train a target network from scratch to tell the pseudo-labels.
+    """Train a target network from scratch to predict the pseudo-labels.
 
-    The paper's is a standard AlexNet, its settings are not known.
+    The paper's is a standard AlexNet; its settings are not known.
     """
+
+    first: ClassVar = ("arch", "width", "epochs", "size", "labels")
 
     data: str | None = option(None, "images; those that were labelled when not given", execution=True)
     labels: str | None = option(
@@ -35,11 +38,13 @@ RATES = {"detect": 0.32, "instance": 0.32, "segment": 0.08}
 
 @dataclass(frozen=True)
 class SelftrainConfig(TrainOptions):
-    """Train a detector on labelled images, let it label others, and train a student on both.
+    """Train a detector, let it label more images, and train a student on both.
 
     After Zoph et al.: batch, rate, size and the detector's constants are theirs, for COCO and 350 epochs; backbone,
     normalisation and length are not (docs/choices.md).
     """
+
+    first: ClassVar = ("labelled", "fraction", "unlabelled", "backbone", "augment")
 
     lr: float = option(
         0.0, "learning rate after the warm-up; 0: 0.32 (segment: 0.08) for a batch of 256, others in proportion", low=0

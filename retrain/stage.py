@@ -1,7 +1,7 @@
 """The retrain stage: pseudo-labels in, a target network that learned them from scratch out."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 from ktransfer.training import loop
@@ -34,6 +35,19 @@ from .config import RetrainConfig
 
 MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 CLASSES = "classes"
+LIST = "list"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainPlan(Plan):
+    """What the stage will do: `config` with data and size resolved; `network` is what it will make, whose number of
+    classes is 2 where the labels are still to be made.
+    """
+
+    config: RetrainConfig
+    images: Dataset
+    network: Network
+    device: torch.device
 
 
 def retrain(run: str | Path, **options: Any) -> Path:
@@ -49,25 +63,25 @@ def retrain(run: str | Path, **options: Any) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    run = Path(run)
-    config, data = check(run, options)
-    labels, labels_hash = _labels(run, config, data)
-    classes = int(labels.max()) + 1
-    rows = torch.nonzero(labels >= 0)[:, 0]
-    device = choose_device(config)
+    return carry_out(check(Path(run), options))
 
+
+def carry_out(plan: RetrainPlan) -> Path:
+    """Read the labels, learn them, and write the weights."""
+    config, data, device = plan.config, plan.images, plan.device
+    labels, labels_hash = _labels(plan.run, config, data)
+    classes = int(labels.max()) + 1
+    network = replace(plan.network, classes=classes)
+    rows = torch.nonzero(labels >= 0)[:, 0]
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
-    task = CLASSES if config.labels == CLASSES else "pseudo-labels"
-    network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
     inputs = {"data": data.fingerprint, "labels": labels_hash}
     inputs |= seen_by_batch_norm(config, lambda: networks.build(network, config.seed, "retrain"))
-    with begin(run, "retrain", "retrain", config, inputs, outputs, config.overwrite, str(device)) as step:
+    with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
         weights = step.folder / "model.safetensors"
         if step.done:
             return weights
         model = networks.build(network, config.seed, "retrain")
-        side = round(config.size * MARGIN)
-        images = ImageLoader(data, side, config.workers, cache=config.cache_images, device=device)
+        images = ImageLoader(data, _side(config.size), config.workers, cache=config.cache_images, device=device)
         rows = readable_by_all(images, rows, config.max_broken)
         loss = partial(_loss, labels=labels.to(device), network=network, config=config)
         tell_plan(model, loss, images, rows, config, device, "retrain")
@@ -80,7 +94,7 @@ def retrain(run: str | Path, **options: Any) -> Path:
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)})
         loop.remove_checkpoint(step.folder)
-        say(f"retrain: done; {config.arch} learned {classes} {task} of {len(rows)} images; {weights}")
+        say(f"retrain: done; {config.arch} learned {classes} {network.task} of {len(rows)} images; {weights}")
         return weights
 
 
@@ -118,31 +132,70 @@ def _train(
     )
 
 
-def check(
-    run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None
-) -> tuple[RetrainConfig, Dataset]:
-    """Everything that can be found wrong before the work; the settings with data and size resolved.
+def first(
+    run: Path, options: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The assignment that comes before, where the run's pseudo-labels are missing or of other centroids than its
+    own."""
+    if options.get("labels") or options.get("arch") == LIST or latest(before, "assign"):
+        return []
+    clusters, there = latest(before, "cluster"), _assigned(run)
+    if there and "assign" not in tables and clusters is None:
+        return []
+    again = clusters is not None and (clusters.overwrite or not there)
+    return [("assign", dict(tables.get("assign", {})) | {"overwrite": again})]
+
+
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> RetrainPlan:
+    """Everything that can be found wrong before the work.
 
     Raises:
         UsageError: one line for what is wrong.
     """
     config = build(RetrainConfig, options, "retrain")
-    if config.arch == "list":
+    if config.arch == LIST:
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
     networks.check_arch(config.arch, config.width)
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
-    cache_place(config.cache_images, len(data), round(size * MARGIN), device)
+    cached = cache_place(config.cache_images, len(data), _side(size), device)
     config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
-    if config.labels or not {"cluster", "assign"} & set(pending or ()):
-        _labels(run, config, data)
-    network = Network(config.arch, config.width, config.stride, config.size, 2)
+    classes, inputs = 2, {"data": data.fingerprint}
+    if config.labels or not latest(before, "cluster", "assign"):
+        labels, inputs["labels"] = _labels(run, config, data)
+        classes = int(labels.max()) + 1
+    task = CLASSES if config.labels == CLASSES else "pseudo-labels"
+    network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
-        networks.build(network, 0, "check")(torch.zeros(2, 3, config.size, config.size))
-    return config, data
+        networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
+    memory = 3 * _side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
+    return RetrainPlan(
+        stage="retrain",
+        run=run,
+        steps=[PlannedStep("retrain", config, inputs, () if config.labels else ("assign",), memory=memory)],
+        overwrite=config.overwrite,
+        images=data,
+        network=network,
+        weights=run / "retrain" / "model.safetensors",
+        config=config,
+        device=device,
+    )
+
+
+def _assigned(run: Path) -> bool:
+    """Whether the run's pseudo-labels, of whatever images, belong to its centroids."""
+    made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
+    if not made or made["state"] != "done" or not centroids.is_file():
+        return False
+    return bool(made["inputs"]["centroids"] == input_hash(centroids))
+
+
+def _side(size: int) -> int:
+    """Of the squares that are kept for random crops of `size` pixels."""
+    return round(size * MARGIN)
 
 
 def _data_spec(run: Path, config: RetrainConfig) -> str:

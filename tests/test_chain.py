@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ktransfer.artifacts.features import open_features
-from ktransfer.cli import STAGES, main, settings
+from ktransfer.cli import main
 from ktransfer.config import build, read_toml
+from ktransfer.stages import STAGES, settings
 
 SCENES = "scenes:images=40,size=48"
 TINY = ["--width", "0.05", "--epochs", "1", "--batch", "8"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktransfer import __version__, cli
+from ktransfer import __version__, cli, stages
 from ktransfer import run as runs
 from ktransfer.pretext import permutations
 from ktransfer.run import locked
@@ -108,7 +108,7 @@ def test_help_lists_every_setting(capsys):
     for stage in cli.STAGES:
         assert cli.main([stage, "--help"]) == 0
         said = capsys.readouterr().out
-        for name in cli.settings(stage).__dataclass_fields__:
+        for name in stages.settings(stage).__dataclass_fields__:
             assert f"--{name.replace('_', '-')}" in said, (stage, name)
 
 
@@ -122,7 +122,7 @@ MISUSES = [
     (["--run", "new", "assign"], "cluster is missing; make it first"),
     (["pretext", "--data", "flat"], "no run folder given; name one: ktransfer --run"),
     (["--run", "new", "pretext", "--data", "empty"], "no images in"),
-    (["--run", "new", "pretext", "--data", "picturse"], "did you mean"),
+    (["--run", "new", "pretext", "--data", "imgaes"], "did you mean"),
     (["--run", "new", "pretext", "--data", "note.txt"], "1 images are too few"),
     (["--run", "new", "pretext", "--data", "run/pretext/puzzles.png"], "neither a folder, nor a list"),
     (["--run", "new", *PUZZLE, "--data", "flat", "cluster", "--k", "25"], "--k 25: more clusters than the 24 images"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktransfer import cli
+from ktransfer import cli, stages
 from ktransfer.config import (
     build,
     chosen,
@@ -110,7 +110,7 @@ def test_execution_settings_are_no_results():
 
 @pytest.mark.parametrize("stage", cli.STAGES)
 def test_every_setting_of_every_stage(stage):
-    cls = cli.settings(stage)
+    cls = stages.settings(stage)
     defaults = dataclasses.asdict(cls())
     assert dataclasses.asdict(build(cls, defaults, stage)) == defaults  # each default passes its own check
     for field in dataclasses.fields(cls):
@@ -179,7 +179,7 @@ def test_settings_of_some_parts_alone():
     everywhere = {"rate", "name", "mode", "batch_norm", "workers"}
     assert read_by(Parts, ("three",)) == read_by(Parts(), ()) == everywhere
     assert read_by(Parts, ("three", "one")) == everywhere | {"steps"}
-    assert vars(settings_of(Parts(steps=5), "one")).keys() == everywhere | {"steps"}
+    assert settings_of(Parts(steps=5), "one").values.keys() == everywhere | {"steps"}
     assert build(Parts, {"steps": 9}, "x").steps == 9
     with pytest.raises(UsageError, match="steps = 10: must be at most 9"):
         build(Parts, {"steps": 10}, "x")

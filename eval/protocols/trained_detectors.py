@@ -6,8 +6,7 @@ canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on
 as in `detect/2`. A run that holds no other network is evaluated so without being told.
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ktransfer.detection.data import Detection
 from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.networks.teachers import SAFETENSORS
+from ktransfer.plan import Plan, latest
 from ktransfer.run import RECORD, done_record, read_record
 
 from ..arms import FINAL, Arm
@@ -38,24 +38,24 @@ READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seed
 """The settings that count here."""
 
 
-def wanted(run: Path, config: EvalConfig, pending: Mapping[str, Any]) -> bool:
+def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> bool:
     """Whether `--protocol detect` means these: it was told so, or told nothing, and the run will hold nothing else."""
     if config.trunk != EvalConfig.trunk:
         return config.trunk == TRUNK
-    others = any(stage in pending or read_record(run, stage, name) for stage, name in FINAL)
-    return not others and (STAGE in pending or read_record(run, STAGE, LAST) is not None)
+    others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
+    return not others and (latest(before, STAGE) is not None or read_record(run, STAGE, LAST) is not None)
 
 
-def labelled(run: Path, pending: Mapping[str, Any]) -> str | None:
+def labelled(run: Path, before: Sequence[Plan]) -> str | None:
     """The labelled images of the run's selftrain, or of the one that comes before in the line."""
-    if STAGE in pending:
-        return str(pending[STAGE].labelled)
+    if coming := latest(before, STAGE):
+        return coming.labelled
     made = read_record(run, STAGE, LAST)
     return str(made["config"]["labelled"]) if made else None
 
 
 def check(
-    run: Path, config: EvalConfig, parts: tuple[Detection, Detection], source: str | None, pending: Mapping[str, Any]
+    run: Path, config: EvalConfig, parts: tuple[Detection, Detection], source: str | None, before: Sequence[Plan]
 ) -> None:
     """Find a missing extra, and detectors that are not there or tell other classes.
 
@@ -67,13 +67,14 @@ def check(
     """
     metrics.need_extra()
     detect.test_scales(config)
-    if STAGE in pending and pending[STAGE].task == "segment":
+    coming = latest(before, STAGE)
+    if coming and coming.detector and coming.detector.settings.kind not in detectors.DETECTORS:
         raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
     if config.supervised:
         raise UsageError("--supervised: finished detectors are evaluated as they are; leave it away")
-    if STAGE in pending and source != config.labelled:
-        _same(parts, detect.open_data(str(source))[1].classes, config)
-    for arm in arms(run, config, coming=STAGE in pending):
+    if coming and coming.detector and source != config.labelled:
+        _same(parts, coming.detector.classes, config)
+    for arm in arms(run, config, coming=coming is not None):
         assert arm.weights
         described = saved.describe(arm.weights)
         if described.settings.kind not in detectors.DETECTORS:
@@ -124,13 +125,6 @@ def _weights(run: Path, name: str, digest: str, record: dict[str, Any]) -> Path:
         if path.suffix == SAFETENSORS and path.is_file() and files.sha256(path) == digest:
             return path
     raise UsageError(f"--run {run}: its {name} is gone or was changed; make it again: ktransfer --run {run} {STAGE}")
-
-
-def settings(config: EvalConfig) -> Any:
-    """Those of `READ` as a frozen dataclass of their own."""
-    read = [field for field in dataclasses.fields(config) if field.name in READ]
-    kept = [(one.name, one.type, dataclasses.field(default=None, metadata=one.metadata)) for one in read]
-    return dataclasses.make_dataclass("Finished", kept, frozen=True)(*(getattr(config, one.name) for one in read))
 
 
 def evaluate(

@@ -7,11 +7,11 @@ After Zoph et al. (docs/papers.md). Three steps, each resumable, with files betw
 and a fourth that evaluates both (selftrain/scores.json). What differs between boxes and masks is in `tasks.Task`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
 from ktransfer.networks.teachers import Teacher
+from ktransfer.plan import Plan, latest
 from ktransfer.progress import say, track
 from ktransfer.run import begin, changes, done_record, input_hash
-from ktransfer.stages import Part
 from ktransfer.training import loop
 from ktransfer.training.device import choose_device
 
@@ -43,15 +43,18 @@ from .steps import STAGE, end_of, planned, remove, rounds
 from .tasks import TASKS, suited
 
 SHOWN = 8  # images on it
+RUN = "run"  # of --init
 FEW = 0.2  # of the things in a labelled image: with fewer, students found less than their teachers (results.md)
 
 
-class Checked(NamedTuple):
-    """What `check` found: the settings, the images, and the steps that will be done, in order."""
+@dataclass(frozen=True, kw_only=True)
+class SelftrainPlan(Plan):
+    """What the stage will do: `config` with the rate resolved, and the images; `detector` is what each training
+    makes."""
 
     config: SelftrainConfig
     data: Data
-    parts: list[Part]
+    device: torch.device
 
 
 def selftrain(run: str | Path, **options: Any) -> Path:
@@ -67,11 +70,14 @@ def selftrain(run: str | Path, **options: Any) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    run = Path(run)
-    config, data, parts = check(run, options)
-    device = choose_device(config)
+    return carry_out(check(Path(run), options))
+
+
+def carry_out(plan: SelftrainPlan) -> Path:
+    """Train the teacher, label, train the student, as often as there are rounds, and evaluate all of them."""
+    run, config, data, device = plan.run, plan.config, plan.data, plan.device
     if config.overwrite:
-        remove(run, parts)
+        remove(run, plan.steps)
     weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
     arms = {"teacher": weights[0]}
     for number in rounds(config):
@@ -84,7 +90,7 @@ def selftrain(run: str | Path, **options: Any) -> Path:
     return _evaluate(run, config, data, device, arms)
 
 
-def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None = None) -> Checked:
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> SelftrainPlan:
     """Everything that can be found wrong before the work.
 
     Raises:
@@ -92,7 +98,7 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
     """
     config = build(SelftrainConfig, options, STAGE)
     config = replace(config, lr=config.lr or RATES[config.task] * config.batch / 256)
-    choose_device(config)
+    device = choose_device(config)
     if not config.labelled:
         raise UsageError("selftrain: no images with boxes given; name them with --labelled")
     if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
@@ -122,9 +128,9 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
         raise UsageError("selftrain: no images for pseudo-boxes; name some with --unlabelled, or give --fraction")
     unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
     task.check(config, len(labelled), len(unlabelled))
-    cache_place(config.cache_images, len(labelled) + len(unlabelled), config.size, choose_device(config))
-    described, file, foreign = _described(run, config, labelled, pending)
-    coming = config.init == "run" and "retrain" in (pending or {})  # what lies there now will be another one
+    cache_place(config.cache_images, len(labelled) + len(unlabelled), config.size, device)
+    described, file, foreign = _described(run, config, labelled, before)
+    coming = config.init == RUN and latest(before, "retrain") is not None  # what lies there now will be another one
     saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
     if config.teacher:
         held = saved.describe(Path(config.teacher))
@@ -148,7 +154,19 @@ def check(run: Path, options: dict[str, Any], pending: Mapping[str, Any] | None 
             "--ids"
         )
     data = Data(labelled, unlabelled, test)
-    return Checked(config, data, planned(config, data, None if coming else file))
+    reads = ("retrain",) if config.init == RUN else ()
+    return SelftrainPlan(
+        stage=STAGE,
+        run=run,
+        steps=[step._replace(reads=reads) for step in planned(config, data, None if coming else file)],
+        overwrite=config.overwrite,
+        images=labelled,
+        detector=described,
+        labelled=config.labelled,
+        config=config,
+        data=data,
+        device=device,
+    )
 
 
 def _train(
@@ -282,10 +300,10 @@ def _evaluate(run: Path, config: SelftrainConfig, data: Data, device: torch.devi
 
 
 def _described(
-    run: Path, config: SelftrainConfig, data: Detection, pending: Mapping[str, Any] | None = None
+    run: Path, config: SelftrainConfig, data: Detection, before: Sequence[Plan] = ()
 ) -> tuple[Described, Path | None, bool]:
     """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
-    network, weights, foreign = _backbone(run, config, pending)
+    network, weights, foreign = _backbone(run, config, before)
     task = TASKS[config.task]
     settings = Settings(
         task.kind(config),
@@ -302,19 +320,17 @@ def _described(
     return described, weights, foreign
 
 
-def _backbone(
-    run: Path, config: SelftrainConfig, pending: Mapping[str, Any] | None
-) -> tuple[Network, Path | None, bool]:
+def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tuple[Network, Path | None, bool]:
     if config.init == "random":
         check_arch(config.backbone, config.width, config.backbone in TRUNKS, "--backbone")
         network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
         return network, None, False
-    if config.init == "run":
-        path = run / "retrain" / "model.safetensors"
-        if pending and "retrain" in pending:
-            made = pending["retrain"]
-            return Network(made.arch, made.width, made.stride, made.size, 0, "imagenet", "pseudo-labels"), path, False
+    if config.init == RUN:
+        coming = latest(before, "retrain")
+        if coming and coming.network and coming.weights:
+            return replace(coming.network, classes=0), coming.weights, False
         done_record(run, "retrain", "retrain", "retrain")
+        path = run / "retrain" / "model.safetensors"
         return replace(describe(path), classes=0), path, False
     named = config.init.startswith(("torchvision:", "timm:"))
     ours = config.init.endswith(teachers.SAFETENSORS)

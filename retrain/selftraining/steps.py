@@ -6,8 +6,8 @@ from typing import Any
 
 from ktransfer import files
 from ktransfer.config import settings_of
+from ktransfer.plan import PlannedStep
 from ktransfer.run import RECORD, changes, input_hash, locked, read_record
-from ktransfer.stages import Part
 
 from ..config import SelftrainConfig
 from . import joint
@@ -16,22 +16,22 @@ from .parts import Data
 STAGE = "selftrain"
 
 
-def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Part]:
+def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[PlannedStep]:
     """The steps in order, with their settings and with those of their inputs that are known before they begin."""
     begun = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
     others = {"unlabelled": data.unlabelled.fingerprint}
     teacher = {"teacher": input_hash(Path(config.teacher))} if config.teacher else {}
     pseudo = {"pseudo-boxes": input_hash(Path(config.pseudo))} if config.pseudo else {}
-    found = [] if config.teacher else [Part("teacher", settings_of(config, "teacher"), begun)]
+    found = [] if config.teacher else [PlannedStep("teacher", settings_of(config, "teacher"), begun)]
     for number in rounds(config):
         if not config.pseudo:
             known = others | (teacher if number == 1 else {})
-            found.append(Part(f"pseudo{end_of(number)}", settings_of(config, "pseudo"), known))
-        found.append(Part(f"student{end_of(number)}", settings_of(config, "student"), begun | others | pseudo))
+            found.append(PlannedStep(f"pseudo{end_of(number)}", settings_of(config, "pseudo"), known))
+        found.append(PlannedStep(f"student{end_of(number)}", settings_of(config, "student"), begun | others | pseudo))
     if joint.NAME in joint.methods(config):
-        found.append(Part(joint.NAME, settings_of(config, joint.NAME), begun | others | joint.classes(data)))
+        found.append(PlannedStep(joint.NAME, settings_of(config, joint.NAME), begun | others | joint.classes(data)))
     tested = {"test": data.test.fingerprint}
-    return [*found, Part("scores", settings_of(config, "scores"), tested, cheap=True)]
+    return [*found, PlannedStep("scores", settings_of(config, "scores"), tested, cheap=True)]
 
 
 def rounds(config: SelftrainConfig) -> range:
@@ -44,31 +44,31 @@ def end_of(number: int) -> str:
     return "" if number == 1 else f"-{number}"
 
 
-def otherwise(run: Path, part: Part) -> list[str]:
-    """A phrase for each thing in which a step of the run differs from `part`, as far as a line knows it beforehand."""
-    old = read_record(run, STAGE, part.step)
-    found = changes(run, STAGE, part.step, part.config, part.inputs, partly=True)
+def otherwise(run: Path, step: PlannedStep) -> list[str]:
+    """A phrase for each thing in which a step of the run differs from `step`, as far as a line knows it beforehand."""
+    old = read_record(run, STAGE, step.name)
+    found = changes(run, STAGE, step.name, step.settings, step.inputs, partly=True)
     # Of weights that are no longer wanted nothing is among what the step reads now.
-    return [*found, "init changed"] if old and "init" in old["inputs"].keys() - part.inputs.keys() else found
+    return [*found, "init changed"] if old and "init" in old["inputs"].keys() - step.inputs.keys() else found
 
 
-def remove(run: Path, parts: list[Part]) -> None:
+def remove(run: Path, steps: list[PlannedStep]) -> None:
     """Make room for `--overwrite`: the steps of this line that were made otherwise go, and what rests on them.
 
     Where none was, all steps of the line go. Those that another line made stay unless they rest on one that goes. The
     records go last, so that a removal that was killed is not taken for a whole stage.
     """
     with locked(run):
-        there = [read_record(run, STAGE, part.step) is not None for part in parts]
+        there = [read_record(run, STAGE, step.name) is not None for step in steps]
         changed = [
-            part.step
-            for place, part in enumerate(parts)
-            if otherwise(run, part) or (not there[place] and any(there[place:]))
+            step.name
+            for place, step in enumerate(steps)
+            if otherwise(run, step) or (not there[place] and any(there[place:]))
         ]
-        going = changed or [part.step for part in parts]
+        going = changed or [step.name for step in steps]
         path = run / STAGE / RECORD
         held: dict[str, Any] = files.read_json(path) if path.is_file() else {}
-        kept = {step: held[step] for step in held if not any(_rests(step, other) for other in going)}
+        kept = {name: held[name] for name in held if not any(_rests(name, other) for other in going)}
         for name in held.keys() - kept.keys():
             for output in held[name].get("writes", []):
                 files.remove(run / STAGE / output)

@@ -79,14 +79,14 @@ def study(recipe: str | Path, run: str | Path) -> Path:
 def _check(run: Path, options: dict[str, Any], where: str) -> None:
     """Find what is wrong with a cell, or was made otherwise, before the first one begins."""
     try:
-        parts = stage.check(run, options).parts
+        planned = stage.check(run, options).steps
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
-    for part in parts:
-        old, found = read_record(run, steps.STAGE, part.step), steps.otherwise(run, part)
-        if old and found and not part.cheap and not leaves_nothing(run / steps.STAGE, old):
+    for step in planned:
+        old, found = read_record(run, steps.STAGE, step.name), steps.otherwise(run, step)
+        if old and found and not step.cheap and not leaves_nothing(run / steps.STAGE, old):
             raise UsageError(
-                f"{where}: its {part.step} was made otherwise: {'; '.join(found)}. Remove {run} to make the cell anew, "
+                f"{where}: its {step.name} was made otherwise: {'; '.join(found)}. Remove {run} to make the cell anew, "
                 "or choose another --run"
             )
 

@@ -160,7 +160,7 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(r
     networks.save(run / "pretext" / "model.safetensors", {}, Network("alexnet_bn", 0.05, 2, 40, 0, task="jigsawpp"))
     both = {"protocol": "linear,knn", "preset": "fair", "size": 96, "layers": "conv1"}
     fails(r"\(linear --size 96 --stride 2, knn --size 96 --stride 4\); name --size and --stride, or", **both)
-    assert [one.config.stride for one in stage.check(run, both | LEARN | {"stride": 2})] == [2, 2]
+    assert [one.config.stride for one in stage.check(run, both | LEARN | {"stride": 2}).evaluations] == [2, 2]
 
     # Boxes that a detector learns from need not be class folders.
     boxes = tmp_path / "boxes.json"
@@ -172,15 +172,15 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(r
         Image.new("RGB", (64, 64)).save(tmp_path / one["file_name"])
     run = runs / "target"
     detect = {"protocol": "detect", "trunk": "frozen", "labelled": str(boxes), "canvas": 64}
-    assert len(stage.check(run, detect)) == 1
+    assert len(stage.check(run, detect).evaluations) == 1
     fails("--supervised: .*boxes", **detect)
     assert not (run / "eval").exists()
 
     supervised.train(run, EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1), torch.device("cpu"))
     trainings.clear()
     fails("supervised in .* was made otherwise: epochs was 1, is 2", protocol="knn", layers="conv1")
-    (planned,) = stage.check(run, {"protocol": "knn", "overwrite": True} | LEARN)
-    assert planned.given == {"protocol": "knn", "overwrite": True} | LEARN
+    (planned,) = stage.check(run, {"protocol": "knn", "overwrite": True} | LEARN).evaluations
+    assert planned.config.protocol == "knn" and planned.config.overwrite
 
 
 def test_it_is_trained_as_the_line_says(runs, trainings, monkeypatch):

@@ -18,7 +18,7 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext, solving, stage
 from ktransfer.pretext.config import PretextConfig
-from ktransfer.pretext.tasks import IMAGES, SETTINGS, open_task, usual_size
+from ktransfer.pretext.tasks import SETTINGS, SHEETS, open_task, usual_size
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
@@ -244,7 +244,7 @@ def test_misuse_is_one_line_and_writes_nothing(tmp_path, given, message):
 
 def test_every_task_has_its_settings_its_sheet_and_its_least_size():
     choices = PretextConfig.__dataclass_fields__["task"].metadata["choices"]
-    assert set(choices) == set(SETTINGS) == set(IMAGES) == set(stage.LEAST_SIZE)
+    assert set(choices) == set(SETTINGS) == set(SHEETS) == set(stage.LEAST_SIZE)
     for task, least in stage.LEAST_SIZE.items():
         smaller, enough = (open_task(replace(PretextConfig(), task=task, size=size)) for size in (least - 1, least))
         assert smaller.side < stage.LEAST_TILE <= enough.side

@@ -286,5 +286,5 @@ def test_arch_list_shows_every_network(tmp_path):
 
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "torchvision:alexnet"])
 def test_other_networks_of_torchvision_pass_the_check(tmp_path, arch):
-    config, _ = stage.check(tmp_path, SMALL | {"arch": arch, "width": 1.0, "size": 64})
+    config = stage.check(tmp_path, SMALL | {"arch": arch, "width": 1.0, "size": 64}).config
     assert config.arch == arch and config.size == 64

@@ -39,7 +39,7 @@ def pretext(task, whole):
     if task == "context":  # on a CPU alone, torch looks at the labels of one_hot
         config = PretextConfig(task=task, arch="alexnet_bn", width=0.05, size=96, colour="projected")
     opened = tasks.open_task(config)
-    model = solving.new_network(config, opened)[1]
+    model = solving.new_network(config, solving.network_of(config, opened), opened)
     given = batch(96, whole, opened.following)
     return partial(solving.loss, model, given, opened)
 

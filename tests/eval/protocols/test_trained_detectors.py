@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny import SELFTRAIN
 
-from ktransfer import cli, files, stages
+from ktransfer import cli, files, plan
 from ktransfer.detection import saved
 from ktransfer.errors import UsageError
 from ktransfer.eval import compare, evaluate
@@ -61,7 +61,7 @@ def test_given_again_it_is_done_and_what_changed_is_refused_before_the_line_begi
     assert (copy / "eval" / "detect.json").read_bytes() == before
     anew = [("selftrain", SMALL | {"lr": 0.2, "overwrite": True}), ("eval", {"protocol": "detect"})]
     with pytest.raises(UsageError, match="this line makes the selftrain stage anew"):
-        stages.refuse_changes(stages.plan(anew, copy), copy)
+        plan.refuse_changes(plan.plan_line(anew, copy))
 
 
 def test_other_images_other_runs_and_a_threshold(made, copy):
@@ -112,10 +112,10 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     fails("has other classes than the detectors tell", labelled=str(strange))
     line = [("selftrain", SMALL), ("eval", {"protocol": "detect", "labelled": str(strange)})]
     with pytest.raises(UsageError, match="has other classes than the detectors tell"):
-        stages.plan(line, tmp_path / "new")
+        plan.plan_line(line, tmp_path / "new")
     line = [("selftrain", SMALL | {"task": "segment", "head": "fpn"}), ("eval", {"protocol": "detect"})]
     with pytest.raises(UsageError, match="makes no detector"):
-        stages.plan(line, tmp_path / "new")
+        plan.plan_line(line, tmp_path / "new")
     other = copy.parent / "again" / copy.name
     shutil.copytree(copy, other)
     fails("a second run named 'cow'", beside=f"{made_second(copy, other)},{other}")

@@ -158,7 +158,8 @@ def test_in_the_pseudo_step_it_leaves_out_boxes(tmp_path):
     folder = selftrain(tmp_path / "all", **options).parent
     teacher, held = folder / "teacher" / "model.safetensors", []
     for run in ("some", "again"):
-        config, data, _ = stage.check(tmp_path / run, options | {"jitter_filter": 0.1})
+        planned = stage.check(tmp_path / run, options | {"jitter_filter": 0.1})
+        config, data = planned.config, planned.data
         path = stage._label(tmp_path / run, config, data, CPU, teacher, "")
         held.append(path.read_bytes())
         record = json.loads(path.with_name("stage.json").read_text())["pseudo"]["result"]

@@ -294,7 +294,7 @@ def test_overwrite_leaves_what_the_line_is_not_about(made, copy):
 def test_what_overwrite_removes(made, copy, given, left):
     """Files given instead of steps are those of another run."""
     given = {name: str(made / one) if name in ("teacher", "pseudo") else one for name, one in given.items()}
-    steps.remove(copy, stage.check(copy, SMALL | given).parts)
+    steps.remove(copy, stage.check(copy, SMALL | given).steps)
     held = json.loads((copy / "selftrain" / "stage.json").read_text())
     assert held.keys() == left
     for name in ("teacher", "pseudo", "student", "joint"):

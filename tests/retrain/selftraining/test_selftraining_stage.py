@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import SELFTRAIN
 
-from ktransfer import cli, stages
+from ktransfer import cli, plan
 from ktransfer.data import scenes
 from ktransfer.detection import saved
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
-from ktransfer.retrain import RetrainConfig, SelftrainConfig, selftrain
+from ktransfer.retrain import SelftrainConfig, selftrain
 from ktransfer.retrain.selftraining import boxes, detecting, stage
 from ktransfer.retrain.selftraining.student import Student
 from ktransfer.training import loop
@@ -159,7 +159,7 @@ def test_overwrite_makes_what_was_made_otherwise_and_all_after_it(made, copy, ca
 
 def test_a_line_is_refused_before_its_first_stage(copy):
     def line(**options):
-        stages.refuse_changes(stages.plan([("selftrain", SMALL | options)], copy), copy)
+        plan.refuse_changes(plan.plan_line([("selftrain", SMALL | options)], copy))
 
     with pytest.raises(UsageError, match=r"teacher in .* was made otherwise: lr was 0\.1, is 0\.2. Give selftrain"):
         line(lr=0.2)
@@ -203,9 +203,10 @@ def test_a_student_becomes_the_next_teacher(made, tmp_path):
 def test_a_network_that_this_line_makes_anew_is_not_looked_at(tmp_path):
     (tmp_path / "retrain").mkdir()
     (tmp_path / "retrain" / "model.safetensors").write_bytes(b"of another network")
-    coming = RetrainConfig(arch="alexnet_bn", width=0.05, size=64)
-    found = stage.check(tmp_path, SMALL | {"init": "run"}, {"retrain": coming})
-    assert "init" not in found.parts[0].inputs
+    target = {"data": "scenes:images=16,size=64", "labels": "classes", "arch": "alexnet_bn", "width": 0.05, "size": 64}
+    line = plan.plan_line([("retrain", target), ("selftrain", SMALL | {"init": "run"})], tmp_path)
+    assert "init" not in line[1].steps[0].inputs
+    assert line[1].detector.network.size == 64
 
 
 def test_with_a_teacher_the_student_is_checked_too(made, tmp_path):
@@ -329,7 +330,8 @@ def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
 @pytest.mark.parametrize("each", [1, 8])
 def test_few_pseudo_boxes_are_told(tmp_path, capsys, each):
     """One box in every eighth image, or in every image."""
-    config, data, _ = stage.check(tmp_path / "run", SMALL)
+    planned = stage.check(tmp_path / "run", SMALL)
+    config, data = planned.config, planned.data
     other = boxes.without_boxes(data.unlabelled, data.labelled)
     one = Prediction(torch.tensor([[1.0, 1.0, 30.0, 30.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
     none = Prediction(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))

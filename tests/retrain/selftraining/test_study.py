@@ -20,6 +20,7 @@ from ktransfer.detection import saved, voc
 from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
+from ktransfer.plan import Plan
 from ktransfer.retrain.selftraining import stage, study, tables
 
 RECIPE = """
@@ -83,7 +84,7 @@ def ran(monkeypatch):
         return run / "scores.json"
 
     monkeypatch.setattr(stage, "selftrain", fake)
-    monkeypatch.setattr(stage, "check", lambda run, options: stage.Checked(None, None, []))
+    monkeypatch.setattr(stage, "check", lambda run, options: Plan(stage="selftrain", run=run))
     return done
 
 
