@@ -28,7 +28,6 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python tests/house.py
 	rm -rf build && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build/site && MYPYPATH=. ../../$(BIN)/mypy --python-executable ../../$(BIN)/python --config-file ../../pyproject.toml -p ktransfer

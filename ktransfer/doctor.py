@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ktransfer.run import versions
+from ktransfer.stages import EXTENSION
 from ktransfer.training.device import bfloat16, choose_device
 from ktransfer.training.options import MachineOptions
 
@@ -21,7 +22,7 @@ def report() -> str:
     lines.append(f"{'GPUs':14} {', '.join(names) or 'none'}")
     lines.append(f"{'device':14} {device}, bfloat16 {'on' if bfloat16(MachineOptions(), device) else 'off'}")
     lines.append(f"{'faiss':14} {_faiss()}")
-    built = importlib.util.find_spec("ktransfer.cluster.engines._exact") is not None
+    built = importlib.util.find_spec(EXTENSION) is not None
     lines.append(f"{'exact k-means':14} {'extension built' if built else 'no extension (no compiler at installation)'}")
     return "\n".join(lines)
 

@@ -49,6 +49,8 @@ WORKERS = {
     "extract": "ktransfer.cluster.speed",
     "retrain": "ktransfer.retrain.speed",
 }
+# The C++ extension, which may not have been built.
+EXTENSION = "ktransfer.cluster.engines._exact"
 
 
 def settings(stage: str) -> Any:

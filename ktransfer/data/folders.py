@@ -14,6 +14,8 @@ from ktransfer.errors import UsageError
 from ktransfer.files import commit
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PACKS = (".h5", ".hdf5")
+VAL_NAMES = ("val", "valid", "validation", "test")
 UNREADABLE = -1
 _LAYOUT = 1
 # A change within the same tick of the file system's clock leaves the folder's time as it was (FAT ticks every 2 s).

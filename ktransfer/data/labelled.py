@@ -1,12 +1,12 @@
 """Labelled images in the layouts that data sets come in, found by looking: CSV, VOCdevkit and COCO.
 
-`dataset.open_parts` asks `open_layout` first; class folders and packs are its own. A root is read as
+`opening.open_parts` asks `open_layout` first; class folders and packs are its own. A root is read as
 
 - VOC, where it or a VOC2007, VOC2012, ... below it (or below its VOCdevkit) has ImageSets/Main: the files
   CLASS_trainval.txt and CLASS_test.txt, or CLASS_train.txt and CLASS_val.txt where the test part has no labels;
 - COCO, where it or its `annotations` has instances_train*.json: an image has the classes of its boxes;
 - CSV, where it has train.csv (or .tsv) and val.csv (valid, validation, test): columns path and label (see
-  `dataset.open_dataset`). Several labels of an image stand in one cell, separated by ";" or "|", or in several rows;
+  `opening.open_dataset`). Several labels of an image stand in one cell, separated by ";" or "|", or in several rows;
   where that, or an empty label, occurs anywhere in either file, the images of both have `tags`.
 
 Of VOC, COCO and such CSV files the images have `tags`; objects that VOC calls difficult are tagged -1, not counted.
@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.data.dataset import Dataset, class_names, escaped, of_files
-from ktransfer.data.folders import file_size
+from ktransfer.data.folders import PACKS, VAL_NAMES, file_size
 from ktransfer.data.lists import read_list
-from ktransfer.data.opening import PACKS, VAL_NAMES
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 

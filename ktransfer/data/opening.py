@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
-from ktransfer.data.folders import ENDINGS, file_size, walk
+from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, walk
+from ktransfer.data.labelled import open_layout
 from ktransfer.data.lists import read_list
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
 LISTS = (".txt", ".csv", ".tsv")
-PACKS = (".h5", ".hdf5")
-VAL_NAMES = ("val", "valid", "validation", "test")
 
 
 def open_dataset(spec: str) -> Dataset:
@@ -61,8 +60,6 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
     if spec.startswith("scenes:"):
         return _scenes(spec, "train"), _scenes(spec, "val")
     root = _existing(spec)
-    from ktransfer.data.labelled import open_layout
-
     if other := open_layout(spec, root):
         return other
     train, val = _part(root, ("train",)), _part(root, VAL_NAMES)

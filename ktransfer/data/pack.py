@@ -20,7 +20,8 @@ from PIL import Image
 
 from ktransfer.data import decoding, packs
 from ktransfer.data.dataset import Dataset, Reader, check_broken
-from ktransfer.data.opening import PACKS, open_dataset
+from ktransfer.data.folders import PACKS
+from ktransfer.data.opening import open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
 from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.machine import cores

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ktransfer.data.dataset import UNKNOWN
-from ktransfer.data.opening import VAL_NAMES
+from ktransfer.data.folders import VAL_NAMES
 from ktransfer.detection.data import Detection, Objects, fraction, objects_of, subset
 from ktransfer.errors import UsageError
 

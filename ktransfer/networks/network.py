@@ -196,8 +196,7 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
 def he_init(model: nn.Module) -> nn.Module:
     """Fan-in initialisation in place; fc8 starts near zero, so that the first loss is ln(classes).
 
-    Gaussians of fixed deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs
-    (docs/papers.md).
+    Gaussians of deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs (docs/papers.md).
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
