@@ -24,6 +24,14 @@ def index_of_its_own(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warnings_are_errors_in_sub_processes(pytestconfig):
+    """What pyproject.toml makes of warnings, for the commands that tests start: of its entries, all can be said so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", ",".join(pytestconfig.getini("filterwarnings")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory):
     from ktransfer.pretext import pretext

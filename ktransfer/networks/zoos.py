@@ -18,7 +18,10 @@ def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
         UsageError: a vision transformer whose patches do not divide the image.
     """
     name = arch.removeprefix(TORCHVISION)
-    special: dict[str, Any] = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    special: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        # torchvision means to change how they start, and warns where nothing is said.
+        special = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_"):
         patch = int(name.rsplit("_", 1)[1])
         if size % patch:
