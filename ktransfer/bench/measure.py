@@ -31,7 +31,7 @@ from ktransfer.stages import worker
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch, Loss
 from ktransfer.training.compiled import Compiled
-from ktransfer.training.device import autocast, bfloat16, choose_device
+from ktransfer.training.device import autocast, bfloat16, choose_device, move
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 MADE = 64  # images where none are given
@@ -79,7 +79,8 @@ class Work:
 
 def training(model: nn.Module, loss: Loss, options: TrainOptions, device: torch.device) -> Callable[[Batch], None]:
     """A step of training as the loop does it, compiled where the loop compiles it."""
-    model.to(device).to(memory_format=torch.channels_last).train()
+    move(model, device)
+    model.train()
     optimiser = loop.sgd(model, options, device)
     network = Compiled(model, options, device, "bench", shared=False)
 

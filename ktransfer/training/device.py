@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ktransfer.errors import UsageError
 from ktransfer.training.options import MachineOptions
@@ -28,6 +28,13 @@ def choose_device(options: MachineOptions) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu")
     return device
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move a network to the device, its weights with the channels last."""
+    model.to(device)
+    to: Any = model.to  # of which torch 2.11 has no type with memory_format
+    to(memory_format=torch.channels_last)
 
 
 def bfloat16(options: MachineOptions, device: torch.device) -> bool:

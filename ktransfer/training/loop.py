@@ -24,7 +24,7 @@ from ktransfer.progress import bar, say
 from ktransfer.training.batch import Loss, Source
 from ktransfer.training.batch_divider import BatchDivider, Piece
 from ktransfer.training.compiled import Compiled
-from ktransfer.training.device import autocast
+from ktransfer.training.device import autocast, move
 from ktransfer.training.log import Log
 from ktransfer.training.memory import explained
 from ktransfer.training.options import LoopOptions, TrainOptions
@@ -119,7 +119,7 @@ def fit(
         divider = within.enter_context(
             BatchDivider(model, rows - following, options.micro_batch, following, device, shared)
         )
-        model.to(device).to(memory_format=torch.channels_last)
+        move(model, device)
         if optimiser is None:
             assert isinstance(options, TrainOptions)
             optimiser = sgd(model, options, device)

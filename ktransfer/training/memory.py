@@ -13,7 +13,7 @@ from ktransfer.errors import StageError
 from ktransfer.progress import say
 from ktransfer.training.batch import Batch, Loss, Source
 from ktransfer.training.batch_divider import pieces
-from ktransfer.training.device import autocast
+from ktransfer.training.device import autocast, move
 from ktransfer.training.norms import has_batch_norm
 from ktransfer.training.options import LoopOptions
 
@@ -41,7 +41,8 @@ def measure(
     The latter is measured on the first of (n,) `rows`, which are enough for three images and those `following`; their
     images may be broken. The model is moved to the device and otherwise left as it was.
     """
-    model.to(device).to(memory_format=torch.channels_last).train()
+    move(model, device)
+    model.train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     copies = 2 + (options.momentum > 0) + (distributed.world_size() > 1)  # the last: gradients laid out for sending

@@ -36,7 +36,8 @@ def over_all(model: nn.Module, total: Sum) -> Iterator[None]:
 def _forward(norm: _BatchNorm, total: Sum, x: Tensor) -> Tensor:
     if not norm.training:
         return type(norm).forward(norm, x)
-    y, mean, variance, count = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, total)
+    apply: Any = _Normalise.apply  # torch 2.11 has no types for it
+    y, mean, variance, count = apply(x, norm.weight, norm.bias, norm.eps, total)
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
