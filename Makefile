@@ -6,14 +6,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check format bench install
+.PHONY: demo test test-all test-torch check format bench install
 
 install: $(READY)
 
 $(READY): pyproject.toml setup.py cluster/engines/exact.cpp cluster/engines/exact_kernels.hpp cluster/engines/exact_tiles.hpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(PINNED)
 	touch $@
 
 demo: $(READY)
@@ -24,6 +24,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+# The suite on another torch, in an environment of its own: make test-torch TORCH=2.11
+test-torch:
+	$(if $(TORCH),,$(error make test-torch needs a version, such as TORCH=2.11))
+	$(MAKE) test VENV=.venv-torch-$(TORCH) PINNED='"torch==$(TORCH).*"'
 
 check: $(READY)
 	$(BIN)/ruff format --check .

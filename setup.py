@@ -25,6 +25,7 @@ setup(
         for package, folder in FOLDERS.items()
         for name in (package, *(f"{package}.{sub}" for sub in find_packages(folder)))
     ],
+    include_package_data=False,  # a wheel has the extension, not its sources
     package_data={
         "ktransfer": ["py.typed"],
         "ktransfer.recipes": ["*.toml"],
