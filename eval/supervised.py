@@ -25,7 +25,7 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
 from ktransfer.progress import say
 from ktransfer.run import begin, changes, leaves_nothing, read_record, refusal
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.options import LoopOptions, TrainOptions
@@ -104,7 +104,7 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
         if not step.done:
             broken = _fit(weights, network, data, recipe, device)
             step.finish([weights], broken=broken)
-            loop.remove_checkpoint(weights.parent)
+            checkpoint.remove(weights.parent)
             say(f"eval {SUPERVISED}: done; {network.arch} learned {len(data.classes)} classes; {weights}")
         return weights
 

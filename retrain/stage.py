@@ -24,7 +24,7 @@ from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import choose_device
@@ -93,7 +93,7 @@ def carry_out(plan: RetrainPlan) -> Path:
         networks.save(weights, model.state_dict(), network)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)})
-        loop.remove_checkpoint(step.folder)
+        checkpoint.remove(step.folder)
         say(f"retrain: done; {config.arch} learned {classes} {network.task} of {len(rows)} images; {weights}")
         return weights
 

@@ -23,7 +23,7 @@ from ktransfer.errors import StageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
 from ktransfer.run import need_disk
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import autocast
@@ -272,7 +272,7 @@ def tune(
             optimiser(model.to(device), before, phase, rate, config),
         )
         networks.save(ended, model.state_dict(), network)
-        loop.remove_checkpoint(place)
+        checkpoint.remove(place)
 
 
 def epochs_of(phases: tuple[Phase, ...], epochs: int) -> list[int]:

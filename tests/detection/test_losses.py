@@ -100,8 +100,8 @@ def test_a_detector_learns_a_few_images_by_heart(tmp_path, kind, neck, norm, lr)
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch):
     """Faster R-CNN samples boxes by torch's generator: that too must not depend on where the training was stopped."""
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     data, rows = open_file("scenes:images=12,size=64"), torch.arange(12)
     options = TrainOptions(epochs=2, batch=4, lr=0.01, precision="float32")
     source, truth = canvas.canvases(data, 64), losses.truth(data, 64, CPU)

@@ -136,8 +136,8 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(runs, monkeypatch):
             raise KeyboardInterrupt
         return loss(*given, **more)
 
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(supervised, "_loss", killed)
         evaluate(runs / "target", **options)

@@ -292,8 +292,8 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
             raise KeyboardInterrupt
         return loss(*given, **more)
 
-    monkeypatch.setattr(tuning.loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(tuning.loop, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tuning, "_loss", killed)
         finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU)
