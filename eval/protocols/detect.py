@@ -61,7 +61,7 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
     scales(config)
     test_scales(config)
     columns(config)
-    losses.check_batches(config, config.norm, config.batch)
+    losses.check_batches(config, config.batch)
     for network in evaluated:
         trunks.build(network, None, neck(network, config), config.norm, 0)
 

@@ -50,7 +50,7 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
     """
     scales(config)
     columns(config)
-    check_batches(config, config.norm, config.batch)
+    check_batches(config, config.batch)
     for part in parts:
         masks.need_masks(part)
     masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)

@@ -65,7 +65,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     scales(config)
     if config.adaptive:
         raise UsageError("--adaptive: counts boxes, and masks have none; leave it away with --task segment")
-    if config.head == "deeplab" and config.norm in ("bn", "syncbn") and min(labelled, other) < 2:
+    if config.head == "deeplab" and config.norm == "bn" and min(labelled, other) < 2:
         raise UsageError("--head deeplab: batch norm of one image's mean has no variance; give --norm gn")
     masks.need_memory(f"--size {config.size}", labelled + other, config.size)
 
