@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer import files, networks
-from ktransfer.data.augment import centre_crop, random_resized_crop, random_square
+from ktransfer.data.augment import centre_crop, random_resized_crop, random_square, stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.errors import StageError
@@ -39,7 +39,6 @@ from .heads import Before, with_classes
 from .probe import hold_out, scores
 
 HELD_OUT = 0.1
-MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %", "map": "VOC07 11-point mAP %"}
 
 
@@ -88,7 +87,7 @@ class Labelled:
 
     def __init__(self, data: Dataset, network: Network, config: LoopOptions, device: torch.device) -> None:
         self.data = data
-        self.images = ImageLoader(data, round(network.size * MARGIN), config.workers, cache=config.cache_images)
+        self.images = ImageLoader(data, stored_side(network.size), config.workers, cache=config.cache_images)
         self.several = data.tags is not None
         labels = data.targets if data.tags is None else data.tags
         self.labels = torch.from_numpy(labels.astype("int64")).to(device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktransfer import networks
 from ktransfer.artifacts.centroids import Centroids, nearest, read_centroids
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, same_images
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
@@ -128,7 +128,7 @@ def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.devic
         with autocast(config, device):
             return model(squares).argmax(1).cpu()  # type: ignore[no-any-return]
 
-    images = ImageLoader(test, round(network.size * 8 / 7), config.workers, cache="off", device=device)
+    images = ImageLoader(test, stored_side(network.size), config.workers, cache="off", device=device)
     return _told(images, told, f"predictions {arm.name}")
 
 

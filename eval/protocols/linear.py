@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ktransfer import networks, rng
+from ktransfer.data.augment import stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, readable, reasons
 from ktransfer.errors import UsageError
@@ -24,7 +25,7 @@ from ktransfer.training.batch import Source
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
-from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading, stored_side
+from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading
 from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from ..result import Result
@@ -68,7 +69,7 @@ def evaluate(
     model = model_of(arm, config.seed).to(device).eval()
     layers = preset_layers(model, arm.network, config)
     pooled = reading(model, arm, layers, config, device)
-    side, numbers = stored_side(arm), layers[-1].stop
+    side, numbers = stored_side(arm.network.size), layers[-1].stop
     crops = PRESETS[config.preset].crops
     source: Source
     plain: Source

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import files, networks, rng
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
@@ -116,7 +116,7 @@ def evaluate(
 
     order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
     rows = order[: config.robust_images or len(test)].sort().values
-    side = round(arm.network.size * 8 / 7)
+    side = stored_side(arm.network.size)
     images = ImageLoader(test, side, config.workers, cache="off")
     told: list[dict[str, Any]] = []
     sweep = numbers("robust-eps", config.robust_eps, 255)
