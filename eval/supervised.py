@@ -10,14 +10,11 @@ protocols.
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.config import option
-from ktransfer.data.augment import random_resized_crop
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import readable
 from ktransfer.data.opening import open_parts
@@ -26,14 +23,13 @@ from ktransfer.networks import TRUNKS, Network
 from ktransfer.progress import say
 from ktransfer.run import begin, changes, leaves_nothing, read_record, refusal
 from ktransfer.training import checkpoint, loop
-from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.options import LoopOptions, TrainOptions
 
 from .arms import LEARNED, SUPERVISED, final_network, resized
 from .config import EvalConfig
 from .learners.heads import with_classes
-from .learners.tuning import Labelled
+from .learners.tuning import Labelled, crop_loss
 
 
 @dataclass(frozen=True)
@@ -126,17 +122,10 @@ def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device:
     part = Labelled(data, network, recipe, device)
     rows = readable(part.images, torch.arange(len(data)), recipe.max_broken)
     model = with_classes(network, len(data.classes), recipe.seed, "eval/supervised")
-    loss: Any = partial(_loss, part=part, network=network, recipe=recipe)
+    loss = partial(
+        crop_loss, train=part, network=network, seed=recipe.seed, purpose="eval/supervised", smallest=recipe.crop
+    )
     batches = partial(loop.epoch_batches, rows, recipe.batch, recipe.seed)
     loop.fit(model, loss, part.images, batches, recipe, weights.parent, device, SUPERVISED)
     networks.save(weights, model.state_dict(), network)
     return part.broken()
-
-
-def _loss(
-    model: nn.Module, batch: Batch, part: Labelled, network: Network, recipe: Recipe
-) -> tuple[Tensor, dict[str, Tensor]]:
-    rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
-    crops = random_resized_crop(pixels, rows, network.size, recipe.seed, batch.epoch, "eval/supervised", recipe.crop)
-    logits = model(networks.normalise(crops, network.normalise))
-    return part.loss(logits, rows), {"count": batch.valid.sum()}

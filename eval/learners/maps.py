@@ -28,6 +28,7 @@ from ktransfer.training.device import autocast, choose_device
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..result import broken_lines
 
 GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
 NUMBERS = 9216  # about what those grids give; for all other layers
@@ -142,7 +143,7 @@ def frozen_maps(
     found: list[Frozen] = []
     for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
         features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, parts, part, config, False)
-        broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
+        broken = broken_lines(data, reasons(data, features.valid, side))
         found.append(Frozen(layers, features, broken))
     return found
 

@@ -34,7 +34,7 @@ from ..arms import Arm
 from ..config import EvalConfig
 from ..metrics import mean_ap, voc_map
 from ..protocols.linear import rates
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 from .heads import Before, with_classes
 from .probe import hold_out, scores
 
@@ -116,7 +116,7 @@ class Labelled:
 
     def broken(self) -> list[str]:
         """What could not be read."""
-        return [f"{self.data.name}/{self.data.keys[row]}: {why}" for row, why in self.images.broken.items()]
+        return broken_lines(self.data, self.images.broken)
 
 
 def check(evaluated: list[Network], classes: int, config: EvalConfig, run: Path) -> None:
@@ -186,13 +186,7 @@ def evaluate_columns(
             files.write_json(kept, cell)
             files.remove(folder / column.name)
         found[column.name] = files.read_json(kept)
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": found,
-        "broken": train.broken() + test.broken(),
-    }
+    return result_of(arm.network, found, train.broken() + test.broken())
 
 
 def _reached(
@@ -260,7 +254,9 @@ def tune(
         tuned = Tuned(model, before.modules if phase.factor == 0 else ())
         loop.fit(
             tuned,
-            partial(_loss, train=train, network=network, config=config),
+            partial(
+                crop_loss, train=train, network=network, seed=config.seed, purpose="eval/tuning", smallest=config.crop
+            ),
             train.images,
             partial(loop.epoch_batches, rows, config.batch, config.seed),
             options,
@@ -297,11 +293,12 @@ def optimiser(model: nn.Module, before: Before, phase: Phase, rate: float, confi
     )
 
 
-def _loss(
-    model: nn.Module, batch: Batch, train: Labelled, network: Network, config: EvalConfig
+def crop_loss(
+    model: nn.Module, batch: Batch, train: Labelled, network: Network, seed: int, purpose: str, smallest: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a network on random parts of the images, for `loop.fit` (see `random_resized_crop`)."""
     rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
-    crops = random_resized_crop(pixels, rows, network.size, config.seed, batch.epoch, "eval/tuning", config.crop)
+    crops = random_resized_crop(pixels, rows, network.size, seed, batch.epoch, purpose, smallest)
     logits = model(networks.normalise(crops, network.normalise))
     return train.loss(logits, rows), {"count": batch.valid.sum()}
 

@@ -30,6 +30,7 @@ from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.number_list import number_list
 from ktransfer.progress import bar
 from ktransfer.run import need_disk
 
@@ -41,7 +42,7 @@ from ..corruptions import KINDS, SEVERITIES, severities
 from ..intervals import mean_of, share_of
 from ..learners.classifier import KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
 from ..learners.maps import FORWARD_BATCH, choose_layers, map_bytes
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 from .linear import rates
 
 PROTOCOL = "robust/1"
@@ -67,8 +68,8 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
         UsageError: one line.
     """
     rates(config)
-    numbers("robust-eps", config.robust_eps, 255)
-    numbers("robust-noise", config.robust_noise, 1)
+    number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
+    number_list("--robust-noise", config.robust_noise, 0, 1, "0.2,0.4")
     for network in evaluated:
         layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
         needed = map_bytes(layers, (parts[0], parts[0]), config) // 3 * 2
@@ -78,21 +79,6 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
                 "name fewer with --layers, or give a larger --cache"
             )
         need_disk(run, needed, "eval")
-
-
-def numbers(name: str, text: str, high: float) -> list[float]:
-    """The numbers of an option, separated by commas, each above 0 and at most `high`.
-
-    Raises:
-        UsageError: they are not.
-    """
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < number <= high for number in found):
-        raise UsageError(f"--{name} {text}: must be numbers above 0 and up to {high:g}, separated by commas")
-    return found
 
 
 def evaluate(
@@ -119,7 +105,7 @@ def evaluate(
     side = stored_side(arm.network.size)
     images = ImageLoader(test, side, config.workers, cache="off")
     told: list[dict[str, Any]] = []
-    sweep = numbers("robust-eps", config.robust_eps, 255)
+    sweep = number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
     with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
         batches = images.batches(iter(rows.split(FORWARD_BATCH)))
@@ -141,18 +127,11 @@ def evaluate(
     }
     cells = _cells(told, hits, columns, sweep, config.seed)
     cells["clean"] |= {"layer": chosen.layer.name, "lr": chosen.rate, "held_out": round(chosen.held_out, 4)}
-    broken = {
-        **{f"{train.name}/{train.keys[row]}": why for row, why in reasons(train, training.views[0].valid, side).items()}
-    }
-    broken |= {f"{test.name}/{test.keys[row]}": why for row, why in images.broken.items()}
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": cells,
-        "broken": [f"{key}: {why}" for key, why in broken.items()],
-        "hits": {kind: hits[kind].sum(axis=1).tolist() for kind in KINDS},
-    }
+    # Images of one name and key in both parts are listed once.
+    lines = broken_lines(train, reasons(train, training.views[0].valid, side)) + broken_lines(test, images.broken)
+    found = result_of(arm.network, cells, list(dict.fromkeys(lines)))
+    found["hits"] = {kind: hits[kind].sum(axis=1).tolist() for kind in KINDS}
+    return found
 
 
 def relate(evaluated: dict[str, dict[str, Any]], config: EvalConfig) -> None:
@@ -247,4 +226,4 @@ def _mean(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
 
 
 def _shares(config: EvalConfig) -> list[float]:
-    return numbers("robust-noise", config.robust_noise, 1)
+    return number_list("--robust-noise", config.robust_noise, 0, 1, "0.2,0.4")

@@ -17,7 +17,7 @@ from torchvision.ops import masks_to_boxes
 
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader
-from ktransfer.detection import canvas, detectors, geometry, masks, metrics
+from ktransfer.detection import canvas, geometry, masks, metrics
 from ktransfer.detection.data import Detection, Outline, subset
 from ktransfer.detection.predictions import detect
 from ktransfer.detection.sheet import draw_augmented
@@ -30,7 +30,7 @@ from . import boxes, detecting
 from .detecting import AT_ONCE, Seen, in_parts
 from .detecting import count as count
 from .parts import Shown
-from .student import Student, Weighing, halves, total, weighed
+from .student import Weighing, objects_loss
 
 NECKS = {"maskrcnn": "p2-p6"}
 THINGS = "object", "objects"
@@ -121,14 +121,7 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
             for place, row in enumerate(rows.tolist())
         ]
         objects = torch.tensor([len(one["labels"]) for one in targets], device=rows.device)
-        if weighing is None:
-            return total(model, pixels, targets), {"objects": objects.sum(), "count": count}
-        student = detectors.plain(model)
-        assert isinstance(student, Student)
-        mine = rows < split
-        value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
-        sums |= {"human_objects": 2 * objects[mine].sum(), "pseudo_objects": 2 * objects[~mine].sum()}
-        return value, sums | {"count": count}
+        return objects_loss(model, pixels, targets, objects, "objects", rows < split, weighing, count)
 
     return loss
 
