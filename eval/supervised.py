@@ -66,9 +66,9 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
     """
     looks = {(config.size, config.stride): config.protocol for config in configs}
     if len(looks) > 1:
-        told = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
+        uses = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
         raise UsageError(
-            f"--supervised: one network is trained for all protocols, and these take several ({told}); name --size and "
+            f"--supervised: one network is trained for all protocols, and these take several ({uses}); name --size and "
             "--stride, or evaluate them in runs of their own"
         )
     try:
@@ -114,8 +114,8 @@ def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dic
     look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size")}
     recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
     made = supervised_network(evaluated, len(data.classes))
-    seen = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
-    return data, recipe, {"train": data.fingerprint} | seen, made
+    micro = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
+    return data, recipe, {"train": data.fingerprint} | micro, made
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:

@@ -37,8 +37,9 @@ def to_markdown(result: dict[str, Any]) -> str:
 def footer(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     data = result["data"]
-    seen = {cell["images"] for arm in result["arms"].values() for cell in arm["scores"].values() if "images" in cell}
-    evaluated = f" ({max(seen)} of them evaluated)" if seen and max(seen) < data["test"] else ""
+    cells = [cell for arm in result["arms"].values() for cell in arm["scores"].values()]
+    most = max((cell["images"] for cell in cells if "images" in cell), default=data["test"])
+    evaluated = f" ({most} of them evaluated)" if most < data["test"] else ""
     counts = f"{data['train']} images to train, {data['test']} to test{evaluated}, {data['classes']} classes, "
     note = result.get("note", f"{counts}chance {result['chance']:.1%}.").replace("{counts}", counts)
     return f"{result['protocol']}: {note}"

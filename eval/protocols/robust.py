@@ -104,28 +104,29 @@ def evaluate(
     rows = order[: config.robust_images or len(test)].sort().values
     side = stored_side(arm.network.size)
     images = ImageLoader(test, side, config.workers, cache="off")
-    told: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = []
     sweep = number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
     with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
         batches = images.batches(iter(rows.split(FORWARD_BATCH)))
         for number, (part, pixels, valid, _) in enumerate(batches):
-            kept = folder / f"told-{number:06d}.json"
+            kept = folder / f"outcomes-{number:06d}.json"
             if not valid.any():
                 shown.update(len(part) * work)
                 continue
             if not kept.is_file():
                 squares = centre_crop(pixels[valid], arm.network.size).to(device)
                 wanted = torch.from_numpy(test.targets)[part[valid]].long().to(device)
-                files.write_json(kept, _told(classifier, squares, wanted, part[valid].to(device), sweep, config))
-            told.append(files.read_json(kept))
+                files.write_json(kept, _outcomes(classifier, squares, wanted, part[valid].to(device), sweep, config))
+            outcomes.append(files.read_json(kept))
             shown.update(len(part) * work)
     check_broken(images.broken, len(rows), config.max_broken, test)
 
     hits = {
-        kind: np.concatenate([np.array(one["kinds"][kind]).reshape(-1, SEVERITIES) for one in told]) for kind in KINDS
+        kind: np.concatenate([np.array(one["kinds"][kind]).reshape(-1, SEVERITIES) for one in outcomes])
+        for kind in KINDS
     }
-    cells = _cells(told, hits, columns, sweep, config.seed)
+    cells = _cells(outcomes, hits, columns, sweep, config.seed)
     cells["clean"] |= {"layer": chosen.layer.name, "lr": chosen.rate, "held_out": round(chosen.held_out, 4)}
     # Images of one name and key in both parts are listed once.
     lines = broken_lines(train, reasons(train, training.views[0].valid, side)) + broken_lines(test, images.broken)
@@ -164,7 +165,7 @@ def expected_calibration_error(confidence: NDArray[np.float64], hit: NDArray[np.
     return float(np.abs(total).sum() / len(hit))
 
 
-def _told(
+def _outcomes(
     classifier: Classifier, pixels: Tensor, wanted: Tensor, rows: Tensor, sweep: list[float], config: EvalConfig
 ) -> dict[str, Any]:
     """What the classifier tells of some images, as lists with one entry an image."""
@@ -191,14 +192,14 @@ def _told(
 
 
 def _cells(
-    told: list[dict[str, Any]], hits: dict[str, NDArray[Any]], columns: list[str], sweep: list[float], seed: int
+    outcomes: list[dict[str, Any]], hits: dict[str, NDArray[Any]], columns: list[str], sweep: list[float], seed: int
 ) -> dict[str, dict[str, Any]]:
     """The scores, by column."""
     wanted, prediction = (
-        np.concatenate([one[name] for one in told]).astype(np.int64) for name in ("wanted", "prediction")
+        np.concatenate([one[name] for one in outcomes]).astype(np.int64) for name in ("wanted", "prediction")
     )
     hit = wanted == prediction
-    confidence = np.concatenate([one["confidence"] for one in told])
+    confidence = np.concatenate([one["confidence"] for one in outcomes])
 
     def calibration(places: Places) -> dict[str, float]:
         return {"ece": expected_calibration_error(confidence[places], hit[places])}
@@ -214,9 +215,9 @@ def _cells(
     }
     cells |= {f"severity {level + 1}": _mean("by_severity", every[:, :, level]) for level in range(SEVERITIES)}
     cells |= {kind.replace("_", " "): _mean("by_kind", hits[kind]) for kind in KINDS}
-    attacked = [np.concatenate([one["attacked"][place] for one in told]) for place in range(len(sweep))]
+    attacked = [np.concatenate([one["attacked"][place] for one in outcomes]) for place in range(len(sweep))]
     cells |= {f"eps {eps:g}": share_of("by_eps", each) for eps, each in zip(sweep, attacked, strict=True)}
-    noisy = [np.concatenate([one["noisy"][place] for one in told]) for place in range(len(columns))]
+    noisy = [np.concatenate([one["noisy"][place] for one in outcomes]) for place in range(len(columns))]
     return cells | {column: share_of("by_noise", each) for column, each in zip(columns, noisy, strict=True)}
 
 

@@ -27,7 +27,7 @@ from ktransfer.training.batch import Batch, Loss
 
 from ..config import SelftrainConfig
 from . import boxes, detecting
-from .detecting import AT_ONCE, Seen, in_parts
+from .detecting import AT_ONCE, Labels, in_parts
 from .detecting import count as count
 from .parts import Shown
 from .student import Weighing, objects_loss
@@ -168,12 +168,12 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     model, described, data, source, config, device = shown
     settings = replace(described.settings, threshold=config.threshold)
 
-    def see(chosen: Tensor, words: str) -> Seen:
+    def label_part(chosen: Tensor, words: str) -> Labels:
         outlines = dict[int, Sequence[Outline]]()
         found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, words, outlines)
         return found, outlines, {"images": len(found), "objects": sum(len(one.scores) for one in found.values())}
 
-    return in_parts(path, shown, rows, about, see)
+    return in_parts(path, shown, rows, about, label_part)
 
 
 def evaluate(shown: Shown, label: str) -> dict[str, Any]:
