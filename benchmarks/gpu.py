@@ -192,13 +192,13 @@ def lloyd(device: torch.device, quick: bool, columns: list[int], kernels: Any, t
 def tile_rates(d: int, device: torch.device, quick: bool, kernels: Any) -> Line:
     """TFLOP/s of one pass of labels alone: chunks, and each tile of the fused kernel."""
     from ktransfer.cluster.engines import device_steps
-    from ktransfer.cluster.engines.device_rounding import aim, ratio
+    from ktransfer.cluster.engines.device_rounding import halve_centroids, ratio
 
     n, k = (2000, 20) if quick else (2**18, 2000)
     rows = made("relu", n, d, device)
     start = start_of(rows, k)
     stock = stocked(rows, start)
-    half, target = stock.resident.half, aim(start, stock.origin)
+    half, target = stock.resident.half, halve_centroids(start, stock.origin)
     by = ratio(half, target)
     before = device_steps.FUSED_COLUMNS
     device_steps.FUSED_COLUMNS = 0

@@ -111,7 +111,7 @@ def brute(rows: Tensor, centroids: Tensor, dtype: torch.dtype) -> Tensor:
 def labels_of(kind: str, n: int, d: int, k: int, device: torch.device, kernels: Any) -> Line:
     """After three passes, beside float64 and float32; and the largest error of a score, of what is allowed."""
     from ktransfer.cluster.engines.device import look
-    from ktransfer.cluster.engines.device_rounding import aim, doubt, ratio
+    from ktransfer.cluster.engines.device_rounding import doubt, halve_centroids, ratio
     from ktransfer.cluster.engines.device_steps import product
 
     rows = made(kind, n, d, device)
@@ -122,7 +122,7 @@ def labels_of(kind: str, n: int, d: int, k: int, device: torch.device, kernels: 
         if step < 2:
             centroids = moved(centroids, sums, counts)
     exact, single = (brute(rows, centroids, dtype) for dtype in (torch.float64, torch.float32))
-    target = aim(centroids, stock.origin)
+    target = halve_centroids(centroids, stock.origin)
     some = stock.resident.half
     part = type(some)(*(field[:4096] for field in some))
     scores = product(part.half, target.half).double() * ratio(part, target).double()[:, None] + target.bias

@@ -6,14 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ktransfer import files
+from ktransfer import files, tables
 from ktransfer.config import read_by
 from ktransfer.errors import UsageError
 
 from .config import PROTOCOLS, EvalConfig
 from .intervals import Z95
 from .published import published
-from .table import cell_text, columns_of, footer, table, title, turned
+from .table import cell_text, columns_of, footer, title
 
 SCHEMA = 2
 NO_TREATMENT = ("seeds", "random")
@@ -144,7 +144,7 @@ def _tables(results: dict[Path, dict[str, Any]]) -> list[str]:
         for column in columns:
             for line, text in zip(cells, _marked(there, column, measure, best), strict=True):
                 line.append(text)
-        lines += [*table(*turned([f"{result['title']}, {words}", *columns], cells)), ""]
+        lines += [*tables.markdown(*tables.turned([f"{result['title']}, {words}", *columns], cells), aligned=True), ""]
     return [*lines, footer(result)]
 
 

@@ -159,9 +159,7 @@ class EvalConfig(LoopOptions):
         choices=("fcn", "deeplab", "fpn"),
         of=("segment",),
     )
-    norm: str = option(
-        "bn", "batch norm that learns, or group norm in its place", choices=("bn", "syncbn", "gn"), of=LOCATED
-    )
+    norm: str = option("bn", "batch norm that learns, or group norm in its place", choices=("bn", "gn"), of=LOCATED)
     lr: float = option(0.01, "learning rate after the warm-up", low=0, of=LOCATED)
     trunk: str = option(
         "frozen,full",

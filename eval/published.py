@@ -1,10 +1,9 @@
 """Numbers that others have published, beside which ours can be shown; every one with its source (published.csv)."""
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from .table import table, turned
+from ktransfer import tables
 
 FILE = Path(__file__).with_name("published.csv")
 
@@ -28,10 +27,7 @@ class Row(NamedTuple):
 
 def rows(protocol: str) -> list[Row]:
     """Those that stand beside a protocol, such as "linear", in the order of the file."""
-    with FILE.open(encoding="utf-8", newline="") as handle:
-        lines = csv.reader(handle)
-        next(lines)
-        return [row for row in map(Row._make, lines) if row.protocol == protocol]
+    return [Row(**row) for row in tables.read_csv(FILE) if row["protocol"] == protocol]
 
 
 def published(protocol: str) -> str:
@@ -40,11 +36,7 @@ def published(protocol: str) -> str:
     lines: list[str] = []
     for name in dict.fromkeys(row.table for row in found):
         here = [row for row in found if row.table == name]
-        columns = list(dict.fromkeys(row.column for row in here))
-        methods: dict[str, dict[str, str]] = {}
-        for row in here:
-            methods.setdefault(row.method, {})[row.column] = row.value
-        cells = [[method, *(values.get(column, "-") for column in columns)] for method, values in methods.items()]
-        lines += table(*turned([f"published: {name}", *columns], cells))
+        cells = tables.crossed(f"published: {name}", ((row.method, row.column, row.value) for row in here))
+        lines += tables.markdown(*tables.turned(*cells), aligned=True)
         lines += [f"From: {'; '.join(dict.fromkeys(row.source for row in here))}.", ""]
     return "\n".join(lines)

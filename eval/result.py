@@ -1,6 +1,10 @@
 """What a protocol says of one network."""
 
+from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
+
+from ktransfer.data.dataset import Dataset
+from ktransfer.networks import Network
 
 
 class Result(TypedDict):
@@ -21,3 +25,13 @@ class Result(TypedDict):
     broken: list[str]
     files: NotRequired[list[str]]
     hits: NotRequired[dict[str, list[int]]]
+
+
+def result_of(network: Network, scores: dict[str, dict[str, Any]], broken: list[str]) -> Result:
+    """The result of a network, as far as all protocols have it."""
+    return {"task": network.task, "arch": network.arch, "width": network.width, "scores": scores, "broken": broken}
+
+
+def broken_lines(data: Dataset, broken: Mapping[int, str]) -> list[str]:
+    """Row and reason of images that could not be read, as lines of a result in the order of the rows."""
+    return [f"{data.name}/{data.keys[row]}: {reason}" for row, reason in sorted(broken.items())]

@@ -10,14 +10,11 @@ protocols.
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.config import option
-from ktransfer.data.augment import random_resized_crop
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import readable
 from ktransfer.data.opening import open_parts
@@ -25,15 +22,14 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
 from ktransfer.progress import say
 from ktransfer.run import begin, changes, leaves_nothing, read_record, refusal
-from ktransfer.training import loop
-from ktransfer.training.batch import Batch
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.options import LoopOptions, TrainOptions
 
 from .arms import LEARNED, SUPERVISED, final_network, resized
 from .config import EvalConfig
 from .learners.heads import with_classes
-from .learners.tuning import Labelled
+from .learners.tuning import Labelled, crop_loss
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,9 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
     """
     looks = {(config.size, config.stride): config.protocol for config in configs}
     if len(looks) > 1:
-        told = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
+        uses = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
         raise UsageError(
-            f"--supervised: one network is trained for all protocols, and these take several ({told}); name --size and "
+            f"--supervised: one network is trained for all protocols, and these take several ({uses}); name --size and "
             "--stride, or evaluate them in runs of their own"
         )
     try:
@@ -104,7 +100,7 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
         if not step.done:
             broken = _fit(weights, network, data, recipe, device)
             step.finish([weights], broken=broken)
-            loop.remove_checkpoint(weights.parent)
+            checkpoint.remove(weights.parent)
             say(f"eval {SUPERVISED}: done; {network.arch} learned {len(data.classes)} classes; {weights}")
         return weights
 
@@ -118,25 +114,18 @@ def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dic
     look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size")}
     recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
     made = supervised_network(evaluated, len(data.classes))
-    seen = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
-    return data, recipe, {"train": data.fingerprint} | seen, made
+    micro = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
+    return data, recipe, {"train": data.fingerprint} | micro, made
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:
     part = Labelled(data, network, recipe, device)
     rows = readable(part.images, torch.arange(len(data)), recipe.max_broken)
     model = with_classes(network, len(data.classes), recipe.seed, "eval/supervised")
-    loss: Any = partial(_loss, part=part, network=network, recipe=recipe)
+    loss = partial(
+        crop_loss, train=part, network=network, seed=recipe.seed, purpose="eval/supervised", smallest=recipe.crop
+    )
     batches = partial(loop.epoch_batches, rows, recipe.batch, recipe.seed)
     loop.fit(model, loss, part.images, batches, recipe, weights.parent, device, SUPERVISED)
     networks.save(weights, model.state_dict(), network)
     return part.broken()
-
-
-def _loss(
-    model: nn.Module, batch: Batch, part: Labelled, network: Network, recipe: Recipe
-) -> tuple[Tensor, dict[str, Tensor]]:
-    rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
-    crops = random_resized_crop(pixels, rows, network.size, recipe.seed, batch.epoch, "eval/supervised", recipe.crop)
-    logits = model(networks.normalise(crops, network.normalise))
-    return part.loss(logits, rows), {"count": batch.valid.sum()}

@@ -1,8 +1,8 @@
 """Results as tables: for the screen and README (Markdown), for programs (CSV)."""
 
-import csv
-import io
 from typing import Any
+
+from ktransfer import tables
 
 TASKS = {
     "random": "random weights",
@@ -14,8 +14,7 @@ TASKS = {
     "classes": "trained on true labels",
 }
 
-WIDE = 8
-"""Columns that a table has at most."""
+CSV = ("protocol", "arm", "arch", "task", "column", "measure", "value", "low", "high", "deviation")
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -31,15 +30,16 @@ def to_markdown(result: dict[str, Any]) -> str:
             for name, arm in arms.items()
             if any(measure in found for found in arm["scores"].values())
         ]
-        lines += [*table(*turned([f"{result['title']}, {words}", *columns], rows)), ""]
+        lines += [*tables.markdown(*tables.turned([f"{result['title']}, {words}", *columns], rows), aligned=True), ""]
     return "\n".join([*lines, footer(result)]) + "\n"
 
 
 def footer(result: dict[str, Any]) -> str:
     """What a result was measured on."""
     data = result["data"]
-    seen = {cell["images"] for arm in result["arms"].values() for cell in arm["scores"].values() if "images" in cell}
-    evaluated = f" ({max(seen)} of them evaluated)" if seen and max(seen) < data["test"] else ""
+    cells = [cell for arm in result["arms"].values() for cell in arm["scores"].values()]
+    most = max((cell["images"] for cell in cells if "images" in cell), default=data["test"])
+    evaluated = f" ({most} of them evaluated)" if most < data["test"] else ""
     counts = f"{data['train']} images to train, {data['test']} to test{evaluated}, {data['classes']} classes, "
     note = result.get("note", f"{counts}chance {result['chance']:.1%}.").replace("{counts}", counts)
     return f"{result['protocol']}: {note}"
@@ -52,29 +52,19 @@ def columns_of(arms: dict[str, Any], measure: str) -> list[str]:
     )
 
 
-def turned(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table with its columns as rows where there are more than `WIDE` of them."""
-    if len(header) - 1 <= WIDE:
-        return header, rows
-    flipped = [list(line) for line in zip(header, *rows, strict=True)]
-    return flipped[0], flipped[1:]
-
-
 def to_csv(result: dict[str, Any]) -> str:
     """One line for each arm, column and measure; shares, not per cent."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["protocol", "arm", "arch", "task", "column", "measure", "value", "low", "high", "deviation"])
+    rows = []
     for name, arm in result["arms"].items():
+        named = {"protocol": result["protocol"], "arm": name, "arch": arm["arch"], "task": arm["task"]}
         for column, found in arm["scores"].items():
-            for measure in result["measures"]:
-                if measure in found:
-                    values = [found[measure], *found[f"{measure}_interval"]]
-                    numbers = [f"{value:.6f}" for value in values]
-                    deviation = found.get(f"{measure}_deviation")
-                    numbers.append("" if deviation is None else f"{deviation:.6f}")
-                    writer.writerow([result["protocol"], name, arm["arch"], arm["task"], column, measure, *numbers])
-    return out.getvalue()
+            for measure in (measure for measure in result["measures"] if measure in found):
+                low, high = found[f"{measure}_interval"]
+                numbers = {"value": found[measure], "low": low, "high": high}
+                numbers |= {"deviation": found[f"{measure}_deviation"]} if f"{measure}_deviation" in found else {}
+                shown = {key: f"{number:.6f}" for key, number in numbers.items()}
+                rows.append({**named, "column": column, "measure": measure, **shown})
+    return tables.to_csv(rows, CSV)
 
 
 def title(name: str, arm: dict[str, Any]) -> str:
@@ -91,14 +81,4 @@ def cell_text(arm: dict[str, Any], column: str, measure: str) -> str:
     deviation = found.get(f"{measure}_deviation")
     spread = "" if deviation is None else f" (seeds {100 * deviation:.1f})"
     value = round(100 * found[measure], 1) + 0.0  # no "-0.0"
-    return f"{value:.1f} ± {50 * (high - low):.1f}{spread}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(row: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-
-    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *(line(row) for row in rows)]
+    return f"{tables.plus_minus(value, 50 * (high - low))}{spread}"

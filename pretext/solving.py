@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ktransfer import rng
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader
 from ktransfer.errors import StageError
@@ -16,6 +15,7 @@ from ktransfer.progress import say
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast
+from ktransfer.training.stopping import Stopping
 
 from .config import PretextConfig
 from .network import TaskNet
@@ -23,6 +23,7 @@ from .tasks import Task
 
 HELD_OUT_EPOCH = 2**32 - 1  # draws that no training epoch uses
 OVERFIT_STEPS = 400
+LOOK = 5  # steps from one look at what is solved to the next
 
 
 def network_of(config: PretextConfig, task: Task) -> Network:
@@ -89,38 +90,43 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
     Raises:
         StageError: it cannot.
     """
-    config = replace(config, batch=len(rows), epochs=OVERFIT_STEPS)
-    model = new_network(config, network_of(config, task), task).to(device)
+    config = replace(config, batch=len(rows), epochs=OVERFIT_STEPS // LOOK, compile="off")
+    model = new_network(config, network_of(config, task), task)
     rows = torch.cat([rows, rows[: task.following]])
-    pixels, valid = ImageLoader(data, config.size, config.workers).batch(rows)
-    batch = Batch(rows.to(device), pixels.to(device), valid.to(device), 0)
-    made = task.make(batch)
-    optimiser = loop.sgd(model, config, device)
+    images = ImageLoader(data, config.size, config.workers)
+    pixels, valid = images.batch(rows)
+    made = task.make(Batch(rows.to(device), pixels.to(device), valid.to(device), 0))
 
     def solved(net: nn.Module) -> dict[str, float]:
-        return {"share": float((net(made.tiles).argmax(1) == made.label).double().mean())}
+        logits = net(made.tiles)
+        share = float((logits.argmax(1) == made.label).double().mean())
+        value = float(F.cross_entropy(logits, made.label))
+        say(f"overfit: step {LOOK * (looks.evaluated + 1)}, loss {value:.3f}, solved {share:.0%}")
+        return {"share": share}
 
+    def first_epochs(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(model, replace(batch, epoch=0), task)
+
+    looks = Stopping(model, solved, "share", OVERFIT_STEPS, enough=1)
     started = time.monotonic()
-    for step in range(OVERFIT_STEPS):
-        model.train()
-        torch.manual_seed(rng.torch_seed(config.seed, "overfit", step))
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * loop.rate(step, OVERFIT_STEPS, config)
-        with autocast(config, device):
-            value, _ = loss(model, batch, task)
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        optimiser.step()
-        if step % 5 == 4:
-            share = loop.evaluated(model, solved)["share"]
-            say(f"overfit: step {step + 1}, loss {value.item():.3f}, solved {share:.0%}")
-            if share == 1:
-                seconds = time.monotonic() - started
-                say(f"overfit: all {len(made.label)} {task.noun} solved after {seconds:.0f} s: it can learn")
-                return
-    raise StageError(
-        f"overfit: not all {task.noun} solved in {OVERFIT_STEPS} steps; try another --lr or --arch vgg16_bn"
+    loop.fit(
+        model,
+        first_epochs,
+        images,
+        lambda epoch: rows.repeat(LOOK, 1),
+        config,
+        None,
+        device,
+        "overfit",
+        looks,
+        following=task.following,
     )
+    if looks.best < 1:
+        raise StageError(
+            f"overfit: not all {task.noun} solved in {OVERFIT_STEPS} steps; try another --lr or --arch vgg16_bn"
+        )
+    seconds = time.monotonic() - started
+    say(f"overfit: all {len(made.label)} {task.noun} solved after {seconds:.0f} s: it can learn")
 
 
 def _own(valid: Tensor, task: Task) -> Tensor:

@@ -19,7 +19,7 @@ from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep
 from ktransfer.progress import say
 from ktransfer.run import begin
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import choose_device
@@ -93,7 +93,7 @@ def carry_out(plan: PretextPlan) -> Path:
         result = loop.evaluated(model, evaluate)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights, sheet], result=result, broken=broken)
-        loop.remove_checkpoint(step.folder)
+        checkpoint.remove(step.folder)
         say(f"pretext: done; {solving.summary(result, task)}; {len(broken)} broken images; {weights}")
         return weights
 

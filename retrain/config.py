@@ -80,7 +80,7 @@ class SelftrainConfig(TrainOptions):
         1.0, "of --init random: scales all channels (alexnet, alexnet_bn, vgg16, vgg16_bn)", low=0.05, high=4
     )
     stride: int = option(4, "of --init random: stride of AlexNet's first convolution", low=1, high=8)
-    norm: str = option("gn", "normalisation", choices=("bn", "syncbn", "gn", "frozen"))
+    norm: str = option("gn", "normalisation", choices=("bn", "gn", "frozen"))
     anchor: float = option(4.0, "side of a map's smallest anchors, in its strides", low=0.5, high=64)
     focal_alpha: float = option(0.25, "RetinaNet: alpha of the focal loss", low=0, high=1)
     focal_gamma: float = option(1.5, "RetinaNet: gamma of the focal loss", low=0, high=10)

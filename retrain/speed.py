@@ -9,12 +9,13 @@ from torch import Tensor
 from ktransfer import networks
 from ktransfer.bench.measure import Wanted, Work, training
 from ktransfer.config import build
+from ktransfer.data.augment import stored_side
 from ktransfer.networks import Network
 from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast
 
 from .config import RetrainConfig
-from .stage import MARGIN, _loss, augmented
+from .stage import _loss, augmented
 
 CLASSES = 2000  # the paper's clusters
 SIZE = 224
@@ -49,4 +50,4 @@ def work(wanted: Wanted) -> Work:
     def prepare(batch: Batch) -> Tensor:
         return augmented(batch, network, config)
 
-    return Work("retrain step", round(config.size * MARGIN), 0, prepare, alone, step)
+    return Work("retrain step", stored_side(config.size), 0, prepare, alone, step)

@@ -15,7 +15,7 @@ from torchvision import models as zoo
 from ktransfer import distributed, networks, rng
 from ktransfer.artifacts.labels import read_labels
 from ktransfer.config import build
-from ktransfer.data.augment import random_resized_crop
+from ktransfer.data.augment import MARGIN, random_resized_crop, stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
@@ -24,7 +24,7 @@ from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import choose_device
@@ -33,7 +33,6 @@ from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
 from .config import RetrainConfig
 
-MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 CLASSES = "classes"
 LIST = "list"
 
@@ -81,7 +80,7 @@ def carry_out(plan: RetrainPlan) -> Path:
         if step.done:
             return weights
         model = networks.build(network, config.seed, "retrain")
-        images = ImageLoader(data, _side(config.size), config.workers, cache=config.cache_images, device=device)
+        images = ImageLoader(data, stored_side(config.size), config.workers, cache=config.cache_images, device=device)
         rows = readable_by_all(images, rows, config.max_broken)
         loss = partial(_loss, labels=labels.to(device), network=network, config=config)
         tell_plan(model, loss, images, rows, config, device, "retrain")
@@ -93,7 +92,7 @@ def carry_out(plan: RetrainPlan) -> Path:
         networks.save(weights, model.state_dict(), network)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)})
-        loop.remove_checkpoint(step.folder)
+        checkpoint.remove(step.folder)
         say(f"retrain: done; {config.arch} learned {classes} {network.task} of {len(rows)} images; {weights}")
         return weights
 
@@ -159,7 +158,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
-    cached = cache_place(config.cache_images, len(data), _side(size), device)
+    cached = cache_place(config.cache_images, len(data), stored_side(size), device)
     config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
@@ -171,7 +170,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
         networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
-    memory = 3 * _side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
+    memory = 3 * stored_side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
     return RetrainPlan(
         stage="retrain",
         run=run,
@@ -191,11 +190,6 @@ def _assigned(run: Path) -> bool:
     if not made or made["state"] != "done" or not centroids.is_file():
         return False
     return bool(made["inputs"]["centroids"] == input_hash(centroids))
-
-
-def _side(size: int) -> int:
-    """Of the squares that are kept for random crops of `size` pixels."""
-    return round(size * MARGIN)
 
 
 def _data_spec(run: Path, config: RetrainConfig) -> str:

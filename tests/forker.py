@@ -87,10 +87,10 @@ def child(order: dict[str, Any]) -> None:
     os.chdir(order["cwd"])
     from ktransfer import cli
     from ktransfer.artifacts import features
-    from ktransfer.training import loop
+    from ktransfer.training import checkpoint
 
     # As often as possible, so that a kill also meets a save in progress.
-    loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.01, 1.0
+    checkpoint.SECONDS, checkpoint.SHARE = 0.01, 1.0
     features.create_or_resume.__kwdefaults__["save_seconds"] = 0.0
     if "kill" in order:
         watch(order["kill"])

@@ -88,9 +88,9 @@ def child(order: dict[str, Any], rank: int, port: int) -> int:
         os.environ.update({name: str(value) for name, value in given.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     from ktransfer import cli
-    from ktransfer.training import loop
+    from ktransfer.training import checkpoint, loop
 
-    loop.LOG_SECONDS, loop.CHECKPOINT_SECONDS, loop.CHECKPOINT_SHARE = 0.0, 0.0, 1e9
+    loop.LOG_SECONDS, checkpoint.SECONDS, checkpoint.SHARE = 0.0, 0.0, 1e9
     if order.get("fault", {}).get("rank") == rank:
         plant(order["fault"])
     code = cli.main(order["argv"])

@@ -115,8 +115,8 @@ def kmeans_parallel(rows: Rows, k: int, seed: int, engine: Engine | None = None)
     fresh = np.minimum(np.searchsorted(total, draw, side="right"), rows.count - 1)
     with bar((ROUNDS + 1) * rows.count, "k-means||", "rows") as shown:
         for step in range(ROUNDS + 1):
-            seen = {_digest(row) for row in candidates}
-            distinct = {digest: row for row in take(rows, fresh) if (digest := _digest(row)) not in seen}
+            known = {_digest(row) for row in candidates}
+            distinct = {digest: row for row in take(rows, fresh) if (digest := _digest(row)) not in known}
             if not distinct:
                 break
             found = engine.scan(rows, np.stack(list(distinct.values())), shown.update)

@@ -27,7 +27,7 @@ class State:
         centroids: (k, d) float32, after the iteration.
         labels: (n,) int32, before it.
         objective, empties, splits, moved, seconds: as in `Clustering`.
-        attempts: as in `Clustering`, of the attempts before this one (redo.py).
+        attempts: as in `Clustering`, of the attempts before this one (restarts.py).
         passes: over all rows, in those attempts.
     """
 

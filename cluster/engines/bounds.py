@@ -36,7 +36,7 @@ DOT_COST = 4.5  # a survivor's product of full length, in products of the tiled 
 READ_COST = 32.0  # reading the bound of a pair, in multiplications of the tiled kernel
 
 
-class Target(NamedTuple):
+class Centred(NamedTuple):
     """Centroids as the bounds see them.
 
     Attributes:
@@ -78,7 +78,7 @@ class Pairs:
         bounds: (n, panels of k) uint16, the bits of float16: scaled lower bounds of squared distances.
         centroids: (k, d) float32 of that pass.
         scale: an even power of two.
-        seen: (s, k) float32, distances of the sample to those centroids.
+        sample_distances: (s, k) float32, distances of the sample to those centroids.
         regret: dense passes that bounds of the respective pass before would have saved since.
         used: whether a pass has gone by them.
         whole: whether the pass that writes them came to its end.
@@ -87,7 +87,7 @@ class Pairs:
     bounds: NDArray[np.uint16]
     centroids: Floats
     scale: float
-    seen: Floats
+    sample_distances: Floats
     regret: float = 0.0
     used: bool = False
     whole: bool = False
@@ -111,7 +111,7 @@ class Memory:
         vectors, basis, projected: directions to choose from, those chosen, and the rows in them.
         places, sample: some rows, to estimate costs on.
         last: centroids of the pass before.
-        centroids, seen: those of the last pass that looked at pairs, and the sample's distances to them.
+        centroids, sample_distances: those of the last pass that looked at pairs, and the sample's distances to them.
         pairs: the bounds of pairs, if any.
     """
 
@@ -134,11 +134,11 @@ class Memory:
     places: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     last: Floats | None = None
     centroids: Floats | None = None
-    seen: Floats | None = None
+    sample_distances: Floats | None = None
     pairs: Pairs | None = None
 
 
-def aim(centroids: Floats, origin: Floats | None = None) -> Target:
+def centre(centroids: Floats, origin: Floats | None = None) -> Centred:
     """The centroids centred on their mean, or on an earlier one."""
     raw = np.array(centroids, np.float32, order="C")  # a copy: the caller may go on writing to his
     middle = raw.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -146,14 +146,14 @@ def aim(centroids: Floats, origin: Floats | None = None) -> Target:
     centred = raw - origin
     lengths = _squares(centred)
     widest = lengths if origin is middle else _squares(raw - middle)
-    return Target(raw, middle, origin, centred, lengths, float(widest.max()))
+    return Centred(raw, middle, origin, centred, lengths, float(widest.max()))
 
 
 def _squares(rows: Floats) -> Doubles:
     return np.asarray(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
 
 
-def longest(target: Target) -> float:
+def longest(target: Centred) -> float:
     """At least the largest norm of a centred centroid."""
     return float(np.sqrt(target.lengths.max())) * (1 + 2 * UNIT)
 
@@ -182,7 +182,7 @@ def jumped(centroids: Floats, memory: Memory) -> bool:
 def choose(centroids: Floats, memory: Memory) -> str:
     """The kind of the coming pass: `projected`, `pairs`, `dense`, or `keeping` (dense, and bounds of pairs are kept).
 
-    `memory.basis` and `memory.pairs` are brought up to date; a change of kind is told with its reason.
+    `memory.basis` and `memory.pairs` are brought up to date; a line says why a kind follows another.
     """
     n, k = memory.rows.count, len(centroids)
     if centroids.shape[1] < FEW_COLUMNS or (n < FIRST_ROWS and not memory.passes):
@@ -194,13 +194,13 @@ def choose(centroids: Floats, memory: Memory) -> str:
     fits = 2 * n * (k + -k % 32) <= memory.room and n >= PAIR_ROWS
     if not fits and memory.passes not in CHOOSE_AT:
         return "dense"
-    target = aim(centroids)
+    target = centre(centroids)
     now = _distances(memory.sample, target) if fits or not memory.passes else memory.sample[:0]
     labels = memory.labels[memory.places] if memory.passes else now.argmin(axis=1)
     if memory.passes in CHOOSE_AT:
         _choose_basis(target, memory, labels, DENSE_COST / 2 if fits and memory.passes else DENSE_COST)
     if memory.basis is not None:
-        memory.pairs = memory.seen = None
+        memory.pairs = memory.sample_distances = None
         return "projected"
     return _choose_pairs(target, memory, labels, now) if fits else "dense"
 
@@ -213,7 +213,7 @@ def _sample(rows: Rows) -> tuple[NDArray[np.int64], Floats]:
     return places, np.concatenate([rows.read(start, start + size) for start in starts.tolist()])
 
 
-def _distances(sample: Floats, target: Target) -> Floats:
+def _distances(sample: Floats, target: Centred) -> Floats:
     """(s, k), as good as float32 gives them."""
     centred = sample - target.origin
     squares = np.einsum("ij,ij->i", centred, centred)[:, None] + target.lengths.astype(np.float32)
@@ -228,21 +228,21 @@ def _tell(memory: Memory, kind: str, share: float, cost: float) -> None:
     )
 
 
-def _choose_pairs(target: Target, memory: Memory, labels: NDArray[Any], now: Floats) -> str:
+def _choose_pairs(target: Centred, memory: Memory, labels: NDArray[Any], now: Floats) -> str:
     """Bounds of pairs where they pay on the sample; they are made anew when that would have paid."""
     k, d = target.raw.shape
     own = now[np.arange(len(now)), labels][:, None]
 
-    def left(seen: Floats, then: Floats) -> tuple[float, float]:
-        share = float((seen - moved(target.raw, then).astype(np.float32) <= own).mean())
+    def left(far: Floats, then: Floats) -> tuple[float, float]:
+        share = float((far - moved(target.raw, then).astype(np.float32) <= own).mean())
         return share, (READ_COST + DOT_COST * share * (d + 64)) / (d + 8) + ROW_COST / k + 0.02
 
     fresh = np.inf
-    if memory.seen is not None and memory.centroids is not None:
-        fresh = left(memory.seen, memory.centroids)[1]
-    memory.seen, memory.centroids = now, target.raw
+    if memory.sample_distances is not None and memory.centroids is not None:
+        fresh = left(memory.sample_distances, memory.centroids)[1]
+    memory.sample_distances, memory.centroids = now, target.raw
     if memory.pairs is not None and memory.pairs.whole:
-        share, cost = left(memory.pairs.seen, memory.pairs.centroids)
+        share, cost = left(memory.pairs.sample_distances, memory.pairs.centroids)
         memory.pairs.regret += cost - fresh
         if cost < DENSE_COST and memory.pairs.regret < 1:
             if not memory.pairs.used:
@@ -252,17 +252,17 @@ def _choose_pairs(target: Target, memory: Memory, labels: NDArray[Any], now: Flo
     return "keeping" if fresh + KEEP_COST < DENSE_COST else "dense"
 
 
-def keep_pairs(target: Target, memory: Memory, width: int) -> Pairs:
+def keep_pairs(target: Centred, memory: Memory, width: int) -> Pairs:
     """Room for the bounds that a dense pass is about to write, `width` for each row; that of old ones is used again."""
-    assert memory.seen is not None
-    farthest = max(2 * float(memory.seen.max()), 1e-15)
+    assert memory.sample_distances is not None
+    farthest = max(2 * float(memory.sample_distances.max()), 1e-15)
     scale = float(np.clip(4.0 ** np.floor(np.log2(6e4 / farthest**2) / 2), 4.0**-50, 4.0**50))
     bounds = np.empty((memory.rows.count, width), np.uint16) if memory.pairs is None else memory.pairs.bounds
-    memory.pairs = Pairs(bounds, target.raw, scale, memory.seen)
+    memory.pairs = Pairs(bounds, target.raw, scale, memory.sample_distances)
     return memory.pairs
 
 
-def _choose_basis(target: Target, memory: Memory, labels: NDArray[Any], limit: float) -> None:
+def _choose_basis(target: Centred, memory: Memory, labels: NDArray[Any], limit: float) -> None:
     """Set the basis that costs least on the sample, or none if that is not below `limit`."""
     k, d = target.raw.shape
     before, rows, clear, across = memory.basis, memory.projected, memory.clear, memory.across
@@ -335,7 +335,7 @@ def _orthonormal(matrix: Floats) -> Doubles:
     return np.asarray((wide @ (axes[:, kept] / np.sqrt(squares[kept])))[:, ::-1])
 
 
-def _shares_left(target: Target, raw: Floats, labels: NDArray[Any], vectors: Floats, widths: list[int]) -> list[float]:
+def _shares_left(target: Centred, raw: Floats, labels: NDArray[Any], vectors: Floats, widths: list[int]) -> list[float]:
     """The share of pairs that the first p vectors leave open, for each p of `widths`."""
     sample = raw - target.origin
     half = (target.lengths / 2).astype(np.float32)

@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 
 from ktransfer import __version__
 
-from .bounds import SAFETY, UNIT, Doubles, Floats, Target, aim, longest
+from .bounds import SAFETY, UNIT, Centred, Doubles, Floats, centre, longest
 from .engine import BLOCK_NUMBERS, TIE, Engine, Pass, Rows, add_rows, blocks, empty_pass
 
 SCORES_AT_ONCE = 2**20  # 4 MiB, which stay in the cache between the product and the two looks at them
@@ -39,7 +39,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def _scan(rows: Rows, centroids: Floats, tick: Callable[[int], object], threads: int) -> Pass:
-    target = aim(centroids)
+    target = centre(centroids)
     found = empty_pass(rows, centroids)
     k, d = centroids.shape
     # One column more makes the bias part of the product.
@@ -87,7 +87,7 @@ def _scan(rows: Rows, centroids: Floats, tick: Callable[[int], object], threads:
     return found
 
 
-def _nearest(raw: Floats, centred: Floats, scores: Floats, target: Target) -> NDArray[np.int64]:
+def _nearest(raw: Floats, centred: Floats, scores: Floats, target: Centred) -> NDArray[np.int64]:
     """(b,) the nearest centroid of each row; `scores` (b, k) is spoilt."""
     places = np.arange(len(scores))
     labels: NDArray[np.int64] = scores.argmax(axis=1)
@@ -109,7 +109,7 @@ def _nearest(raw: Floats, centred: Floats, scores: Floats, target: Target) -> ND
     return labels
 
 
-def _decide(raw: Floats, lengths: Doubles, near: NDArray[np.bool_], target: Target) -> NDArray[np.int64]:
+def _decide(raw: Floats, lengths: Doubles, near: NDArray[np.bool_], target: Centred) -> NDArray[np.int64]:
     """The lowest index among the nearest, of the pairs in `near` (b, k)."""
     open_ = np.flatnonzero(near.any(axis=0))  # few: converting all centroids would cost as much as their product
     # Centred in float64, where subtracting float32 numbers leaves exact ties exact.

@@ -27,7 +27,7 @@ from ktransfer import __version__
 from ktransfer.errors import StageError
 from ktransfer.progress import say
 
-from .device_rounding import Target, aim
+from .device_rounding import HalfCentroids, halve_centroids
 from .device_rows import Held, Stock, free_bytes, kept_rows, span
 from .device_steps import add_up, label, settle, trial
 from .engine import Engine, Pass, Rows
@@ -77,13 +77,13 @@ def device_engine(
 def look(
     stock: Stock, centroids: Tensor, kernels: ModuleType | None, tick: Callable[[int], object]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A pass, centroids and findings on the device: labels, distances, sums, counts as in `Pass`.
+    """A pass, its centroids and results on the device: labels, distances, sums, counts as in `Pass`.
 
     The host waits for the device once for the rows that stay there, and once for each span that is streamed: for the
     number of rows in doubt (and once more where many centroids are equally near).
     """
     rows = stock.rows
-    target = aim(centroids, stock.origin)
+    target = halve_centroids(centroids, stock.origin)
     labels = torch.empty(rows.count, dtype=torch.int32, device=stock.device)
     distances = torch.empty(rows.count, device=stock.device)
     sums = torch.zeros_like(centroids, dtype=torch.float64)
@@ -105,7 +105,7 @@ def look(
 
 def _add(
     part: Held,
-    target: Target,
+    target: HalfCentroids,
     labels: Tensor,
     distances: Tensor,
     sums: Tensor,

@@ -60,7 +60,7 @@ class Operand(NamedTuple):
     length: Tensor
 
 
-class Target(NamedTuple):
+class HalfCentroids(NamedTuple):
     """Centroids of one pass; numbers of the device stay there as tensors without dimensions.
 
     Attributes:
@@ -106,7 +106,7 @@ def halve(rows: Tensor, origin: Tensor) -> Operand:
     return Operand(half, _power32(exponent), torch.where(finite, error, torch.inf), length)
 
 
-def aim(centroids: Tensor, origin: Tensor) -> Target:
+def halve_centroids(centroids: Tensor, origin: Tensor) -> HalfCentroids:
     """(k, d) float32 centroids as float16, centred on the rows' origin."""
     d = centroids.shape[1]
     middle = centroids.mean(dim=0, dtype=torch.float64).float()
@@ -120,15 +120,15 @@ def aim(centroids: Tensor, origin: Tensor) -> Target:
     error = (wide - half[:, :d]).square().sum(dim=1).amax().sqrt()
     kept = half.double().square().sum(dim=1).amax().sqrt()
     bias = (squares / -2).float()
-    return Target(centroids, middle, widest, half, bias, unit, squares.amax().sqrt(), error, kept)
+    return HalfCentroids(centroids, middle, widest, half, bias, unit, squares.amax().sqrt(), error, kept)
 
 
-def ratio(rows: Operand, target: Target) -> Tensor:
+def ratio(rows: Operand, target: HalfCentroids) -> Tensor:
     """(m,) float32, r: what turns q.p into the unit of the bias."""
     return (rows.scale.double() / target.unit).clamp(max=LARGEST_RATIO).float()
 
 
-def doubt(rows: Operand, target: Target) -> Tensor:
+def doubt(rows: Operand, target: HalfCentroids) -> Tensor:
     """(m,) float64: two scores of a row that differ by more than this are in the right order, and no tie.
 
     NaN or infinite where nothing is known.

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .device_rounding import Operand, Target, aim, doubt, halve, padded, ratio
+from .device_rounding import HalfCentroids, Operand, doubt, halve, halve_centroids, padded, ratio
 from .engine import TIE
 
 SCORES_AT_ONCE = (
@@ -35,7 +35,7 @@ def operand(wide: Tensor, origin: Tensor) -> Operand:
     return made
 
 
-def label(rows: Operand, target: Target, kernels: ModuleType | None) -> tuple[Tensor, Tensor]:
+def label(rows: Operand, target: HalfCentroids, kernels: ModuleType | None) -> tuple[Tensor, Tensor]:
     """Nearest centroids as float16 sees them.
 
     Returns:
@@ -49,7 +49,7 @@ def label(rows: Operand, target: Target, kernels: ModuleType | None) -> tuple[Te
     return labels, ~((gap > doubt(rows, target)) & (gap < torch.inf))
 
 
-def _two_best(rows: Operand, target: Target, kernels: ModuleType | None) -> tuple[Tensor, Tensor, Tensor]:
+def _two_best(rows: Operand, target: HalfCentroids, kernels: ModuleType | None) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (m,) int32, and the best and second best score (m,) float32."""
     by = ratio(rows, target)
     if kernels and rows.half.shape[1] <= FUSED_COLUMNS:
@@ -85,7 +85,7 @@ def product(rows: Tensor, centroids: Tensor) -> Tensor:
 
 
 def settle(
-    wide: Tensor, rows: Operand, target: Target, labels: Tensor, unsure: Tensor, kernels: ModuleType | None
+    wide: Tensor, rows: Operand, target: HalfCentroids, labels: Tensor, unsure: Tensor, kernels: ModuleType | None
 ) -> int:
     """Decide the rows in doubt from their float32 numbers, in float64; `labels` is corrected in place.
 
@@ -129,7 +129,7 @@ def _pair_squares(wide: Tensor, places: Tensor, raw: Tensor, middle: Tensor, nea
     return squares.masked_fill_(near < 0, torch.inf), (some - middle).square_().sum(dim=1)
 
 
-def _settle_all(wide: Tensor, target: Target, labels: Tensor, places: Tensor) -> None:
+def _settle_all(wide: Tensor, target: HalfCentroids, labels: Tensor, places: Tensor) -> None:
     """The same against all centroids."""
     k, d = target.raw.shape
     centred = target.raw.double() - target.middle
@@ -149,7 +149,12 @@ def _lowest(squares: Tensor, indices: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_up(
-    wide: Tensor, weights: Tensor | None, target: Target, labels: Tensor, sums: Tensor, kernels: ModuleType | None
+    wide: Tensor,
+    weights: Tensor | None,
+    target: HalfCentroids,
+    labels: Tensor,
+    sums: Tensor,
+    kernels: ModuleType | None,
 ) -> tuple[Tensor, Tensor]:
     """Add each row, times its weight, to its cluster's sum; the same numbers in the same order every time.
 
@@ -196,7 +201,7 @@ def trial(kernels: ModuleType, device: torch.device) -> None:
     for m, k, d in ((130, 33, 48), (96, 70, 300)):
         wide = torch.sin(torch.arange(m * d, dtype=torch.float64) * 0.7123).reshape(m, d).float().to(device)
         rows = operand(wide, wide.new_zeros(d))
-        target = aim(wide[:k] * 0.9, wide.new_zeros(d))
+        target = halve_centroids(wide[:k] * 0.9, wide.new_zeros(d))
         by, allowed = ratio(rows, target), doubt(rows, target)
         scores = product(rows.half, target.half)
         expected = (scores * by[:, None] + target.bias).double().topk(2, dim=1).values

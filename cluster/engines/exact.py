@@ -14,7 +14,7 @@ from ktransfer import __version__
 from ktransfer.progress import say
 
 from . import native
-from .bounds import SAFETY, UNIT, Basis, Floats, Memory, Target, aim, choose, jumped, keep_pairs, longest, moved
+from .bounds import SAFETY, UNIT, Basis, Centred, Floats, Memory, centre, choose, jumped, keep_pairs, longest, moved
 from .dense import dense_engine
 from .engine import Engine, Pass, Rows, blocks, empty_pass
 
@@ -64,7 +64,7 @@ def _scan(
     if memory.passes:
         found.labels[:] = memory.labels
         found.distances[:] = memory.distances
-    target = aim(centroids, memory.basis.origin if memory.basis else None)
+    target = centre(centroids, memory.basis.origin if memory.basis else None)
     fields = _fields(target, level)
     clear = np.zeros(rows.count, np.bool_) if memory.clear is None else memory.clear.copy()
     work = {"projected": _by_projection, "pairs": _by_pairs}.get(kind, _by_products)(
@@ -104,7 +104,7 @@ def _scan(
 Work = Callable[[int, int, native.Fields], object]  # (start, stop, block): sets the labels of the block
 
 
-def _by_products(memory: Memory, target: Target, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
+def _by_products(memory: Memory, target: Centred, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
     dense = fields | {"packed": native.pack(level, target.centred)}
     pairs = keep_pairs(target, memory, len(fields["bias"])) if kind == "keeping" else None
     if pairs:
@@ -117,7 +117,7 @@ def _by_products(memory: Memory, target: Target, fields: native.Fields, kind: st
     return work
 
 
-def _by_pairs(memory: Memory, target: Target, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
+def _by_pairs(memory: Memory, target: Centred, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
     pairs = memory.pairs
     assert pairs is not None
     far = moved(target.raw, pairs.centroids) * pairs.scale**0.5 * (1 + 4 * UNIT)
@@ -132,7 +132,7 @@ def _by_pairs(memory: Memory, target: Target, fields: native.Fields, kind: str, 
     return work
 
 
-def _by_projection(memory: Memory, target: Target, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
+def _by_projection(memory: Memory, target: Centred, fields: native.Fields, kind: str, level: int, threads: int) -> Work:
     basis = memory.basis
     assert basis is not None
     project, filtered = _filter_fields(memory, target, basis, fields, level, threads)
@@ -163,7 +163,7 @@ def _by_projection(memory: Memory, target: Target, fields: native.Fields, kind: 
 
 
 def _settled(
-    memory: Memory, target: Target, fields: native.Fields, level: int
+    memory: Memory, target: Centred, fields: native.Fields, level: int
 ) -> tuple[NDArray[np.bool_], native.Fields]:
     """Which centroids have not moved, and what looks at the others only; that is empty where all are to be looked at.
 
@@ -199,7 +199,7 @@ def _dot_links(d: int) -> int:
     return d // 16 + 40
 
 
-def _fields(target: Target, level: int) -> native.Fields:
+def _fields(target: Centred, level: int) -> native.Fields:
     k, d = target.raw.shape
     return {
         "d": d,
@@ -221,7 +221,7 @@ def _fields(target: Target, level: int) -> native.Fields:
 
 
 def _filter_fields(
-    memory: Memory, target: Target, basis: Basis, fields: native.Fields, level: int, threads: int
+    memory: Memory, target: Centred, basis: Basis, fields: native.Fields, level: int, threads: int
 ) -> tuple[native.Fields, native.Fields]:
     """What PROJECT and FILTERED need; the names are those of the proof in exact.cpp."""
     d, p = basis.vectors.shape
@@ -252,7 +252,7 @@ def _filter_fields(
     return project, filtered
 
 
-def _gone(then: Floats | None, target: Target) -> NDArray[np.int64]:
+def _gone(then: Floats | None, target: Centred) -> NDArray[np.int64]:
     """The centroids that are not where they were."""
     if then is None:
         return np.arange(len(target.raw))

@@ -16,7 +16,7 @@ from ktransfer.run import need_disk
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
-from ..result import Result
+from ..result import Result, result_of
 from .maps import Frozen, Layer, choose_layers, frozen_maps
 
 EvaluateLayer = Callable[[Frozen, Frozen, Layer], dict[str, Any]]
@@ -60,13 +60,7 @@ def evaluate_layers(
         if not kept.is_file():
             files.write_json(kept, {"numbers": layer.stop - layer.start} | evaluate_layer(train, test, layer))
         found[layer.name] = files.read_json(kept)
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": found,
-        "broken": train.broken + test.broken,
-    }
+    return result_of(arm.network, found, train.broken + test.broken)
 
 
 def labels_of(part: Frozen) -> NDArray[np.int64]:

@@ -100,11 +100,11 @@ def _direction(
     way = eased
     power = np.einsum("ij,ij->j", rest, eased)
     for _ in range(INNER):
-        seen = rows @ way
-        bent = way + 2 * rows.T @ (active * seen)
+        along = rows @ way
+        bent = way + 2 * rows.T @ (active * along)
         ratio = _over(power, np.einsum("ij,ij->j", way, bent))
         step += ratio * way
-        change += ratio * seen
+        change += ratio * along
         rest = rest - ratio * bent
         if (np.linalg.norm(rest, axis=0) <= goal).all():
             break
@@ -127,8 +127,8 @@ def _size(own: Matrix, step: Matrix, gaps: Matrix, change: Matrix, cost: Matrix,
     def value(size: Matrix) -> Matrix:
         short = np.maximum(gaps + size * change, 0)
         there = own + size * step
-        told: Matrix = np.einsum("ij,ij->j", there, there) / 2 + np.einsum("ij,ij,ij->j", cost, short, short)
-        return told
+        total: Matrix = np.einsum("ij,ij->j", there, there) / 2 + np.einsum("ij,ij,ij->j", cost, short, short)
+        return total
 
     promised = SLOPE * np.einsum("ij,ij->j", step, gradient)
     size = np.ones(own.shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ktransfer import distributed, networks
 from ktransfer.artifacts.features import Features, create_or_resume, open_features
 from ktransfer.config import nearest
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.data.opening import open_parts
@@ -28,6 +28,7 @@ from ktransfer.training.device import autocast, choose_device
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..result import broken_lines
 
 GRIDS = {"conv1": 10, "conv2": 6, "conv3": 5, "conv4": 5, "conv5": 6}  # Zhang et al.'s, for an AlexNet of full width
 NUMBERS = 9216  # about what those grids give; for all other layers
@@ -138,11 +139,11 @@ def frozen_maps(
         UsageError, StageError: one line each.
     """
     model = model_of(arm, config.seed).to(device).eval()
-    pooled, side = reading(model, arm, layers, config, device), stored_side(arm)
+    pooled, side = reading(model, arm, layers, config, device), stored_side(arm.network.size)
     found: list[Frozen] = []
     for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
         features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, parts, part, config, False)
-        broken = [f"{data.name}/{data.keys[row]}: {why}" for row, why in reasons(data, features.valid, side).items()]
+        broken = broken_lines(data, reasons(data, features.valid, side))
         found.append(Frozen(layers, features, broken))
     return found
 
@@ -152,11 +153,6 @@ def reading(model: nn.Module, arm: Arm, layers: list[Layer], config: EvalConfig,
     paths = networks.layers(arm.network, model)
     chosen = {layer.name: paths[layer.name] for layer in layers}
     return partial(pooled_maps, model, arm.network, layers, chosen, config, device)
-
-
-def stored_side(arm: Arm) -> int:
-    """The side of the squares that images are read as, of which the network sees the centre."""
-    return round(arm.network.size * 8 / 7)
 
 
 @torch.no_grad()
@@ -209,7 +205,7 @@ def cached_maps(
     """The maps of every image of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
     if path.is_file():
         return open_features(path)
-    data, side, numbers = parts[part], stored_side(arm), layers[-1].stop
+    data, side, numbers = parts[part], stored_side(arm.network.size), layers[-1].stop
     writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
     first = writer.rows_done
     if distributed.world_size() > 1:
@@ -244,7 +240,7 @@ def map_share(order: dict[str, Any]) -> None:
         device = choose_device(config)
         layers = [Layer(**one | {"pool": one["pool"] and tuple(one["pool"])}) for one in order["layers"]]
         pooled = reading(model_of(arm, config.seed).to(device).eval(), arm, layers, config, device)
-        images = ImageLoader(data, stored_side(arm), config.workers, cache="off")
+        images = ImageLoader(data, stored_side(arm.network.size), config.workers, cache="off")
     numbers = layers[-1].stop
     ordered_map(images, order["first"], FORWARD_BATCH, partial(_seen, pooled, order["mirror"]), numbers, None)
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer import files, networks
-from ktransfer.data.augment import centre_crop, random_resized_crop, random_square
+from ktransfer.data.augment import centre_crop, random_resized_crop, random_square, stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.errors import StageError
 from ktransfer.networks import Network
 from ktransfer.progress import say
 from ktransfer.run import need_disk
-from ktransfer.training import loop
+from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.device import autocast
@@ -34,12 +34,11 @@ from ..arms import Arm
 from ..config import EvalConfig
 from ..metrics import mean_ap, voc_map
 from ..protocols.linear import rates
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 from .heads import Before, with_classes
 from .probe import hold_out, scores
 
 HELD_OUT = 0.1
-MARGIN = 8 / 7  # images are kept at 256 pixels for an input of 224
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %", "map": "VOC07 11-point mAP %"}
 
 
@@ -88,7 +87,7 @@ class Labelled:
 
     def __init__(self, data: Dataset, network: Network, config: LoopOptions, device: torch.device) -> None:
         self.data = data
-        self.images = ImageLoader(data, round(network.size * MARGIN), config.workers, cache=config.cache_images)
+        self.images = ImageLoader(data, stored_side(network.size), config.workers, cache=config.cache_images)
         self.several = data.tags is not None
         labels = data.targets if data.tags is None else data.tags
         self.labels = torch.from_numpy(labels.astype("int64")).to(device)
@@ -117,7 +116,7 @@ class Labelled:
 
     def broken(self) -> list[str]:
         """What could not be read."""
-        return [f"{self.data.name}/{self.data.keys[row]}: {why}" for row, why in self.images.broken.items()]
+        return broken_lines(self.data, self.images.broken)
 
 
 def check(evaluated: list[Network], classes: int, config: EvalConfig, run: Path) -> None:
@@ -187,13 +186,7 @@ def evaluate_columns(
             files.write_json(kept, cell)
             files.remove(folder / column.name)
         found[column.name] = files.read_json(kept)
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": found,
-        "broken": train.broken() + test.broken(),
-    }
+    return result_of(arm.network, found, train.broken() + test.broken())
 
 
 def _reached(
@@ -261,7 +254,9 @@ def tune(
         tuned = Tuned(model, before.modules if phase.factor == 0 else ())
         loop.fit(
             tuned,
-            partial(_loss, train=train, network=network, config=config),
+            partial(
+                crop_loss, train=train, network=network, seed=config.seed, purpose="eval/tuning", smallest=config.crop
+            ),
             train.images,
             partial(loop.epoch_batches, rows, config.batch, config.seed),
             options,
@@ -272,7 +267,7 @@ def tune(
             optimiser(model.to(device), before, phase, rate, config),
         )
         networks.save(ended, model.state_dict(), network)
-        loop.remove_checkpoint(place)
+        checkpoint.remove(place)
 
 
 def epochs_of(phases: tuple[Phase, ...], epochs: int) -> list[int]:
@@ -298,11 +293,12 @@ def optimiser(model: nn.Module, before: Before, phase: Phase, rate: float, confi
     )
 
 
-def _loss(
-    model: nn.Module, batch: Batch, train: Labelled, network: Network, config: EvalConfig
+def crop_loss(
+    model: nn.Module, batch: Batch, train: Labelled, network: Network, seed: int, purpose: str, smallest: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a network on random parts of the images, for `loop.fit` (see `random_resized_crop`)."""
     rows, pixels = batch.rows[batch.valid], batch.pixels[batch.valid]
-    crops = random_resized_crop(pixels, rows, network.size, config.seed, batch.epoch, "eval/tuning", config.crop)
+    crops = random_resized_crop(pixels, rows, network.size, seed, batch.epoch, purpose, smallest)
     logits = model(networks.normalise(crops, network.normalise))
     return train.loss(logits, rows), {"count": batch.valid.sum()}
 

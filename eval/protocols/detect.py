@@ -14,10 +14,12 @@ resamplings of the test images. Crowd boxes are neither learned nor counted, VOC
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ktransfer import files, networks
 from ktransfer.config import chosen
@@ -30,12 +32,14 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.number_list import number_list
 from ktransfer.training import loop
+from ktransfer.training.batch import Loss
 from ktransfer.training.options import LoopOptions, TrainOptions
 
 from ..arms import Arm
 from ..config import EvalConfig
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 
 PROTOCOL = "detect/2"
 TITLE = "detection"
@@ -61,7 +65,7 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
     scales(config)
     test_scales(config)
     columns(config)
-    losses.check_batches(config, config.norm, config.batch)
+    losses.check_batches(config, config.batch)
     for network in evaluated:
         trunks.build(network, None, neck(network, config), config.norm, 0)
 
@@ -94,21 +98,16 @@ def by_column(
         make: column and a folder for it -> its scores, and the broken images of the test part.
     """
     scores: dict[str, dict[str, Any]] = {}
-    lines = dict.fromkeys(_lines(parts[0], broken))
+    lines = dict.fromkeys(broken_lines(parts[0], broken))
     for column in columns(config):
         kept = folder / f"{column}.json"
         if not kept.is_file():
             found, wrong = make(column, folder / column)
-            files.write_json(kept, {"scores": found, "broken": _lines(parts[1], wrong)})
+            files.write_json(kept, {"scores": found, "broken": broken_lines(parts[1], wrong)})
         held = files.read_json(kept)
         scores[column] = held["scores"]
         lines |= dict.fromkeys(held["broken"])
-    network = arm.network
-    return {"task": network.task, "arch": network.arch, "width": network.width, "scores": scores, "broken": list(lines)}
-
-
-def _lines(data: Detection, broken: Mapping[int, str]) -> list[str]:
-    return [f"{data.name}/{data.keys[row]}: {why}" for row, why in sorted(broken.items())]
+    return result_of(arm.network, scores, list(lines))
 
 
 def neck(network: Network, config: EvalConfig) -> str:
@@ -126,15 +125,10 @@ def scales(config: EvalConfig) -> tuple[float, float]:
     Raises:
         UsageError: not two positive numbers, the lower first.
     """
-    try:
-        low, high = (float(part) for part in config.jitter.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
-    if not 0.05 <= low <= high <= 10:
-        raise UsageError(
-            f"--jitter {config.jitter}: must be two numbers from 0.05 to 10 such as 0.8,1.2, the lower first"
-        )
-    return low, high
+    found = number_list("--jitter", config.jitter, 0.05, 10, "0.8,1.2")
+    if len(found) != 2 or found[0] > found[1]:
+        raise UsageError(f"--jitter {config.jitter}: must be two numbers, the lower first, such as 0.8,1.2")
+    return found[0], found[1]
 
 
 def test_scales(config: EvalConfig) -> list[float]:
@@ -143,15 +137,7 @@ def test_scales(config: EvalConfig) -> list[float]:
     Raises:
         UsageError: they are not positive numbers.
     """
-    try:
-        found = [float(part) for part in config.test_scales.split(",")]
-    except ValueError:
-        found = [0.0]
-    if not all(0.2 <= one <= 5 for one in found):
-        raise UsageError(
-            f"--test-scales {config.test_scales}: must be numbers from 0.2 to 5 such as 0.75,1,1.25, with commas"
-        )
-    return found
+    return number_list("--test-scales", config.test_scales, 0.2, 5, "0.75,1,1.25")
 
 
 def columns(config: EvalConfig) -> list[str]:
@@ -163,9 +149,28 @@ def columns(config: EvalConfig) -> list[str]:
     return chosen("--trunk", config.trunk, COLUMNS, "column")
 
 
-def train_options(config: EvalConfig, lr: float) -> TrainOptions:
-    """The settings of a training with one learning rate."""
-    return TrainOptions(lr=lr, **{field.name: getattr(config, field.name) for field in fields(LoopOptions)})
+def trunk_of(arm: Arm, column: str, neck: str, config: EvalConfig) -> trunks.Trunk:
+    """The trunk of one column of `--trunk`."""
+    trunk = trunks.build(arm.network, arm.weights, neck, config.norm, config.seed)
+    if column == "frozen":
+        trunk.freeze()
+    return trunk
+
+
+def train_column(
+    model: nn.Module,
+    loss: Loss,
+    source: ImageLoader,
+    rows: torch.Tensor,
+    config: EvalConfig,
+    folder: Path,
+    device: torch.device,
+    label: str,
+) -> None:
+    """Train what stands in one column of `--trunk`, in place, on (n,) rows of the training part."""
+    options = TrainOptions(lr=config.lr, **{field.name: getattr(config, field.name) for field in fields(LoopOptions)})
+    batches = partial(loop.epoch_batches, rows, config.batch, config.seed)
+    loop.fit(model, loss, source, batches, options, folder, device, label)
 
 
 def _column(
@@ -180,23 +185,12 @@ def _column(
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """Train one detector and evaluate it: its scores, and the broken images of the test part."""
     train, test = parts
-    trunk = trunks.build(arm.network, arm.weights, neck(arm.network, config), config.norm, config.seed)
-    if column == "frozen":
-        trunk.freeze()
+    trunk = trunk_of(arm, column, neck(arm.network, config), config)
     settings = Settings(config.detector, config.norm, sampled=SAMPLED, proposals=PROPOSALS, threshold=config.threshold)
     model = detectors.build(trunk, len(train.classes), config.canvas, settings, config.seed)
     loss = losses.detection_loss(losses.truth(train, config.canvas, device), trunk.how, config.seed, scales(config))
     label = f"detect {arm.name} {column}"
-    loop.fit(
-        model,
-        loss,
-        sources[0],
-        lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch),
-        train_options(config, config.lr),
-        folder,
-        device,
-        label,
-    )
+    train_column(model, loss, sources[0], rows, config, folder, device, label)
     everything = torch.arange(len(test))
     at = test_scales(config)
     found, broken = detect_at(model, test, sources[1], everything, config.canvas, settings, device, at, label)

@@ -23,7 +23,7 @@ from ktransfer.networks import Network
 from ..arms import Arm, model_of
 from ..config import EvalConfig
 from ..intervals import mean_of
-from ..result import Result
+from ..result import Result, result_of
 
 PROTOCOL = "filters/2"
 TITLE = "filters"
@@ -62,14 +62,8 @@ def evaluate(arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: tor
     """Draw and measure the first filters of one network."""
     layer, weights = first_filters(model_of(arm, config.seed), arm.network)
     save_sheet(folder.parent.with_name("filters") / f"{arm.name}.png", draw(weights))
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": {layer: {"filters": len(weights), "pixels": list(weights.shape[2:]), **shares(weights)}},
-        "broken": [],
-        "files": [f"{arm.name}.png"],
-    }
+    scores = {layer: {"filters": len(weights), "pixels": list(weights.shape[2:]), **shares(weights)}}
+    return result_of(arm.network, scores, []) | {"files": [f"{arm.name}.png"]}
 
 
 def shares(weights: Tensor) -> dict[str, Any]:

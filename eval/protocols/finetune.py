@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.config import chosen
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.errors import UsageError
@@ -101,6 +101,6 @@ def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn
 def _sample(data: Dataset, network: Network, config: EvalConfig) -> Tensor:
     """(m, 3, size, size) normalised centre squares of images that are learned from."""
     rows, _ = hold_out(len(data), tuning.HELD_OUT, config.seed)
-    images = ImageLoader(data, round(network.size * tuning.MARGIN), config.workers, cache="off")
+    images = ImageLoader(data, stored_side(network.size), config.workers, cache="off")
     rows = readable(images, rows[:SAMPLE], 1.0)
     return networks.normalise(centre_crop(images.batch(rows)[0], network.size), network.normalise)

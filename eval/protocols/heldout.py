@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktransfer import networks
 from ktransfer.artifacts.centroids import Centroids, nearest, read_centroids
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, same_images
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
@@ -75,8 +75,8 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     for what, step in (("network learned from", learned), ("clusters hold", made)):
         if step["inputs"].get("data") == test.fingerprint:
             raise UsageError(f"the {what} these very images")
-        if seen := _seen(open_dataset(step["config"]["data"]), test):
-            raise UsageError(f"the {what} {seen} of the {len(test)} test images")
+        if shared := _shared(open_dataset(step["config"]["data"]), test):
+            raise UsageError(f"the {what} {shared} of the {len(test)} test images")
     extracted, centroids = made["config"], read_centroids(centroids_path)
     if extracted["teacher"]:
         teacher = teachers.find(*(extracted[name] for name in ("teacher", "arch", "weights", "size")))
@@ -88,7 +88,7 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     return Source(centroids, teacher, extracted)
 
 
-def _seen(data: Dataset, test: Dataset) -> int:
+def _shared(data: Dataset, test: Dataset) -> int:
     """How many images of `test` are in `data`: one path ends with the other, and the pixels are equal."""
     mine, theirs = ({key: row for row, key in enumerate(part.keys)} for part in (data, test))
     pairs = {(row, theirs[end]) for key, row in mine.items() for end in _ends(key) if end in theirs}
@@ -114,7 +114,7 @@ def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: to
         return torch.from_numpy(nearest(source.centroids, stored))
 
     images = ImageLoader(test, source.teacher.network.size, config.workers, cache="off", device=device)
-    return _told(images, label, "pseudo-labels")
+    return _of_each(images, label, "pseudo-labels")
 
 
 def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
@@ -123,27 +123,27 @@ def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.devic
     network = networks.describe(arm.weights)
     model = networks.load(arm.weights, network).to(device).eval()
 
-    def told(pixels: Tensor) -> Tensor:
+    def predicted(pixels: Tensor) -> Tensor:
         squares = networks.normalise(centre_crop(pixels, network.size), network.normalise)
         with autocast(config, device):
             return model(squares).argmax(1).cpu()  # type: ignore[no-any-return]
 
-    images = ImageLoader(test, round(network.size * 8 / 7), config.workers, cache="off", device=device)
-    return _told(images, told, f"predictions {arm.name}")
+    images = ImageLoader(test, stored_side(network.size), config.workers, cache="off", device=device)
+    return _of_each(images, predicted, f"predictions {arm.name}")
 
 
-def compared(labels: Numbers, told: Numbers, k: int) -> dict[str, dict[str, Any]]:
+def compared(labels: Numbers, predicted: Numbers, k: int) -> dict[str, dict[str, Any]]:
     """The columns of the table: of the network, of the most frequent label alone, and of chance.
 
     Args:
-        labels, told: (n,) of the same images; those below 0 do not count.
+        labels, predicted: (n,) of the same images; those below 0 do not count.
         k: number of clusters.
     """
-    known = (labels >= 0) & (told >= 0)
+    known = (labels >= 0) & (predicted >= 0)
     wanted = torch.from_numpy(labels[known])
     constant = torch.full_like(wanted, int(torch.bincount(wanted).argmax()))
     chance = {"heldout": 1 / k, "heldout_interval": [1 / k, 1 / k]}
-    columns = {"network": torch.from_numpy(told[known]), "most frequent label": constant}
+    columns = {"network": torch.from_numpy(predicted[known]), "most frequent label": constant}
     found = {column: scores(guesses, wanted) for column, guesses in columns.items()}
     cells = {
         column: {"k": k, "heldout": one["top1"], "heldout_interval": one["top1_interval"]}
@@ -153,7 +153,7 @@ def compared(labels: Numbers, told: Numbers, k: int) -> dict[str, dict[str, Any]
 
 
 @torch.no_grad()
-def _told(images: ImageLoader, tell: Callable[[Tensor], Tensor], label: str) -> Numbers:
+def _of_each(images: ImageLoader, tell: Callable[[Tensor], Tensor], label: str) -> Numbers:
     count = len(images.dataset)
     found = np.full(count, -1, np.int64)
     with bar(count, label) as shown:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ktransfer import networks, rng
+from ktransfer.data.augment import stored_side
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, readable, reasons
-from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.number_list import number_list
 from ktransfer.progress import say
 from ktransfer.run import need_disk
 from ktransfer.training import loop
@@ -24,10 +25,10 @@ from ktransfer.training.batch import Source
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
-from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading, stored_side
+from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading
 from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 
 PROTOCOL = "linear/1"
 TITLE = "linear probe"
@@ -68,7 +69,7 @@ def evaluate(
     model = model_of(arm, config.seed).to(device).eval()
     layers = preset_layers(model, arm.network, config)
     pooled = reading(model, arm, layers, config, device)
-    side, numbers = stored_side(arm), layers[-1].stop
+    side, numbers = stored_side(arm.network.size), layers[-1].stop
     crops = PRESETS[config.preset].crops
     source: Source
     plain: Source
@@ -132,17 +133,8 @@ def evaluate(
             "held_out": {str(rate): round(float(value), 4) for rate, value in zip(probes.rates, among, strict=True)},
             **scores(test_predictions[place * len(probes.rates) + best], wanted),
         }
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": found,
-        "broken": [
-            f"{data.name}/{data.keys[row]}: {reason}"
-            for data, rows in zip(parts, broken, strict=True)
-            for row, reason in rows.items()
-        ],
-    }
+    lines = [line for data, rows in zip(parts, broken, strict=True) for line in broken_lines(data, rows)]
+    return result_of(arm.network, found, lines)
 
 
 def rates(config: EvalConfig) -> list[float]:
@@ -151,12 +143,7 @@ def rates(config: EvalConfig) -> list[float]:
     Raises:
         UsageError: they are not positive numbers.
     """
-    try:
-        found = [float(part) for part in config.lrs.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < rate < 1e3 for rate in found):
-        raise UsageError(f"--lrs {config.lrs}: must be positive numbers separated by commas, such as 0.001,0.01")
+    found = number_list("--lrs", config.lrs, 0, 1000, "0.001,0.01")
     return found
 
 

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import files, networks, rng
-from ktransfer.data.augment import centre_crop
+from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.number_list import number_list
 from ktransfer.progress import bar
 from ktransfer.run import need_disk
 
@@ -41,7 +42,7 @@ from ..corruptions import KINDS, SEVERITIES, severities
 from ..intervals import mean_of, share_of
 from ..learners.classifier import KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
 from ..learners.maps import FORWARD_BATCH, choose_layers, map_bytes
-from ..result import Result
+from ..result import Result, broken_lines, result_of
 from .linear import rates
 
 PROTOCOL = "robust/1"
@@ -67,8 +68,8 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
         UsageError: one line.
     """
     rates(config)
-    numbers("robust-eps", config.robust_eps, 255)
-    numbers("robust-noise", config.robust_noise, 1)
+    number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
+    number_list("--robust-noise", config.robust_noise, 0, 1, "0.2,0.4")
     for network in evaluated:
         layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
         needed = map_bytes(layers, (parts[0], parts[0]), config) // 3 * 2
@@ -78,21 +79,6 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
                 "name fewer with --layers, or give a larger --cache"
             )
         need_disk(run, needed, "eval")
-
-
-def numbers(name: str, text: str, high: float) -> list[float]:
-    """The numbers of an option, separated by commas, each above 0 and at most `high`.
-
-    Raises:
-        UsageError: they are not.
-    """
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < number <= high for number in found):
-        raise UsageError(f"--{name} {text}: must be numbers above 0 and up to {high:g}, separated by commas")
-    return found
 
 
 def evaluate(
@@ -116,43 +102,37 @@ def evaluate(
 
     order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
     rows = order[: config.robust_images or len(test)].sort().values
-    side = round(arm.network.size * 8 / 7)
+    side = stored_side(arm.network.size)
     images = ImageLoader(test, side, config.workers, cache="off")
-    told: list[dict[str, Any]] = []
-    sweep = numbers("robust-eps", config.robust_eps, 255)
+    outcomes: list[dict[str, Any]] = []
+    sweep = number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
     with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
         batches = images.batches(iter(rows.split(FORWARD_BATCH)))
         for number, (part, pixels, valid, _) in enumerate(batches):
-            kept = folder / f"told-{number:06d}.json"
+            kept = folder / f"outcomes-{number:06d}.json"
             if not valid.any():
                 shown.update(len(part) * work)
                 continue
             if not kept.is_file():
                 squares = centre_crop(pixels[valid], arm.network.size).to(device)
                 wanted = torch.from_numpy(test.targets)[part[valid]].long().to(device)
-                files.write_json(kept, _told(classifier, squares, wanted, part[valid].to(device), sweep, config))
-            told.append(files.read_json(kept))
+                files.write_json(kept, _outcomes(classifier, squares, wanted, part[valid].to(device), sweep, config))
+            outcomes.append(files.read_json(kept))
             shown.update(len(part) * work)
     check_broken(images.broken, len(rows), config.max_broken, test)
 
     hits = {
-        kind: np.concatenate([np.array(one["kinds"][kind]).reshape(-1, SEVERITIES) for one in told]) for kind in KINDS
+        kind: np.concatenate([np.array(one["kinds"][kind]).reshape(-1, SEVERITIES) for one in outcomes])
+        for kind in KINDS
     }
-    cells = _cells(told, hits, columns, sweep, config.seed)
+    cells = _cells(outcomes, hits, columns, sweep, config.seed)
     cells["clean"] |= {"layer": chosen.layer.name, "lr": chosen.rate, "held_out": round(chosen.held_out, 4)}
-    broken = {
-        **{f"{train.name}/{train.keys[row]}": why for row, why in reasons(train, training.views[0].valid, side).items()}
-    }
-    broken |= {f"{test.name}/{test.keys[row]}": why for row, why in images.broken.items()}
-    return {
-        "task": arm.network.task,
-        "arch": arm.network.arch,
-        "width": arm.network.width,
-        "scores": cells,
-        "broken": [f"{key}: {why}" for key, why in broken.items()],
-        "hits": {kind: hits[kind].sum(axis=1).tolist() for kind in KINDS},
-    }
+    # Images of one name and key in both parts are listed once.
+    lines = broken_lines(train, reasons(train, training.views[0].valid, side)) + broken_lines(test, images.broken)
+    found = result_of(arm.network, cells, list(dict.fromkeys(lines)))
+    found["hits"] = {kind: hits[kind].sum(axis=1).tolist() for kind in KINDS}
+    return found
 
 
 def relate(evaluated: dict[str, dict[str, Any]], config: EvalConfig) -> None:
@@ -185,7 +165,7 @@ def expected_calibration_error(confidence: NDArray[np.float64], hit: NDArray[np.
     return float(np.abs(total).sum() / len(hit))
 
 
-def _told(
+def _outcomes(
     classifier: Classifier, pixels: Tensor, wanted: Tensor, rows: Tensor, sweep: list[float], config: EvalConfig
 ) -> dict[str, Any]:
     """What the classifier tells of some images, as lists with one entry an image."""
@@ -212,14 +192,14 @@ def _told(
 
 
 def _cells(
-    told: list[dict[str, Any]], hits: dict[str, NDArray[Any]], columns: list[str], sweep: list[float], seed: int
+    outcomes: list[dict[str, Any]], hits: dict[str, NDArray[Any]], columns: list[str], sweep: list[float], seed: int
 ) -> dict[str, dict[str, Any]]:
     """The scores, by column."""
     wanted, prediction = (
-        np.concatenate([one[name] for one in told]).astype(np.int64) for name in ("wanted", "prediction")
+        np.concatenate([one[name] for one in outcomes]).astype(np.int64) for name in ("wanted", "prediction")
     )
     hit = wanted == prediction
-    confidence = np.concatenate([one["confidence"] for one in told])
+    confidence = np.concatenate([one["confidence"] for one in outcomes])
 
     def calibration(places: Places) -> dict[str, float]:
         return {"ece": expected_calibration_error(confidence[places], hit[places])}
@@ -235,9 +215,9 @@ def _cells(
     }
     cells |= {f"severity {level + 1}": _mean("by_severity", every[:, :, level]) for level in range(SEVERITIES)}
     cells |= {kind.replace("_", " "): _mean("by_kind", hits[kind]) for kind in KINDS}
-    attacked = [np.concatenate([one["attacked"][place] for one in told]) for place in range(len(sweep))]
+    attacked = [np.concatenate([one["attacked"][place] for one in outcomes]) for place in range(len(sweep))]
     cells |= {f"eps {eps:g}": share_of("by_eps", each) for eps, each in zip(sweep, attacked, strict=True)}
-    noisy = [np.concatenate([one["noisy"][place] for one in told]) for place in range(len(columns))]
+    noisy = [np.concatenate([one["noisy"][place] for one in outcomes]) for place in range(len(columns))]
     return cells | {column: share_of("by_noise", each) for column, each in zip(columns, noisy, strict=True)}
 
 
@@ -247,4 +227,4 @@ def _mean(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
 
 
 def _shares(config: EvalConfig) -> list[float]:
-    return numbers("robust-noise", config.robust_noise, 1)
+    return number_list("--robust-noise", config.robust_noise, 0, 1, "0.2,0.4")

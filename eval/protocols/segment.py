@@ -24,12 +24,11 @@ from ktransfer.detection.losses import check_batches
 from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError
 from ktransfer.networks import Network
-from ktransfer.training import loop
 
 from ..arms import Arm
 from ..config import EvalConfig
 from ..result import Result
-from .detect import by_column, columns, scales, train_options
+from .detect import by_column, columns, scales, train_column, trunk_of
 
 PROTOCOL = "segment/2"
 TITLE = "segmentation"
@@ -50,7 +49,7 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
     """
     scales(config)
     columns(config)
-    check_batches(config, config.norm, config.batch)
+    check_batches(config, config.batch)
     for part in parts:
         masks.need_masks(part)
     masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)
@@ -86,22 +85,12 @@ def _column(
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """Train one head and evaluate it: its scores, and the broken images and masks of the test part."""
     train, test = parts
-    trunk = trunks.build(arm.network, arm.weights, segmentation.HEADS[config.head], config.norm, config.seed)
-    if column == "frozen":
-        trunk.freeze()
+    trunk = trunk_of(arm, column, segmentation.HEADS[config.head], config)
     model = segmentation.build(trunk, len(train.classes), config.norm, config.seed, config.head)
     edges = canvas.extents(train, config.canvas).to(device)
     label = f"segment {arm.name} {column}"
-    loop.fit(
-        model,
-        segmentation.segmentation_loss(maps, edges, trunk.how, config.seed, scales(config)),
-        sources[0],
-        lambda epoch: loop.epoch_batches(rows, config.batch, config.seed, epoch),
-        train_options(config, config.lr),
-        folder,
-        device,
-        label,
-    )
+    loss = segmentation.segmentation_loss(maps, edges, trunk.how, config.seed, scales(config))
+    train_column(model, loss, sources[0], rows, config, folder, device, label)
     found = segmentation.confusion(model, test, sources[1], config.canvas, device, label=label)
     broken = sources[1].broken | found.broken
     check_broken(broken, len(test), config.max_broken, test)

@@ -159,9 +159,9 @@ def _costs_by_precision(
         for place, cost in enumerate(COSTS):
             weights = minimise(rows, signs[:, able], cost * np.where(held, 0, counts)[:, able], weights)
             scored = rows.numbers @ weights
-            for column, told in zip(able, scored.T, strict=True):
+            for column, values in zip(able, scored.T, strict=True):
                 asked = held[:, column]
-                reached[place, column] += voc_ap(told[asked], tags[asked, column])
+                reached[place, column] += voc_ap(values[asked], tags[asked, column])
     best: Matrix = np.array(COSTS)[reached.argmax(axis=0)]
     return best
 

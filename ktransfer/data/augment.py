@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ktransfer import rng
 
+MARGIN = 8 / 7
+"""Images are kept a little larger than what a network sees of them: at 256 pixels for an input of 224."""
 _PART_BYTES = 2**20  # what a core keeps to itself, and less than what torch takes huge pages for
 
 
@@ -90,6 +92,11 @@ def _transforms(rows: Tensor, seed: int, epoch: int, purpose: str, smallest: flo
     sign = torch.where(mirror < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(width)
     return torch.stack([sign * width, zero, centre_x, zero, height, centre_y], dim=1).view(-1, 2, 3)
+
+
+def stored_side(size: int) -> int:
+    """The side, in pixels, of the squares that images are read as, of which a network sees `size` x `size`."""
+    return round(size * MARGIN)
 
 
 def centre_crop(pixels: Tensor, size: int) -> Tensor:

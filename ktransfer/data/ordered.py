@@ -27,7 +27,7 @@ def ordered_map(
         take: what the leader does with the features, in the order of the rows; None in the others.
 
     Raises:
-        KTransferError: `compute` or `take` failed, in whatever process; Told in the others.
+        KTransferError: `compute` or `take` failed, in whatever process; PeerFailed in the others.
     """
     parts = [part for part in torch.arange(first, len(images.dataset)).split(batch) if len(part)]
     who, of = distributed.rank(), distributed.world_size()

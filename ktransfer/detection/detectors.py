@@ -97,8 +97,10 @@ class FocalHead(RetinaNetHead):  # type: ignore[misc]
             positive = (found >= 0).nonzero().flatten()
             wanted[place, positive, target["labels"][found[positive]]] = 1.0
             coder = self.regression_head.box_coder
-            aim = coder.encode_single(target["boxes"][found[positive]], anchors[place][positive])
-            boxes.append(F.huber_loss(offsets[place, positive], aim, reduction="sum", delta=self.settings.huber_delta))
+            offset = coder.encode_single(target["boxes"][found[positive]], anchors[place][positive])
+            boxes.append(
+                F.huber_loss(offsets[place, positive], offset, reduction="sum", delta=self.settings.huber_delta)
+            )
         ignored = torch.stack(matched) == self.classification_head.BETWEEN_THRESHOLDS
         focal = sigmoid_focal_loss(logits, wanted, self.settings.focal_alpha, self.settings.focal_gamma)
         positives = (torch.stack(matched) >= 0).sum()

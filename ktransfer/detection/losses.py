@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ktransfer import distributed
 from ktransfer.detection import canvas, detectors
 from ktransfer.detection.canvas import Jitter
 from ktransfer.detection.data import Detection, boxes_of
@@ -37,7 +36,7 @@ class Truth(NamedTuple):
     outlines: list[list[list[Tensor]]] | None = None
 
 
-def check_batches(options: LoopOptions, norm: str, images: int) -> None:
+def check_batches(options: LoopOptions, images: int) -> None:
     """Find what would divide a batch of so many images: its loss is normalised by what is in all of it.
 
     Raises:
@@ -47,11 +46,6 @@ def check_batches(options: LoopOptions, norm: str, images: int) -> None:
         raise UsageError(
             f"--micro-batch {options.micro_batch}: this loss is normalised over all {images} images of a step, "
             "which cannot be divided; leave it away, and give a smaller --batch where memory does not suffice"
-        )
-    if norm == "syncbn" and distributed.started() > 1:
-        raise UsageError(
-            "--norm syncbn: this training runs in one process, and torchrun started "
-            f"{distributed.started()}; give bn or gn"
         )
 
 

@@ -246,8 +246,8 @@ def precision(matched: Matched, weights: NDArray[np.float64], recalls: NDArray[n
     for place, (hit, ignored) in enumerate(zip(matched.hit, matched.ignored, strict=True)):
         counted = weights[:, matched.image[~ignored]]
         right = np.cumsum(counted * hit[~ignored], axis=1)
-        seen = np.cumsum(counted, axis=1)
-        share = right / np.maximum(seen, np.finfo(float).eps)
+        ranked = np.cumsum(counted, axis=1)
+        share = right / np.maximum(ranked, np.finfo(float).eps)
         best = np.maximum.accumulate(share[:, ::-1], axis=1)[:, ::-1]
         for number in np.flatnonzero(total > 0):
             first = np.searchsorted(right[number] / total[number], recalls, side="left")

@@ -189,8 +189,8 @@ def probabilities(model: Segmenter, pixels: Tensor, extents: Tensor, scales: Seq
     size = pixels.shape[-1]
     total: Any = 0.0
     for mirrored in (False, True):
-        seen = canvas.mirror(pixels, extents) if mirrored else pixels
-        whole = canvas.normalise(seen, extents, model.backbone.how)
+        view = canvas.mirror(pixels, extents) if mirrored else pixels
+        whole = canvas.normalise(view, extents, model.backbone.how)
         for scale in scales:
             side = max(1, round(size * scale))
             # Cells lie in a map as in training only where the sides differ by whole strides.

@@ -21,7 +21,7 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import Network, teachers
 from ktransfer.networks.teachers import Teacher
 
-NORMS = ("bn", "syncbn", "gn", "frozen")
+NORMS = ("bn", "gn", "frozen")
 NECKS = ("p3-p7", "p2-p6", "single")
 GROUPS = 32
 _PROBE = 256  # pixels of the image by which strides are measured
@@ -87,15 +87,18 @@ def build(
         weights: a file of ours, or, `foreign`, a checkpoint made elsewhere; None: fresh ones, a function of the seed.
         neck: "p3-p7" (a pyramid over C3..C5, or as far as the network goes, and two coarser maps), "p2-p6" (over
             C2..C5, and one coarser map), "single" (the deepest map up to C5 alone).
-        norm: "bn" and "syncbn" learn, "gn" puts group norm of 32 groups (or as many as divide the channels) in place of
+        norm: "bn" learns, "gn" puts group norm of 32 groups (or as many as divide the channels) in place of
             every batch norm, "frozen" keeps statistics and scales of the weights that were loaded.
         filled_later: weights come from a detector's own file, so that fresh ones may be frozen.
 
     Raises:
-        UsageError: a network that is none of these, or that has no such levels; "frozen" with fresh weights.
+        UsageError: a network that is none of these, or that has no such levels; a norm that is none of
+            these, or "frozen" with fresh weights.
     """
+    if norm not in NORMS:
+        raise UsageError(f"norm {norm}: no such normalisation; valid: {', '.join(NORMS)}")
     if norm == "frozen" and weights is None and not filled_later:
-        raise UsageError("norm frozen: fresh weights have no statistics to keep; give bn, syncbn or gn")
+        raise UsageError("norm frozen: fresh weights have no statistics to keep; give bn or gn")
     if weights is None:
         model = networks.build(network, seed, "detection/trunk")
     else:
@@ -151,8 +154,6 @@ def renormed(module: nn.Module, norm: str) -> nn.Module:
     """The module with `norm` in place of each batch norm, scales and shifts kept."""
     if norm == "bn":
         return module
-    if norm == "syncbn":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return]
     if isinstance(module, nn.BatchNorm2d):
         count = module.num_features
         if norm == "gn":
@@ -185,7 +186,6 @@ def norm_layer(norm: str) -> Callable[[int], nn.Module] | None:
     """What stands behind the convolutions of the pyramid: none where the norms of the trunk are frozen."""
     layers: dict[str, Callable[[int], nn.Module] | None] = {
         "bn": nn.BatchNorm2d,
-        "syncbn": nn.SyncBatchNorm,
         "gn": wide_groups,
         "frozen": None,
     }

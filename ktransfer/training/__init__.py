@@ -1,1 +1,1 @@
-"""The one training loop of the project, and what every training can be told."""
+"""The one training loop of the project, and the settings of every training."""

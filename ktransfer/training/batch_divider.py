@@ -154,11 +154,11 @@ class BatchDivider:
 
         Raises:
             StageError: another process failed, or there is not one valid image.
-            Told: in the others.
+            PeerFailed: in the others.
         """
         counts = share.counts if share else [0] * len(self._spans)
-        told = self._exchange([int(stop), *counts]) if self.shared else [[int(stop), *counts]]
-        total = sum(sum(row[1:]) for row in told)
+        rows_of_all = self._exchange([int(stop), *counts]) if self.shared else [[int(stop), *counts]]
+        total = sum(sum(row[1:]) for row in rows_of_all)
         found, first = [], 0
         if share and not total:
             self._known = True
@@ -166,12 +166,12 @@ class BatchDivider:
                 "none of the images of a batch can be read; check the data and give the same command again"
             )
         for place, batch in enumerate(share.batches if share else []):
-            for who, row in enumerate(told):
+            for who, row in enumerate(rows_of_all):
                 # Where batch norm is shared, also he who has nothing must add his nothing.
                 if who == self._who and (counts[place] or self.shared):
                     found.append(Piece(batch, first, counts[place], total))
                 first += row[1 + place]
-        return found, any(row[0] for row in told)
+        return found, any(row[0] for row in rows_of_all)
 
     def close(self) -> None:
         """All are done."""

@@ -6,23 +6,22 @@ and a checkpoint holds weights, optimiser and the number of steps done.
 
 import contextlib
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ktransfer import distributed, files, rng
-from ktransfer.errors import UsageError
-from ktransfer.progress import bar, say
+from ktransfer import distributed, rng
+from ktransfer.progress import bar
 from ktransfer.training.batch import Loss, Source
 from ktransfer.training.batch_divider import BatchDivider, Piece
+from ktransfer.training.checkpoint import Checkpoint
 from ktransfer.training.compiled import Compiled
 from ktransfer.training.device import autocast, move
 from ktransfer.training.log import Log
@@ -31,8 +30,6 @@ from ktransfer.training.options import LoopOptions, TrainOptions
 from ktransfer.training.stopping import Stopping
 
 LOG_SECONDS = 10.0
-CHECKPOINT_SECONDS = 1.0  # from one checkpoint to the next, at least
-CHECKPOINT_SHARE = 0.02  # of the time, at most
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
 """Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
 LEFT = ((60_000 * 16, 3), (20_000 * 16, 9))
@@ -83,7 +80,7 @@ def fit(
     images: Source,
     batches: Callable[[int], Tensor],
     options: LoopOptions,
-    folder: Path,
+    folder: Path | None,
     device: torch.device,
     label: str,
     evaluate: Evaluate | Stopping | None = None,
@@ -95,7 +92,7 @@ def fit(
 
     Args:
         batches: epoch -> (steps, b + following) int64 rows of the dataset, a pure function.
-        folder: where `checkpoint/` and `metrics.jsonl` go.
+        folder: where `checkpoint/` and `metrics.jsonl` go; with None nothing is written.
         label: the stage's name, on the bar and in the seeds.
         evaluate: called after each epoch with the model in evaluation mode; a `Stopping` may end the training there,
             and its network has its best weights in the end. Not for shared trainings.
@@ -107,114 +104,141 @@ def fit(
     Raises:
         Diverged: the loss is not finite.
         StageError: none of a batch's images can be read, or another process failed.
-        Told: in the others, when one of them failed or is to stop.
+        PeerFailed: in the others, when one of them failed or is to stop.
     """
-    per_epoch, rows = batches(0).shape
-    total = per_epoch * options.epochs
-    checkpoint = folder / "checkpoint" / "last.pt"
-    leads = distributed.is_leader()
-    stopping = evaluate if isinstance(evaluate, Stopping) else None
-    assert not (stopping and shared)
-    with contextlib.ExitStack() as within:
-        divider = within.enter_context(
-            BatchDivider(model, rows - following, options.micro_batch, following, device, shared)
-        )
+    if not distributed.is_leader():
+        folder = evaluate = None
+    steps, width = batches(0).shape
+    with BatchDivider(model, width - following, options.micro_batch, following, device, shared) as divider:
         move(model, device)
         if optimiser is None:
             assert isinstance(options, TrainOptions)
             optimiser = sgd(model, options, device)
-        base_rates = [group["lr"] for group in optimiser.param_groups]
-        step = _begin(divider, checkpoint, model, optimiser, device, stopping)
-        network = Compiled(model, options, device, label, divider.shared)
+        training = _Training(model, loss, optimiser, options, device, label, divider, steps, folder, evaluate)
+        total, done = steps * options.epochs * options.batch, training.step * options.batch
+        with bar(total, label, done=done) as shown, ctrl_c_between_steps(divider.shared) as stop:
+            training.run(images, batches, shown, stop)
 
-        def gradients(called: nn.Module, pieces: list[Piece], seed: int) -> dict[str, Tensor]:
-            return _gradients(called, loss, pieces, seed, options, device, called is model)
 
-        log = Log(folder / "metrics.jsonl", step, options.tensorboard) if leads else None
-        last_save, save_cost = time.monotonic(), 0.0
-        shown = within.enter_context(bar(total * options.batch, label, done=step * options.batch))
-        stop = within.enter_context(ctrl_c_between_steps(divider.shared))
+class _Training:
+    """A training from its checkpoint, or the beginning, to its end; between two steps, `step` of them are done."""
 
-        def keep() -> None:
-            nonlocal last_save, save_cost
-            started = time.monotonic()
-            _save(checkpoint, model, optimiser, step, stopping)
-            last_save = time.monotonic()
-            save_cost = last_save - started
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimiser: torch.optim.Optimizer,
+        options: LoopOptions,
+        device: torch.device,
+        label: str,
+        divider: BatchDivider,
+        per_epoch: int,
+        folder: Path | None,
+        evaluate: Evaluate | Stopping | None,
+    ) -> None:
+        self.model, self.loss, self.optimiser, self.options = model, loss, optimiser, options
+        self.device, self.label, self.divider, self.evaluate = device, label, divider, evaluate
+        self.per_epoch, self.total = per_epoch, per_epoch * options.epochs
+        self.stopping = evaluate if isinstance(evaluate, Stopping) else None
+        assert not (self.stopping and divider.shared)
+        self.rates = [group["lr"] for group in optimiser.param_groups]  # a checkpoint brings those of its step
+        self.checkpoint = Checkpoint(folder, model, optimiser, self.stopping)
+        self.step = _begin(self.checkpoint, divider, device)
+        self.network = Compiled(model, options, device, label, divider.shared)
+        self.log = Log(folder / "metrics.jsonl", self.step, options.tensorboard) if folder else None
 
-        def due() -> bool:
-            return time.monotonic() - last_save > max(CHECKPOINT_SECONDS, save_cost / CHECKPOINT_SHARE)
-
-        def leave() -> None:
-            """All processes together: the leader keeps what it has."""
-            divider.close()
-            if not leads:
-                raise distributed.PeerFailed("stopped")
-            keep()
-            raise KeyboardInterrupt
-
-        if stopping and log and stopping.evaluated < step // per_epoch:  # stopped between an epoch and its evaluation
-            log.note(step, step // per_epoch - 1, evaluated(model, stopping))
-        while step < total and not (stopping and stopping.over):
-            epoch = step // per_epoch
-            model.train()
-            for share in divider.stream(images, batches(epoch)[step % per_epoch :], epoch):
-                pieces, stopped = divider.sync(share, stop.is_set())
-                if stopped and divider.shared:
-                    leave()
-                for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                    group["lr"] = base * rate(step, total, options, base)
-                optimiser.zero_grad(set_to_none=True)
-                seed = rng.torch_seed(options.seed, f"{label}/step", step)
-                with explained(model, device, label, options):
-                    sums = divider.all_reduce(network.run(partial(gradients, pieces=pieces, seed=seed)))
-                    optimiser.step()
-                step += 1
-                shown.update(options.batch)
-                if log is None:
-                    continue
-                log.add(sums, share.wait)
-                if log.due(LOG_SECONDS) or step == total:
-                    # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
-                    shown.set_postfix_str(log.write(step, epoch, optimiser.param_groups[0]["lr"], device), False)
-                # What is to be evaluated first is kept after that, so that its line is written once.
-                if stop.is_set() or (due() and not (stopping and step % per_epoch == 0)):
-                    keep()
-                if stop.is_set() and not divider.shared:
-                    raise KeyboardInterrupt
-            if evaluate is not None and log is not None and (stopping or not stop.is_set()):
-                log.note(step, epoch, evaluated(model, evaluate))
-                if stopping and stopping.over and log.sums:
-                    log.write(step, epoch, optimiser.param_groups[0]["lr"], device)
-                if (stop.is_set() or (stopping and due())) and not divider.shared:
-                    keep()
-                    if stop.is_set():  # while it was evaluated
-                        raise KeyboardInterrupt
+    def run(self, images: Source, batches: Callable[[int], Tensor], shown: "tqdm[Any]", stop: threading.Event) -> None:
+        """All steps that are left, shown on a bar; with `stop`, up to the end of the present one."""
+        stopping, epoch = self.stopping, self.step // self.per_epoch
+        if stopping and stopping.evaluated < epoch:  # stopped between an epoch and its evaluation
+            self._evaluate(epoch - 1)
+        while self.step < self.total and not (stopping and stopping.over):
+            epoch = self.step // self.per_epoch
+            self._learn(images, batches(epoch)[self.step % self.per_epoch :], epoch, shown, stop)
+            self._end(epoch, stop)
         if stopping:
             stopping.restore()
-        if divider.shared:  # the leader may have failed after the last step, or be told to stop
-            if divider.sync(None, stop.is_set())[1]:
-                leave()
-            divider.close()
+        if self.divider.shared:  # the leader may have failed after the last step, or be told to stop
+            if self.divider.sync(None, stop.is_set())[1]:
+                self._leave()
+            self.divider.close()
+
+    def _learn(self, images: Source, rows: Tensor, epoch: int, shown: "tqdm[Any]", stop: threading.Event) -> None:
+        """An epoch, or what is left of one: a step for each of (steps, b + following) `rows`."""
+        self.model.train()
+        for share in self.divider.stream(images, rows, epoch):
+            pieces, stopped = self.divider.sync(share, stop.is_set())
+            if stopped and self.divider.shared:
+                self._leave()
+            sums = self._step(pieces)
+            self.step += 1
+            shown.update(self.options.batch)
+            if self.log:
+                self.log.add(sums, share.wait)
+                if self.log.due(LOG_SECONDS) or self.step == self.total:
+                    # Refreshed by hand, a bar that is younger than its delay would stay on the screen unclosed.
+                    shown.set_postfix_str(self._write_line(self.log, epoch), False)
+            # What is to be evaluated first is kept after that, so that its line is written once.
+            evaluated_first = self.stopping and self.step % self.per_epoch == 0
+            if stop.is_set() or (self.checkpoint.due() and not evaluated_first):
+                self.checkpoint.save(self.step)
+            if stop.is_set() and not self.divider.shared:
+                raise KeyboardInterrupt
+
+    def _step(self, pieces: list[Piece]) -> dict[str, Tensor]:
+        """One step of all processes with this one's `pieces` of the batch; sums over the batch for the log."""
+        options = self.options
+        for group, base in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate(self.step, self.total, options, base)
+        self.optimiser.zero_grad(set_to_none=True)
+        seed = rng.torch_seed(options.seed, f"{self.label}/step", self.step)
+
+        def gradients(called: nn.Module) -> dict[str, Tensor]:
+            return _gradients(called, self.loss, pieces, seed, options, self.device, called is self.model)
+
+        with explained(self.model, self.device, self.label, options):
+            sums = self.divider.all_reduce(self.network.run(gradients))
+            self.optimiser.step()
+        return sums
+
+    def _end(self, epoch: int, stop: threading.Event) -> None:
+        """Evaluate an epoch that has ended; where that may end the training, what it found is kept with the weights."""
+        stopping = self.stopping
+        if self.evaluate is None or (stop.is_set() and not stopping):
+            return
+        self._evaluate(epoch)
+        if self.log and self.log.sums and stopping and stopping.over:
+            self._write_line(self.log, epoch)
+        if (stop.is_set() or (stopping and self.checkpoint.due())) and not self.divider.shared:
+            self.checkpoint.save(self.step)
+            if stop.is_set():  # while it was evaluated
+                raise KeyboardInterrupt
+
+    def _evaluate(self, epoch: int) -> None:
+        assert self.evaluate is not None
+        values = evaluated(self.model, self.evaluate)
+        if self.log:
+            self.log.note(self.step, epoch, values)
+
+    def _write_line(self, log: Log, epoch: int) -> str:
+        return log.write(self.step, epoch, self.optimiser.param_groups[0]["lr"], self.device)
+
+    def _leave(self) -> None:
+        """All processes together: the leader keeps what it has."""
+        self.divider.close()
+        if not distributed.is_leader():
+            raise distributed.PeerFailed("stopped")
+        self.checkpoint.save(self.step)
+        raise KeyboardInterrupt
 
 
-def _begin(
-    divider: BatchDivider,
-    checkpoint: Path,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    device: torch.device,
-    stopping: Stopping | None,
-) -> int:
+def _begin(checkpoint: Checkpoint, divider: BatchDivider, device: torch.device) -> int:
     """Go on from the checkpoint if there is one, all processes with the leader's numbers; the steps done."""
-    step = _restore(checkpoint, model, optimiser, device, stopping) if distributed.is_leader() else 0
+    step = checkpoint.restore(device)
     if not divider.shared:
         return step
-    state = divider.same(_state(model, optimiser, step, stopping))
-    if not distributed.is_leader():
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
+    state = divider.same(checkpoint.state(step))
+    return step if distributed.is_leader() else checkpoint.load(state)
 
 
 def _gradients(
@@ -293,35 +317,3 @@ def epoch_batches(rows: Tensor, batch: int, seed: int, epoch: int, extra: int = 
     width = min(batch, len(rows))
     places = torch.arange(len(rows) // width)[:, None] * width + torch.arange(width + extra)
     return order[places % len(rows)]
-
-
-def _state(model: nn.Module, optimiser: torch.optim.Optimizer, step: int, stopping: Stopping | None) -> dict[str, Any]:
-    found = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-    return found | ({"stopping": stopping.state()} if stopping else {})
-
-
-def _save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, stopping: Stopping | None) -> None:
-    files.write_whole(path, lambda part: torch.save(_state(model, optimiser, step, stopping), part))
-
-
-def _restore(
-    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device, stopping: Stopping | None
-) -> int:
-    if not path.is_file():
-        return 0
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step = int(state["step"])
-        if stopping:
-            stopping.load(state["stopping"])
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise UsageError(f"{path}: not a checkpoint of this training; start again with --overwrite") from error
-    say(f"resumed at step {step}")
-    return step
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Free the checkpoint of a training that is done."""
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a training needs of the device's memory, told before it starts, and what to do where it did not suffice."""
+"""What a training needs of the device's memory, said before it starts, and what to do where it did not suffice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

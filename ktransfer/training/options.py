@@ -1,4 +1,4 @@
-"""What every training can be told, and what every stage can be told about the machine."""
+"""The settings of every training, and those of every stage that are about the machine."""
 
 import importlib.util
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ FOUND = 0.5  # least IoU of a box that is found again
 EASIER = 0.5  # of the least score: what wavers around it is no box that moves
 
 
-def steady(
+def without_moving(
     predictions: Mapping[int, Prediction], spread: Mapping[int, Tensor], limit: float
 ) -> tuple[dict[int, Prediction], int]:
     """The predictions without the boxes whose spread is over the limit, and how many those are."""
@@ -81,8 +81,8 @@ def spreads(
                 prepared = canvas.normalise(moved, limits, model.backbone.how)  # type: ignore[union-attr,arg-type]
                 for place, one in enumerate(model(prepared)):
                     # The predictions end at the image's edge, the model's boxes at the canvas': that is no movement.
-                    seen = _back(one["boxes"].float().minimum(limits[place].repeat(2)), jitter, place)
-                    again[place].append(_found(boxes[place], labels[place], seen, one["labels"] - shift))
+                    before = _back(one["boxes"].float().minimum(limits[place].repeat(2)), jitter, place)
+                    again[place].append(_found(boxes[place], labels[place], before, one["labels"] - shift))
             for row, own, views in zip(kept.tolist(), boxes, again, strict=True):
                 sides = torch.stack(views).std(0, correction=0).mean(1)  # NaN where a view is infinite
                 found[row] = (2 * sides / (own[:, 2:] - own[:, :2]).sum(1)).nan_to_num(nan=torch.inf).cpu()

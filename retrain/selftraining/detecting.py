@@ -31,7 +31,7 @@ THINGS = "box", "boxes"
 EVALUATED: tuple[str, ...] = ("test_threshold",)
 AT_ONCE = 16  # images that the teacher looks at together
 PART = 256 * AT_ONCE  # images whose predictions are kept together
-Seen = tuple[Mapping[int, Prediction], Mapping[int, Sequence[Outline]] | None, dict[str, int]]
+Labels = tuple[Mapping[int, Prediction], Mapping[int, Sequence[Outline]] | None, dict[str, int]]
 """Row -> prediction, row -> outlines where there are some, and how much of what there is."""
 
 
@@ -82,23 +82,23 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     model, described, data, source, config, device = shown
     settings = replace(described.settings, threshold=config.threshold, soft=config.soft_nms)
 
-    def see(chosen: Tensor, words: str) -> Seen:
+    def label_part(chosen: Tensor, words: str) -> Labels:
         found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, label=words)
         facts = {"images": len(found)}
         if config.jitter_filter:
-            seen = box_jitter.spreads(model, data, source, found, described.size, settings, device, config.seed)
-            found, facts["boxes that move, left out"] = box_jitter.steady(found, seen, config.jitter_filter)
+            spread = box_jitter.spreads(model, data, source, found, described.size, settings, device, config.seed)
+            found, facts["boxes that move, left out"] = box_jitter.without_moving(found, spread, config.jitter_filter)
         return found, None, facts | {"boxes": sum(len(prediction.scores) for prediction in found.values())}
 
     if config.jitter_filter:
         about = about | {"jitter_filter": config.jitter_filter}
-    return in_parts(path, shown, rows, about, see)
+    return in_parts(path, shown, rows, about, label_part)
 
 
 def in_parts(
-    path: Path, shown: Shown, rows: Tensor, about: dict[str, Any], see: Callable[[Tensor, str], Seen]
+    path: Path, shown: Shown, rows: Tensor, about: dict[str, Any], label_part: Callable[[Tensor, str], Labels]
 ) -> dict[str, int]:
-    """Write what `see` finds in (n,) rows by `boxes.write`: part by part, which are joined at the end.
+    """Write what `label_part` finds in (n,) rows by `boxes.write`: part by part, which are joined at the end.
 
     Parts that lie there already are kept, so that a labelling that was killed goes on.
     """
@@ -111,7 +111,9 @@ def in_parts(
             for _ in source.batches(iter(torch.tensor(lost, dtype=torch.int64).split(AT_ONCE))):
                 pass  # the source now knows why these could not be read
             continue
-        found, outlines, facts = see(chosen, f"{path.stem} {number} of {len(parts)}" if len(parts) > 1 else path.stem)
+        found, outlines, facts = label_part(
+            chosen, f"{path.stem} {number} of {len(parts)}" if len(parts) > 1 else path.stem
+        )
         boxes.write(part, data, found, facts, outlines)
     check_broken(source.broken, len(rows), shown.config.max_broken, data)
     return boxes.join(path, parts, about)

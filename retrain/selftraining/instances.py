@@ -17,7 +17,7 @@ from torchvision.ops import masks_to_boxes
 
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader
-from ktransfer.detection import canvas, detectors, geometry, masks, metrics
+from ktransfer.detection import canvas, geometry, masks, metrics
 from ktransfer.detection.data import Detection, Outline, subset
 from ktransfer.detection.predictions import detect
 from ktransfer.detection.sheet import draw_augmented
@@ -27,10 +27,10 @@ from ktransfer.training.batch import Batch, Loss
 
 from ..config import SelftrainConfig
 from . import boxes, detecting
-from .detecting import AT_ONCE, Seen, in_parts
+from .detecting import AT_ONCE, Labels, in_parts
 from .detecting import count as count
 from .parts import Shown
-from .student import Student, Weighing, halves, total, weighed
+from .student import Weighing, objects_loss
 
 NECKS = {"maskrcnn": "p2-p6"}
 THINGS = "object", "objects"
@@ -121,14 +121,7 @@ def losses(known: Known, how: str, strength: str, seed: int, weighing: Weighing 
             for place, row in enumerate(rows.tolist())
         ]
         objects = torch.tensor([len(one["labels"]) for one in targets], device=rows.device)
-        if weighing is None:
-            return total(model, pixels, targets), {"objects": objects.sum(), "count": count}
-        student = detectors.plain(model)
-        assert isinstance(student, Student)
-        mine = rows < split
-        value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
-        sums |= {"human_objects": 2 * objects[mine].sum(), "pseudo_objects": 2 * objects[~mine].sum()}
-        return value, sums | {"count": count}
+        return objects_loss(model, pixels, targets, objects, "objects", rows < split, weighing, count)
 
     return loss
 
@@ -175,12 +168,12 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     model, described, data, source, config, device = shown
     settings = replace(described.settings, threshold=config.threshold)
 
-    def see(chosen: Tensor, words: str) -> Seen:
+    def label_part(chosen: Tensor, words: str) -> Labels:
         outlines = dict[int, Sequence[Outline]]()
         found = detect(model, data, source, chosen, described.size, settings, device, AT_ONCE, words, outlines)
         return found, outlines, {"images": len(found), "objects": sum(len(one.scores) for one in found.values())}
 
-    return in_parts(path, shown, rows, about, see)
+    return in_parts(path, shown, rows, about, label_part)
 
 
 def evaluate(shown: Shown, label: str) -> dict[str, Any]:

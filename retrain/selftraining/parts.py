@@ -16,7 +16,7 @@ from ktransfer.detection.data import Detection, save_ids, subset
 from ktransfer.detection.saved import Described
 from ktransfer.progress import say
 from ktransfer.run import Step
-from ktransfer.training import loop
+from ktransfer.training import checkpoint
 from ktransfer.training.stopping import Stopping
 
 from ..config import SelftrainConfig
@@ -100,5 +100,5 @@ def finish(
     made = [weights, folder / SHEET, ids, *folder.glob(early_stopping.IDS)]
     reasons = [f"{images.keys[row]}: {reason}" for row, reason in broken.items()]
     step.finish(made, broken=reasons, result={**facts, **(more or {})})
-    loop.remove_checkpoint(folder)
+    checkpoint.remove(folder)
     say(f"{name}: done; {', '.join(f'{number} {what}' for what, number in facts.items())}; {weights}")

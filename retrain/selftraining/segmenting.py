@@ -30,6 +30,7 @@ from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.number_list import number_list
 from ktransfer.progress import bar, track
 from ktransfer.training.batch import Batch, Loss
 
@@ -65,7 +66,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     scales(config)
     if config.adaptive:
         raise UsageError("--adaptive: counts boxes, and masks have none; leave it away with --task segment")
-    if config.head == "deeplab" and config.norm in ("bn", "syncbn") and min(labelled, other) < 2:
+    if config.head == "deeplab" and config.norm == "bn" and min(labelled, other) < 2:
         raise UsageError("--head deeplab: batch norm of one image's mean has no variance; give --norm gn")
     masks.need_memory(f"--size {config.size}", labelled + other, config.size)
 
@@ -76,13 +77,7 @@ def scales(config: SelftrainConfig) -> list[float]:
     Raises:
         UsageError: they are none, or not from 0.25 to 4.
     """
-    try:
-        found = [float(part) for part in config.scales.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0.25 <= one <= 4 for one in found):
-        raise UsageError(f"--scales {config.scales}: must be numbers from 0.25 to 4 such as 0.5,1,1.5")
-    return found
+    return number_list("--scales", config.scales, 0.25, 4, "0.5,1,1.5")
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:

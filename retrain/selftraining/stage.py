@@ -109,7 +109,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
         given = getattr(config, name)
         if given and Path(given).resolve().is_relative_to((run / STAGE).resolve()):
             raise UsageError(f"--{name} {given}: --overwrite would remove it; copy it to another place first")
-    check_batches(config, config.norm, 2 * config.batch)
+    check_batches(config, 2 * config.batch)
     task = TASKS[config.task]
     suited(config)
     whole, test = task.open_data(config.labelled)

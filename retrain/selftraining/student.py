@@ -187,17 +187,37 @@ def losses(
             {"boxes": boxes[kept], "labels": label[kept]}
             for boxes, kept, label in zip(moved.boxes, moved.kept, labels, strict=True)
         ]
-        count = batch.valid.sum()
-        if weighing is None:
-            value = total(model, pixels, targets)
-            return value, {"boxes": moved.kept.sum(), "count": count}
-        assert isinstance(student, Student)
         mine = rows < split
-        value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
-        sums |= {"human_boxes": 2 * moved.kept[mine].sum(), "pseudo_boxes": 2 * moved.kept[~mine].sum()}
-        return value, sums | {"count": count}
+        return objects_loss(model, pixels, targets, moved.kept.sum(1), "boxes", mine, weighing, batch.valid.sum())
 
     return loss
+
+
+def objects_loss(
+    model: nn.Module,
+    pixels: Tensor,
+    targets: list[dict[str, Tensor]],
+    numbers: Tensor,
+    noun: str,
+    mine: Tensor,
+    weighing: Weighing | None,
+    count: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a detector, and sums for the log.
+
+    Args:
+        model: a `Student`, perhaps compiled, where there is a `weighing`.
+        targets: of each of (b, 3, size, size) pixels what is to be found, and (b,) `numbers` of that, called `noun`.
+        mine: (b,) the human images.
+        count: of the images.
+    """
+    if weighing is None:
+        return total(model, pixels, targets), {noun: numbers.sum(), "count": count}
+    student = detectors.plain(model)
+    assert isinstance(student, Student)
+    value, sums = weighed(student, halves(model, pixels, targets, mine), weighing, count)
+    sums |= {f"human_{noun}": 2 * numbers[mine].sum(), f"pseudo_{noun}": 2 * numbers[~mine].sum()}
+    return value, sums | {"count": count}
 
 
 def weighed(

@@ -5,15 +5,17 @@ reaches is compared with the labelled images alone in the same cell; and these, 
 random ones.
 """
 
-import csv
 import io
 import math
 import statistics
 from collections.abc import Callable
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ktransfer import tables
 from ktransfer.errors import UsageError
+
+FILE = Path(__file__).with_name("published.csv")
 
 MEASURES = ("mask_AP", "mask_AP50", "AP", "AP50", "mIoU")
 """Those that a study tells, where its cells have them; the tables have the first one that all have."""
@@ -131,7 +133,7 @@ def to_csv(lines: list[Line]) -> str:
         ):
             row |= dict(zip((name, f"{name}_half"), found or (None, None), strict=True))
         rows.append(row | {"seeds": len(line.values)})
-    return _csv(rows)
+    return tables.to_csv(rows)
 
 
 def cells_csv(lines: list[Line]) -> str:
@@ -141,15 +143,7 @@ def cells_csv(lines: list[Line]) -> str:
         for seed, value in line.values.items():
             own = {**line.cell, "seed": seed, METHOD: line.method}
             rows.setdefault(tuple(own.values()), own)[line.measure] = value
-    return _csv(list(rows.values()))
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return tables.to_csv(list(rows.values()))
 
 
 def varied(recipe: Recipe) -> list[str]:
@@ -191,21 +185,14 @@ def _table(recipe: Recipe, lines: list[Line], across: str) -> list[str]:
         column = parts.pop(across, "mean")
         return ", ".join(parts.values()) or "all", column
 
-    columns = list(dict.fromkeys(place(line)[1] for line in lines))
-    cells = {place(line): _cell(line, lines) for line in lines}
-    head = f"| {lines[0].measure} % | {' | '.join(columns)} |"
-    rows = dict.fromkeys(row for row, _ in cells)
-    body = [f"| {row} | {' | '.join(cells.get((row, column), '-') for column in columns)} |" for row in rows]
-    return [head, "|---" * (len(columns) + 1) + "|", *body]
+    cells = [(*place(line), _cell(line, lines)) for line in lines]
+    return tables.markdown(*tables.crossed(f"{lines[0].measure} %", cells))
 
 
 def _cell(line: Line, lines: list[Line]) -> str:
-    value, half = mean(list(line.values.values()))
-    text = f"{value:.1f}" + ("" if half is None else f" ± {half:.1f}")
+    text = tables.plus_minus(*mean(list(line.values.values())))
     found = gain(line, baseline(line, lines))
-    if found is None:
-        return text
-    return f"{text} ({found[0]:+.1f}" + (")" if found[1] is None else f" ± {found[1]:.1f})")
+    return text if found is None else f"{text} ({tables.plus_minus(*found, sign='+')})"
 
 
 def published(source: str) -> list[str]:
@@ -214,13 +201,9 @@ def published(source: str) -> list[str]:
     Args:
         source: paper and table, as `SHAPES` names them.
     """
-    text = resources.files(__package__).joinpath("published.csv").read_text(encoding="utf-8")
-    own = [row for row in csv.DictReader(text.splitlines()) if row["source"] == source]
-    columns = list(dict.fromkeys(row["column"] for row in own))
-    head = f"| {source} ({own[0]['made_with']}), AP % | {' | '.join(columns)} |"
-    names = dict.fromkeys(row["row"] for row in own)
-    body = [f"| {name} | {' | '.join(row['ap'] for row in own if row['row'] == name)} |" for name in names]
-    return [head, "|---" * (len(columns) + 1) + "|", *body]
+    own = [row for row in tables.read_csv(FILE) if row["source"] == source]
+    cells = [(row["row"], row["column"], row["ap"]) for row in own]
+    return tables.markdown(*tables.crossed(f"{source} ({own[0]['made_with']}), AP %", cells))
 
 
 def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:

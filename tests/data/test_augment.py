@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from ktransfer import rng
 from ktransfer.data import augment
-from ktransfer.data.augment import centre_crop, in_parts, random_resized_crop, random_square
+from ktransfer.data.augment import centre_crop, in_parts, random_resized_crop, random_square, stored_side
 
 SIZE, OUT = 64, 24
 
@@ -107,6 +107,10 @@ def test_crops_do_not_depend_on_the_precision_around_them():
     plain = random_resized_crop(pixels, rows, 16, 0, 0, "t")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(random_resized_crop(pixels, rows, 16, 0, 0, "t"), plain)
+
+
+def test_images_are_kept_at_256_pixels_for_224():
+    assert [stored_side(size) for size in (224, 56, 64, 7)] == [256, 64, 73, 8]
 
 
 @pytest.mark.parametrize(("side", "size"), [(8, 8), (9, 4), (8, 4), (7, 1)])

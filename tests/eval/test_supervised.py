@@ -109,11 +109,11 @@ def test_it_is_trained_once_and_evaluated_by_all(runs, trainings):
 
 def test_it_learns_as_a_retraining_on_the_classes_does(runs, monkeypatch):
     """Given the draws of a retraining, it ends with the same weights."""
-    crop, fit = supervised.random_resized_crop, loop.fit
+    loss, fit = supervised.crop_loss, loop.fit
     monkeypatch.setattr(
         supervised, "with_classes", lambda network, classes, seed, _: networks.build(network, seed, "retrain")
     )
-    monkeypatch.setattr(supervised, "random_resized_crop", lambda *given: crop(*given[:5], "retrain", given[6]))
+    monkeypatch.setattr(supervised, "crop_loss", lambda *given, **more: loss(*given, **more | {"purpose": "retrain"}))
     config = EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=2, precision="float32")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fit", lambda *given: fit(*given[:7], "retrain"))
@@ -128,7 +128,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(runs, monkeypatch):
     shutil.copytree(runs / "target", runs / "other")
     options = FAST | {"supervised": True, "supervised_epochs": 4}
     evaluate(runs / "other", **options)
-    loss, steps = supervised._loss, []
+    loss, steps = supervised.crop_loss, []
 
     def killed(*given, **more):
         steps.append(0)
@@ -136,10 +136,10 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(runs, monkeypatch):
             raise KeyboardInterrupt
         return loss(*given, **more)
 
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised, "_loss", killed)
+        patch.setattr(supervised, "crop_loss", killed)
         evaluate(runs / "target", **options)
     assert not (runs / "target" / "eval" / "linear.json").exists()
     evaluate(runs / "target", **options)

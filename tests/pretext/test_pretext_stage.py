@@ -23,7 +23,6 @@ from ktransfer.pretext.config import PretextConfig
 from ktransfer.pretext.network import TaskNet
 from ktransfer.pretext.puzzles import make_puzzles
 from ktransfer.pretext.tasks import open_task
-from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
 SCENES = "scenes:images=40,size=48"
@@ -160,8 +159,8 @@ def test_done_is_skipped_changed_is_refused_and_overwrite_makes_the_same_bytes(f
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", math.inf)
     real, calls = solving.loss, []
 
     def stopping(*given, **named):

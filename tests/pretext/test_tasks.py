@@ -19,7 +19,6 @@ from ktransfer.networks import Network
 from ktransfer.pretext import pretext, solving, stage
 from ktransfer.pretext.config import PretextConfig
 from ktransfer.pretext.tasks import SETTINGS, SHEETS, open_task, usual_size
-from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
 SCENES = "scenes:images=40,size=64"
@@ -97,8 +96,8 @@ def test_the_first_loss_is_that_of_guessing(tmp_path, task, classes):
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(finished, tmp_path, monkeypatch):
     task, _, weights = finished
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", math.inf)
     real, calls = solving.loss, []
 
     def stopping(*given, **named):

@@ -217,8 +217,8 @@ def test_broken_images_are_counted_and_borne_up_to_a_share(tmp_path, coloured):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", math.inf)
     whole = retrain(tmp_path / "whole", **SMALL).read_bytes()
     real, calls = stage._loss, []
 

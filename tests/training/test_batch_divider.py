@@ -261,7 +261,7 @@ STEP = "ktransfer.training.loop:_gradients"
         (1, "error", STEP, 4),
         (0, "error", STEP, 4),
         (1, "stop", STEP, 5),
-        (0, "error", "ktransfer.training.loop:_save", 2),
+        (0, "error", "ktransfer.training.checkpoint:_write", 2),
         (1, "error", "ktransfer.training.reading:same_data", 1),
         (1, "error", "ktransfer.training.reading:_valid", 1),
         (1, "error", "ktransfer.pretext.stage:open_task", 1),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ktransfer.errors import StageError, UsageError
-from ktransfer.training import device, loop
+from ktransfer.training import checkpoint, device, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast, bfloat16, choose_device
 from ktransfer.training.options import MachineOptions, TrainOptions
@@ -91,8 +91,8 @@ def stopping(at, after_forward=True):
 def often(monkeypatch):
     """A log line and a checkpoint after every step."""
     monkeypatch.setattr(loop, "LOG_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -195,21 +195,21 @@ def test_it_trains_in_a_thread_too(tmp_path, undisturbed):
 
 
 def test_killed_between_checkpoints_it_goes_back_to_the_last(tmp_path, often, monkeypatch, undisturbed):
-    save, kept = loop._save, []
+    save, kept = checkpoint.Checkpoint.save, []
 
-    def once(path, model, optimiser, step, stopping):
+    def once(self, step):
         if step == 7 or kept:
             kept.append(step)
         if kept == [7]:
-            save(path, model, optimiser, step, stopping)
+            save(self, step)
 
-    monkeypatch.setattr(loop, "_save", once)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", once)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stopping(11))
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 12))
     with (tmp_path / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 12, "ep')  # a line cut short by the kill
-    monkeypatch.setattr(loop, "_save", save)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", save)
     steps = []
 
     def watched(model, batch):
@@ -219,6 +219,14 @@ def test_killed_between_checkpoints_it_goes_back_to_the_last(tmp_path, often, mo
     assert_same(train(tmp_path, watched), undisturbed)
     assert steps[0] == list(range(1, 8)) and len(steps) == TOTAL - 7
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, TOTAL + 1))
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, often, monkeypatch, undisturbed):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    assert_same(train(None, evaluate=lambda model: found.append(1) or {"held_out": 1.0}), undisturbed)
+    assert len(found) == EPOCHS
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_global_randomness_and_where_it_is_logged_change_nothing(tmp_path, monkeypatch, undisturbed):
@@ -341,9 +349,9 @@ def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path, often):
         torch.save(state, path)
         with pytest.raises(UsageError):
             train(tmp_path)
-    loop.remove_checkpoint(tmp_path)
+    checkpoint.remove(tmp_path)
     assert not path.parent.exists()
-    loop.remove_checkpoint(tmp_path)
+    checkpoint.remove(tmp_path)
 
 
 @settings(max_examples=30)

@@ -59,8 +59,8 @@ def lines(folder):
 def often(monkeypatch):
     """A log line and a checkpoint after every step."""
     monkeypatch.setattr(loop, "LOG_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", math.inf)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", math.inf)
 
 
 def told(model, values, patience, seen=None):
@@ -103,6 +103,14 @@ def test_it_ends_where_patience_does_with_the_best_weights(tmp_path, values, pat
     assert found[-1]["best_epoch"] == best
     assert lines(tmp_path)[-1]["step"] == passes * STEPS
     assert any("loss" in line for line in lines(tmp_path))
+
+
+def test_what_is_enough_ends_it_at_once(tmp_path):
+    model, seen = small_model(), []
+    stopping = told(model, [0.1, 0.5, 0.9, 1.0], PASSES, seen)
+    stopping.enough = 0.9
+    fit(tmp_path, model, stopping)
+    assert (len(seen), stopping.best, stopping.best_epoch) == (3, 0.9, 3)
 
 
 VALUES = [0.1, 0.3, 0.2, 0.1, 0.25]

@@ -19,7 +19,7 @@ from ktransfer.cluster.algorithms.lloyd import kmeans
 from ktransfer.cluster.arrays import _tensor_reader, device_reader, frame_of, reader, weighed
 from ktransfer.cluster.engines import choose, device, device_rows, device_steps, engine
 from ktransfer.cluster.engines.device import device_engine
-from ktransfer.cluster.engines.device_rounding import aim, doubt, halve, ratio
+from ktransfer.cluster.engines.device_rounding import doubt, halve, halve_centroids, ratio
 from ktransfer.cluster.engines.engine import Rows, faiss_engine
 from ktransfer.errors import StageError, UsageError
 
@@ -110,7 +110,7 @@ def test_scores_are_never_off_by_more_than_the_doubt(kind, d):
         data[:, 0] *= 1e5
     centroids = data[:30] * np.float32(0.7) + data[30:] * np.float32(0.3)
     origin = torch.from_numpy(data.mean(axis=0))
-    rows, target = halve(torch.from_numpy(data), origin), aim(torch.from_numpy(centroids), origin)
+    rows, target = halve(torch.from_numpy(data), origin), halve_centroids(torch.from_numpy(centroids), origin)
     x, c = data.astype(np.float64) - origin.numpy(), centroids.astype(np.float64) - origin.numpy()
     unit = float(target.unit)
     right = (x @ c.T - (c**2).sum(axis=1) / 2) / unit**2

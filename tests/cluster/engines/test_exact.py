@@ -277,7 +277,7 @@ def test_the_bound_is_one():
     """Projected scores are never below exact ones by more than the doubt that the filter allows."""
     data = decaying(500, 200)
     centroids = np.stack([part.mean(axis=0) for part in np.array_split(data, 40)])
-    target = bounds.aim(centroids)
+    target = bounds.centre(centroids)
     basis = bounds.Basis(target.origin, bounds._leading(target.centred, 24), 1e-6)
     level = LEVELS[-1]
     given = exact._fields(target, level)
@@ -299,7 +299,7 @@ def test_the_bound_is_one():
 @pytest.mark.parametrize("level", LEVELS)
 def test_bounds_of_pairs_are_lower_ones(level):
     data, centroids = decaying(300, 70), decaying(45, 70, seed=1)
-    target = bounds.aim(centroids)
+    target = bounds.centre(centroids)
     fields = exact._fields(target, level)
     width = len(fields["bias"])
     kept = np.empty((300, width), np.uint16)
@@ -510,7 +510,7 @@ def test_engines_by_name(capsys):
 @needs_extension
 def test_no_memory_is_an_error_and_not_a_crash(monkeypatch):
     data = decaying(50, 8)
-    work = exact._fields(bounds.aim(data[:5]), LEVELS[-1]) | {"packed": native.pack(LEVELS[-1], data[:5])}
+    work = exact._fields(bounds.centre(data[:5]), LEVELS[-1]) | {"packed": native.pack(LEVELS[-1], data[:5])}
     work |= {"rows": 50, "x": data, "labels": np.empty(50, np.int32), "d": 2**55}
     with pytest.raises(MemoryError, match="scratch"):
         native.run(LEVELS[-1], 1, native.DENSE, work)

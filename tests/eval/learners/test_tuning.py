@@ -149,8 +149,8 @@ def test_the_phases_share_all_epochs_and_no_more():
 
 
 def test_a_staged_training_takes_as_many_steps_as_it_was_given_epochs(painted, tmp_path, monkeypatch):
-    steps, loss = [], tuning._loss
-    monkeypatch.setattr(tuning, "_loss", lambda *given, **more: steps.append(0) or loss(*given, **more))
+    steps, loss = [], tuning.crop_loss
+    monkeypatch.setattr(tuning, "crop_loss", lambda *given, **more: steps.append(0) or loss(*given, **more))
     start = partial(finetune._start, ARM, 3, 0, None)
     learned(start, finetune.STRATEGIES["staged"], painted, tmp_path, replace(CONFIG, epochs=5))
     assert len(steps) == 5 * 24 // CONFIG.batch
@@ -283,7 +283,7 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
     config = replace(CONFIG, strategy="staged,layerwise", lrs="0.01,0.03", epochs=2)
     parts = painted(27, 0), painted(12, 1)
     expected = finetune.evaluate(ARM, parts, config, tmp_path / "whole", CPU)
-    loss = tuning._loss
+    loss = tuning.crop_loss
     steps = []
 
     def killed(*given, **more):
@@ -292,13 +292,13 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
             raise KeyboardInterrupt
         return loss(*given, **more)
 
-    monkeypatch.setattr(tuning.loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(tuning.loop, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+    monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tuning, "_loss", killed)
+        patch.setattr(tuning, "crop_loss", killed)
         finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU)
     again = []
-    monkeypatch.setattr(tuning, "_loss", lambda *given, **more: again.append(0) or loss(*given, **more))
+    monkeypatch.setattr(tuning, "crop_loss", lambda *given, **more: again.append(0) or loss(*given, **more))
     assert finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU) == expected
     assert len(again) == 3 * 2 * 2 * 2 - (stop - 1)  # batches, epochs, rates and strategies; none twice
 

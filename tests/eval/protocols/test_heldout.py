@@ -63,7 +63,7 @@ def test_labels_are_those_of_assign(run, tmp_path):
 
 
 def test_predictions_are_those_of_the_whole_network_to_centre_squares(run, test_part):
-    told = heldout.predictions(arm_of(run), test_part, CONFIG, CPU)
+    predicted = heldout.predictions(arm_of(run), test_part, CONFIG, CPU)
     weights = run / "retrain" / "model.safetensors"
     network = networks.describe(weights)
     model = networks.load(weights, network).eval()
@@ -75,7 +75,7 @@ def test_predictions_are_those_of_the_whole_network_to_centre_squares(run, test_
         inner = image[..., edge : edge + network.size, edge : edge + network.size]
         with torch.no_grad():
             wanted.append(int(model(networks.normalise(inner, network.normalise)).argmax()))
-    assert told.tolist() == wanted
+    assert predicted.tolist() == wanted
 
 
 def test_the_table(run, capsys):
@@ -128,8 +128,8 @@ def test_labels_of_other_images_have_no_column(run, tmp_path, capsys):
 
 
 def test_shares_by_hand():
-    labels, told = np.array([0, 0, 0, 2, 1, -1, 3]), np.array([0, 0, 1, 2, 1, 4, -1])
-    cells = heldout.compared(labels, told, 8)
+    labels, predicted = np.array([0, 0, 0, 2, 1, -1, 3]), np.array([0, 0, 1, 2, 1, 4, -1])
+    cells = heldout.compared(labels, predicted, 8)
     assert cells["network"]["heldout"] == 4 / 5
     assert cells["most frequent label"]["heldout"] == 3 / 5
     assert cells["chance"] == {"heldout": 1 / 8, "heldout_interval": [1 / 8, 1 / 8]}
@@ -173,11 +173,11 @@ def test_images_that_were_learned_from_are_not_held_out(tmp_path):
     """A folder is learned from, and a list names some of its images for the test."""
     scenes.write_scenes(tmp_path / "s", 12, 48)
     learned, test = (open_dataset(str(tmp_path / "s" / part)) for part in ("train", "val"))
-    assert heldout._seen(learned, test) == 0
+    assert heldout._shared(learned, test) == 0
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"s/train/{key}\n" for key in learned.keys[:4]) + f"s/val/{test.keys[0]}\n")
-    assert heldout._seen(learned, open_dataset(str(listed))) == 4
-    assert heldout._seen(open_dataset(str(listed)), learned) == 4
+    assert heldout._shared(learned, open_dataset(str(listed))) == 4
+    assert heldout._shared(open_dataset(str(listed)), learned) == 4
 
 
 def test_a_run_that_learned_some_of_the_test_images_is_not_asked(run, test_part):

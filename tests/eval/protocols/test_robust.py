@@ -147,7 +147,7 @@ def test_shuffled_labels_stay_at_chance(parts, tmp_path):
 
 
 def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
-    whole = robust._told
+    whole = robust._outcomes
     calls = []
 
     def once(*args):
@@ -158,7 +158,7 @@ def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(robust, "FORWARD_BATCH", 10)
-        patch.setattr(robust, "_told", once)
+        patch.setattr(robust, "_outcomes", once)
         robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
     monkeypatch.setattr(robust, "FORWARD_BATCH", 10)
     again = robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
@@ -190,7 +190,7 @@ def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
             raise BrokenImage("torn")
         return parts[1].read(row, side)
 
-    told, calls = robust._told, []
+    told, calls = robust._outcomes, []
 
     def killed(*args):
         if len(calls) == 2:
@@ -205,7 +205,7 @@ def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
     assert whole["scores"]["clean"]["images"] == 33
     assert [line.split(":")[0] for line in whole["broken"]] == [f"painted2/{row}" for row in sorted(torn)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(robust, "_told", killed)
+        patch.setattr(robust, "_outcomes", killed)
         robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU)
     assert robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU) == whole
     assert calls == [list(range(11)), list(range(11, 22))]

@@ -100,11 +100,11 @@ def test_boxes_that_stay_that_move_and_that_vanish(data):
         assert spread[1] == pytest.approx(by_hand, abs=0.03)
         assert spread[1] > 0.04
         assert np.isinf(spread[2])
-    kept, dropped = box_jitter.steady(predictions, found, 0.03)
+    kept, dropped = box_jitter.without_moving(predictions, found, 0.03)
     assert dropped == 4
     assert [kept[row].labels.tolist() for row in (3, 8, 5)] == [[0], [0], []]
     assert torch.equal(kept[3].boxes, predictions[3].boxes[:1])
-    assert box_jitter.steady(predictions, found, 1.0)[1] == 2
+    assert box_jitter.without_moving(predictions, found, 1.0)[1] == 2
 
 
 def test_a_box_that_ends_at_the_edge_of_its_image_does_not_move(data):

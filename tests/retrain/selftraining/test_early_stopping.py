@@ -87,8 +87,8 @@ def test_killed_it_ends_with_the_same_bytes(made, tmp_path, monkeypatch, where, 
         original(model, killed, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+        patch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+        patch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
         patch.setattr(loop, "fit", fit)
         selftrain(tmp_path / "run", **SMALL, ema=0.5)
     assert contents(selftrain(tmp_path / "run", **SMALL, ema=0.5).parent) == contents(made[0])

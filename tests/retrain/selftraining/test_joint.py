@@ -108,8 +108,8 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, copy, monkeypa
         original(model, killed, *rest, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+        patch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+        patch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
         patch.setattr(loop, "fit", fit)
         selftrain(copy, **options)
     assert (copy / "selftrain" / "joint" / "checkpoint" / "last.pt").is_file()

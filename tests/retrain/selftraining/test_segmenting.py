@@ -155,8 +155,8 @@ def test_a_killed_student_ends_with_the_same_bytes(made, copy, monkeypatch):
         original(model, killed, *rest, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-        patch.setattr(loop, "CHECKPOINT_SHARE", 1e9)
+        patch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+        patch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
         patch.setattr(loop, "fit", fit)
         selftrain(copy, **SMALL)
     assert (folder / "student" / "checkpoint" / "last.pt").is_file()
