@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,32 @@ def test_anchors_are_nine_a_place_and_match_at_one_half():
     assert generator.sizes[0] == (16.0, 16 * 2 ** (1 / 3), 16 * 2 ** (2 / 3))
     matcher = model.proposal_matcher
     assert matcher.high_threshold == matcher.low_threshold == 0.5
+
+
+def overlaps(boxes, anchors):
+    """(m, a) IoU, pair by pair in float64."""
+    found = np.zeros((len(boxes), len(anchors)))
+    for row, box in enumerate(boxes):
+        low, high = np.maximum(anchors[:, :2], box[:2]), np.minimum(anchors[:, 2:], box[2:])
+        both = (high - low).clip(0).prod(axis=1)
+        found[row] = both / ((box[2:] - box[:2]).prod() + (anchors[:, 2:] - anchors[:, :2]).prod(axis=1) - both)
+    return found
+
+
+def test_every_box_has_a_positive_anchor_however_small_it_is():
+    """Those that overlap it by one half, or else the best that there is."""
+    model, _ = made(size=64)
+    boxes = torch.tensor([[3.0, 5, 5, 8], [30, 10, 32.5, 50], [10, 20, 42, 52], [50, 40, 60, 51]])
+    heads, anchors = {}, []
+    model.head.compute_loss = lambda targets, outputs, found, matched: heads.update(matched=matched[0]) or {}
+    model.anchor_generator.register_forward_hook(lambda module, given, found: anchors.append(found[0]))
+    model.train()(torch.zeros(1, 3, 64, 64), [{"boxes": boxes, "labels": torch.zeros(4, dtype=torch.int64)}])
+    found = overlaps(boxes.numpy().astype(np.float64), anchors[0].numpy().astype(np.float64))
+    best = found >= found.max(axis=1, keepdims=True) - 1e-6
+    assert found.max(axis=1).min() < 0.4 and found.max() > 0.6  # of both kinds
+    positive = (found.max(axis=0) >= 0.5) | best.any(axis=0)
+    assert np.array_equal(heads["matched"].numpy() >= 0, positive)
+    assert set(heads["matched"][positive].tolist()) == {0, 1, 2, 3}
 
 
 def test_heads_are_a_function_of_the_seed():
