@@ -10,6 +10,7 @@ docs/testing.md for what is mutated, what is not, and why.
 
 import argparse
 import ast
+import importlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 COPIED = (*ROOMS, "ktransfer", "tests", "recipes", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+ONCE = (  # imported once and not for each mutant
+    "faiss",
+    "h5py",
+    "hypothesis",
+    "PIL.Image",
+    "pytest",
+    "sklearn.linear_model",
+    "torch",
+    "torchvision.models.detection",
+)
 NAMES: dict[str, tuple[str, ...]] = {  # where it is a few functions of the file
     "ktransfer/training/loop.py": ("rate", "sgd", "epoch_batches"),
     "ktransfer/detection/data.py": ("subset", "fraction", "_spread"),
@@ -40,7 +51,7 @@ TESTS = {
     "pretext/permutations.py": "tests/pretext/test_permutations.py",
     "cluster/engines/bounds.py": "tests/cluster/engines/test_exact.py",
     "cluster/algorithms/lloyd.py": "tests/cluster/algorithms/test_lloyd.py",
-    "ktransfer/detection/detectors.py": "tests/detection/test_detectors.py tests/detection/test_losses.py",
+    "ktransfer/detection/detectors.py": "tests/detection/test_detectors.py",
     "ktransfer/detection/losses.py": "tests/detection/test_losses.py",
     "ktransfer/detection/metrics.py": "tests/detection/test_metrics.py",
     "ktransfer/training/loop.py": "tests/training/test_loop.py",
@@ -77,13 +88,12 @@ def unseen(tree: ast.Module) -> list[tuple[int, int, int, int]]:
     return [(n.lineno, n.col_offset, n.end_lineno or 0, n.end_col_offset or 0) for n in kept]
 
 
-def mutants(path: str) -> list[Mutant]:
+def mutants(path: str, source: str) -> list[Mutant]:
     """One mutant for each place of a file that an operator finds, in a random order that is always the same."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.ast.ast_query import ASTQuery
     from cosmic_ray.plugins import get_operator, operator_names
 
-    source = (ROOT / path).read_text(encoding="utf-8")
     still, nodes = unseen(ast.parse(source)), list(ast_nodes(get_ast(source)))
     found = []
     for name in sorted(operator_names()):
@@ -164,16 +174,14 @@ def passes(tests: str, timeout: float, log: str = os.devnull) -> bool:
             process.join()
 
 
-def killed(mutant: Mutant, copy: Path, timeout: float) -> tuple[bool, str]:
-    """Whether a test fails, and the lines that were changed."""
+def killed(mutant: Mutant, target: Path, source: str, timeout: float) -> tuple[bool, str]:
+    """Whether a test fails with `source`, which lies at `target`, changed; and the lines that were changed."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
-    source = (ROOT / mutant.path).read_text(encoding="utf-8")
     changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
     pairs = zip_longest(source.splitlines(), changed.splitlines(), fillvalue="")
     lines = " | ".join(new.strip() for old, new in pairs if old != new)[:200]
-    target = installed(copy, mutant.path)
     target.write_text(changed, encoding="utf-8")
     try:
         return not passes(TESTS[mutant.path], timeout), lines
@@ -189,31 +197,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants")
     parser.add_argument("--again", type=Path, help="the survivors of an earlier run alone")
     options = parser.parse_args()
-    until = time.monotonic() + 60 * options.minutes
-    lists = {path: mutants(path) for path in options.files}
-    if options.again:
-        rows = [json.loads(line) for line in options.again.read_text(encoding="utf-8").splitlines()]
-        lists = {path: [Mutant(*row[:4]) for row in rows if row[0] == path] for path in options.files}
+    again = (
+        [json.loads(line) for line in options.again.read_text(encoding="utf-8").splitlines()] if options.again else []
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    import faiss  # noqa: F401  imported once, not for each mutant
-    import sklearn.linear_model  # noqa: F401
-    import torch
-    import torchvision.models.detection  # noqa: F401
-
-    torch.set_num_threads(1)
-    sys.dont_write_bytecode = True
+    for name in ONCE:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         copy = Path(folder)
         prepare(copy)
         os.chdir(copy)
         sys.path[:] = [str(copy / "site"), *(entry for entry in sys.path if Path(entry) != ROOT / "tests")]
         os.environ["PYTHONPATH"] = str(copy / "site")  # for what tests start themselves
-        return judge(lists, copy, options.out, until)
+        sources = {path: installed(copy, path).read_text(encoding="utf-8") for path in options.files}
+        lists = {path: mutants(path, source) for path, source in sources.items()}
+        if options.again:
+            lists = {path: [Mutant(*row[:4]) for row in again if row[0] == path] for path in options.files}
+        return judge(
+            {path: listed for path, listed in lists.items() if listed}, sources, copy, options.out, 60 * options.minutes
+        )
 
 
-def judge(lists: dict[str, list[Mutant]], copy: Path, out: Path, until: float) -> int:
-    """Test all mutants that time allows; a line for each survivor, and a table in the end."""
+def judge(lists: dict[str, list[Mutant]], sources: dict[str, str], copy: Path, out: Path, seconds: float) -> int:
+    """Test all mutants that so much time allows; a line for each survivor, and a table in the end."""
     limits = {}
     for path in list(lists):
         began = time.monotonic()
@@ -221,12 +229,18 @@ def judge(lists: dict[str, list[Mutant]], copy: Path, out: Path, until: float) -
             print(f"{path}: {TESTS[path]} fails without a mutant, see {out / 'unchanged.txt'}")
             return 1
         limits[path] = 10 + 4 * (time.monotonic() - began)
+        print(f"{path}: {len(lists[path])} mutants, {time.monotonic() - began:.1f} s without one", flush=True)
+    sys.dont_write_bytecode = True
+    for path in lists:  # else what is compiled could be taken for that of a mutant of the same second
+        for compiled in installed(copy, path).parent.glob(f"__pycache__/{Path(path).stem}.*"):
+            compiled.unlink()
+    until = time.monotonic() + seconds
     tried, died = dict.fromkeys(lists, 0), dict.fromkeys(lists, 0)
     with (out / "survived.jsonl").open("w", encoding="utf-8") as survived:
         for mutant in (one for turn in zip_longest(*lists.values()) for one in turn if one):
             if time.monotonic() > until:
                 break
-            dead, lines = killed(mutant, copy, limits[mutant.path])
+            dead, lines = killed(mutant, installed(copy, mutant.path), sources[mutant.path], limits[mutant.path])
             tried[mutant.path] += 1
             died[mutant.path] += dead
             if not dead:
