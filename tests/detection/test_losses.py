@@ -68,6 +68,16 @@ def test_masks_follow_the_boxes():
         losses.truth(data, 96, CPU, masks=True)
 
 
+def test_images_keep_their_scale_unless_another_is_named():
+    data = open_file("scenes:images=24,size=64")
+    model, truth = made()[0].eval(), losses.truth(data, 64, CPU)
+    seen = []
+    model.forward = lambda pixels, targets: seen.append(pixels) or {"loss": pixels.mean()}
+    for scales in ((), ((1.0, 1.0),), ((0.5, 2.0),)):
+        losses.detection_loss(truth, "imagenet", 0, *scales)(model, batch_of(data, 64, torch.arange(4)))
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
 @pytest.mark.parametrize("kind", ["retinanet", "fasterrcnn"])
 def test_images_without_objects_train_too(kind):
     data = open_file("scenes:images=24,size=64")

@@ -72,6 +72,7 @@ def test_coco_numbers_are_those_of_pycocotools(crowds):
     for name in ("AP", "AP50", "AP75", "VOC07"):
         low, high = scores[f"{name}_interval"]
         assert low <= scores[name] <= high and 0.01 < high - low < 0.4
+        assert (low + high) / 2 == pytest.approx(scores[name], abs=1e-6)  # of this measure, and not of its neighbour
 
 
 @pytest.mark.parametrize("packed", [False, True])
