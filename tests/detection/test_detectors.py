@@ -134,6 +134,31 @@ def test_heads_are_a_function_of_the_seed():
     assert not torch.equal(first["backbone.body.conv1.weight"], other["backbone.body.conv1.weight"])
 
 
+def test_settings_reach_the_parts_that_they_are_for():
+    named = {"threshold": 0.11, "overlap": 0.44, "most": 17}
+    retina, _ = made(**named, candidates=77, matched=0.6)
+    assert (retina.score_thresh, retina.nms_thresh, retina.detections_per_img) == (0.11, 0.44, 17)
+    assert retina.topk_candidates == 77 and retina.proposal_matcher.high_threshold == 0.6
+    faster, _ = made("fasterrcnn", neck="p2-p6", **named)
+    heads, proposing = faster.roi_heads, faster.rpn
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.11, 0.44, 17)
+    assert heads.fg_bg_sampler.batch_size_per_image == 32
+    assert proposing._pre_nms_top_n == {"training": 100, "testing": 50}  # in training of twice as many
+    assert proposing._post_nms_top_n == {"training": 50, "testing": 50}
+    for model in (retina, faster):
+        detectors.predicting(model, 0.0, 1.0, 9)
+        place = model if model is retina else model.roi_heads
+        assert (place.score_thresh, place.nms_thresh, place.detections_per_img) == (0.0, 1.0, 9)
+
+
+@pytest.mark.parametrize(("kind", "neck"), [("retinanet", "p3-p7"), ("fasterrcnn", "p2-p6")])
+def test_predictions_lie_all_over_the_canvas_and_not_beyond(kind, neck):
+    model, _ = made(kind, neck=neck, threshold=0.0, overlap=1.0)
+    boxes = model.eval()(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[0]["boxes"]
+    assert boxes.min() >= 0 and boxes.max() <= 64
+    assert (boxes.amax(0)[2:] > 40).all() and (boxes.amin(0)[:2] < 24).all()
+
+
 def test_mask_rcnn_is_built_and_predictions_with_masks():
     model, _ = made("maskrcnn", "gn", "p2-p6")
     target = {

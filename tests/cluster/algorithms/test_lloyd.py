@@ -307,6 +307,14 @@ def test_clusters_that_are_too_small_get_half_of_a_large_one(seed):
     assert found.counts.min() >= 10
 
 
+def test_a_cluster_that_cannot_be_halved_does_not_keep_others_from_it():
+    """Of 11 rows no two clusters of 6 can be made, of 20 three: also where, divided once, they weigh less than 11."""
+    data = np.concatenate([np.linspace(0, 1, 11), np.linspace(50, 60, 20)])[:, None].astype(np.float32)
+    start = np.array([[0.5], [55], [900], [900]], np.float32)
+    found = kmeans(rows_of(data), 4, 1, start=start, min_size=6)
+    assert found.splits == [2]
+
+
 def test_only_dissolving_helps_against_copies():
     # 40 copies of one point, and two rows: no three clusters of ten can be had.
     data = np.concatenate([np.zeros((40, 2)), [[5, 0], [9, 0]]]).astype(np.float32)
