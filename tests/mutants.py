@@ -1,7 +1,7 @@
 """Break the files that matter most in one place after the other, and list what their tests do not notice.
 
     make mutants [MINUTES=30]
-    python tests/mutants.py [--minutes 30] [--out build/mutants] [--again build/mutants/survived.jsonl] [FILE ...]
+    python tests/mutants.py [--minutes 30] [--out runs/mutants] [--again runs/mutants/survived.jsonl] [FILE ...]
 
 cosmic-ray makes the mutants; this script draws them, in an order that is always the same, and runs the tests of each
 file against a copy of the tree that is installed as a wheel is. Nothing is written to the tree but --out. See
@@ -194,7 +194,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="mutants that the tests do not notice")
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutants")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants")
     parser.add_argument("--again", type=Path, help="the survivors of an earlier run alone")
     options = parser.parse_args()
     again = (

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ktransfer import rng
 from ktransfer.data import dataset, scenes
 from ktransfer.detection import data as detection
 from ktransfer.detection import opening
@@ -193,6 +195,13 @@ def test_fractions_have_no_image_twice_and_nest():
     counts = np.bincount([data.objects[row].labels[0] for row in even], minlength=12)
     plain = np.bincount([data.objects[row].labels[0] for row in detection.fraction(data, 0.12, 1)], minlength=12)
     assert len(even) == 24 and counts.std() < plain.std()
+
+
+def test_a_fraction_takes_the_least_words_of_the_seed():
+    data = opening.open_file("scenes:images=50,size=32")
+    words = rng.words(6, "detection/fraction", 0, torch.arange(50), 1)[:, 0].tolist()
+    ranked = sorted(range(50), key=words.__getitem__)
+    assert detection.fraction(data, 0.3, 6).tolist() == sorted(ranked[:15])
 
 
 @pytest.mark.parametrize("share", [0.05, 0.12, 0.5])
