@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,23 @@ def test_anchors_are_nine_a_place_and_match_at_one_half():
     assert generator.sizes[0] == (16.0, 16 * 2 ** (1 / 3), 16 * 2 ** (2 / 3))
     matcher = model.proposal_matcher
     assert matcher.high_threshold == matcher.low_threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "neck", "first"),
+    [
+        ("retinanet", "p3-p7", [16 * 2 ** (place / 3) for place in range(3)]),  # twice the stride of 8, by thirds
+        ("fasterrcnn", "p2-p6", [8]),
+        ("fasterrcnn", "single", [8, 16, 32, 64]),  # an eighth of the canvas to the whole of it
+    ],
+)
+def test_anchors_are_upright_lying_and_square_and_of_one_area(kind, neck, first):
+    model, _ = made(kind, "bn" if neck == "single" else "gn", neck, "alexnet_bn" if neck == "single" else "resnet18")
+    generator = model.anchor_generator if kind == "retinanet" else model.rpn.anchor_generator
+    sides = [tuple(sides) for sides in generator.sizes]
+    assert sides[0] == pytest.approx(first)
+    assert all(later == pytest.approx([2 * side for side in one]) for one, later in itertools.pairwise(sides))
+    assert set(generator.aspect_ratios) == {(0.5, 1.0, 2.0)}
 
 
 def overlaps(boxes, anchors):

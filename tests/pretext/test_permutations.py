@@ -112,6 +112,12 @@ def test_a_written_file_reads_back(tmp_path, default):
     read = permutations.from_file(tmp_path / "p.bin")
     assert read.dtype == np.uint8 and np.array_equal(read, default)
     assert [path.name for path in tmp_path.iterdir()] == ["p.bin"]
+    for tiles in (2, 255):  # bytes hold no more
+        rows = np.stack([np.arange(tiles), np.arange(tiles)[::-1]]).astype(np.uint8)
+        permutations.write(tmp_path / "p.bin", rows)
+        assert np.array_equal(permutations.from_file(tmp_path / "p.bin"), rows)
+        permutations.write(tmp_path / "p.bin", rows[:1])
+        assert np.array_equal(permutations.from_file(tmp_path / "p.bin"), rows[:1])
 
 
 @pytest.mark.parametrize(
