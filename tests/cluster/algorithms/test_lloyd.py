@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 
 from ktransfer.artifacts.features import Features
 from ktransfer.cluster.algorithms.initialisation import random_rows
-from ktransfer.cluster.algorithms.lloyd import assign_rows, kmeans, load_state, save_state
+from ktransfer.cluster.algorithms.lloyd import assign_rows, first_state, kmeans, load_state, save_state
 from ktransfer.cluster.engines import engine
 from ktransfer.cluster.engines.engine import Rows
 from ktransfer.cluster.feature_check import check_features
@@ -339,6 +339,14 @@ def test_a_chain_of_small_clusters_is_dissolved_from_the_smallest():
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(UsageError, match=r"--min-size 7: 60 clusters .* 420 rows, there are 400"):
         kmeans(rows_of(blobs()), 60, 1, min_size=7)
+
+
+def test_centroids_begin_as_they_are_given_and_on_the_sphere_at_length_1():
+    data = blobs(n=30, d=6)
+    np.testing.assert_array_equal(first_state(rows_of(data), data[:4]).centroids, data[:4])
+    state = first_state(rows_of(data), data[:4], spherical=True)
+    np.testing.assert_allclose(state.centroids, unit(data[:4].astype(np.float64)), rtol=1e-6)
+    assert not state.converged and (state.labels < 0).all()
 
 
 def unit(rows):
