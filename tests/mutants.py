@@ -204,6 +204,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutants")
+    parser.add_argument("--skip", type=int, default=0, help="of each file, the first ones: an earlier run tried them")
     parser.add_argument("--again", type=Path, help="the survivors of an earlier run alone")
     options = parser.parse_args()
     again = (
@@ -221,7 +222,7 @@ def main() -> int:
         sys.path[:] = [str(copy / "site"), *(entry for entry in sys.path if Path(entry) != ROOT / "tests")]
         os.environ["PYTHONPATH"] = str(copy / "site")  # for what tests start themselves
         sources = {path: installed(copy, path).read_text(encoding="utf-8") for path in options.files}
-        lists = {path: mutants(path, source) for path, source in sources.items()}
+        lists = {path: mutants(path, source)[options.skip :] for path, source in sources.items()}
         if options.again:
             lists = {path: [Mutant(*row[:4]) for row in again if row[0] == path] for path in options.files}
         return judge(

@@ -37,6 +37,7 @@ def test_targets_follow_the_jitter_and_leave_crowds_out():
     data = subset(data, torch.arange(24).numpy())
     object.__setattr__(data, "objects", (*data.objects[:3], crowd, *data.objects[4:]))
     truth = losses.truth(data, 96, CPU)
+    assert truth.outlines is None
     assert len(truth.boxes[3]) == 0 and torch.equal(truth.boxes[0], torch.from_numpy(data.objects[0].boxes) * 2)
     rows = torch.arange(6)
     jitter = canvas.draw_jitter(rows, truth.extents[rows], 96, 0, 0)
@@ -139,6 +140,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
 def test_what_would_divide_a_batch_is_refused(monkeypatch):
     options = TrainOptions(batch=8, micro_batch=4)
     losses.check_batches(options, "bn", 4)
+    losses.check_batches(TrainOptions(), "syncbn", 8)
     with pytest.raises(UsageError, match=r"--micro-batch 4: .* all 8 images"):
         losses.check_batches(options, "bn", 8)
     config = EvalConfig(batch=8, micro_batch=4)

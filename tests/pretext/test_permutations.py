@@ -102,6 +102,11 @@ def test_summary_agrees_with_counting_pairs():
     assert permutations.summarise(rows[:1]).histogram == {}
 
 
+def test_a_single_permutation_has_no_distances():
+    alone = permutations.summarise(permutations.generate(1))
+    assert (alone.count, alone.min_distance, alone.mean_distance, alone.histogram) == (1, 0, 0.0, {})
+
+
 def test_bytes_have_the_authors_layout():
     rows = np.array([[2, 0, 1], [1, 2, 0]], dtype=np.uint8)
     assert permutations.to_bytes(rows) == struct.pack("<8i", 2, 3, 3, 1, 2, 2, 3, 1)
