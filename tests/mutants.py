@@ -82,7 +82,7 @@ class Mutant(NamedTuple):
 
 
 def unseen(tree: ast.Module) -> list[tuple[int, int, int, int]]:
-    """From where to where nothing is mutated: types, which do nothing, and texts for people."""
+    """From where to where nothing is mutated: types, assertions and `strict`, which guard, and what errors say."""
     found: list[ast.expr | None] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.arg | ast.AnnAssign):
@@ -93,6 +93,8 @@ def unseen(tree: ast.Module) -> list[tuple[int, int, int, int]]:
             found.append(node.exc)
         elif isinstance(node, ast.Assert):
             found.append(node.test)
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            found.append(node.value)
     kept = [node for node in found if node is not None]
     return [(n.lineno, n.col_offset, n.end_lineno or 0, n.end_col_offset or 0) for n in kept]
 
