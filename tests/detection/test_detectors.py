@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 
 from ktransfer.detection import canvas, detectors, losses, trunks
@@ -168,6 +169,14 @@ def test_settings_reach_the_parts_that_they_are_for():
         detectors.predicting(model, 0.0, 1.0, 9)
         place = model if model is retina else model.roi_heads
         assert (place.score_thresh, place.nms_thresh, place.detections_per_img) == (0.0, 1.0, 9)
+
+
+def test_heads_have_the_shapes_of_torchvisions_own():
+    theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).roi_heads
+    trunk = trunks.build(Network("resnet18"), None, "p2-p6", "bn", 0, 256)
+    mine = detectors.build(trunk, 90, 64, Settings(kind="maskrcnn", norm="bn"), 0).roi_heads
+    shapes = [{name: part.shape for name, part in heads.state_dict().items()} for heads in (mine, theirs)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(("kind", "neck"), [("retinanet", "p3-p7"), ("fasterrcnn", "p2-p6")])
