@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-torch check format bench install
+.PHONY: demo test test-all test-torch mutants check format bench install
 
 install: $(READY)
 
@@ -29,6 +29,12 @@ test-all: $(READY)
 test-torch:
 	$(if $(TORCH),,$(error make test-torch needs a version, such as TORCH=2.11))
 	$(MAKE) test VENV=.venv-torch-$(TORCH) PINNED='"torch==$(TORCH).*"'
+
+# Breaks the files that matter most, one place after the other; docs/testing.md holds what survives, and why.
+MINUTES ?= 30
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
+	nice $(BIN)/python tests/mutants.py --minutes $(MINUTES)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -125,7 +125,7 @@ def test_labels_of_a_second_data_set_are_what_retrain_takes(tmp_path, run, folde
 def test_real_images(tmp_path):
     home = os.environ.get("KTRANSFER_DATA")
     if not home or not (Path(home) / "caltech101" / "train").is_dir():
-        pytest.skip("KTRANSFER_DATA names no folder that holds caltech101 (shared/data/unpack makes one)")
+        pytest.skip("KTRANSFER_DATA names no folder that holds caltech101")
     source = Path(home) / "caltech101"
     classes = sorted(path.name for path in (source / "train").iterdir() if path.is_dir())[:4]
     for part, count in (("train", 12), ("val", 3)):

@@ -121,6 +121,18 @@ def test_a_still_jitter_changes_nothing_and_a_flip_mirrors():
     assert gone.tolist() == [[0, 0, 0.5, 16]] and not left.any()
 
 
+@pytest.mark.parametrize("sides", [(32.0, 20.0), (20.0, 32.0), (32.0, 32.0)])
+def test_padding_does_not_bleed_into_the_image(sides):
+    """An image of one colour keeps it up to its last pixel, however it is scaled, cropped and mirrored."""
+    count = 200
+    extents = torch.tensor([sides]).expand(count, 2)
+    pixels = canvas.inside(extents, 32) * torch.tensor(200, dtype=torch.uint8).expand(count, 3, 32, 32)
+    jitter = canvas.draw_jitter(torch.arange(count), extents, 32, 0, 0, (0.5, 2.0))
+    moved = canvas.move_pixels(pixels, jitter)
+    image = canvas.inside(jitter.moved_extents(), 32).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(moved[image], torch.full_like(moved[image], 200), atol=1e-2, rtol=0)
+
+
 def test_padding_is_zero_and_does_not_shift_the_statistics():
     extents = torch.tensor([[32.0, 20.0]])
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

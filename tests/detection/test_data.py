@@ -1,11 +1,14 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ktransfer import rng
 from ktransfer.data import dataset, scenes
 from ktransfer.detection import data as detection
 from ktransfer.detection import opening
@@ -192,6 +195,43 @@ def test_fractions_have_no_image_twice_and_nest():
     counts = np.bincount([data.objects[row].labels[0] for row in even], minlength=12)
     plain = np.bincount([data.objects[row].labels[0] for row in detection.fraction(data, 0.12, 1)], minlength=12)
     assert len(even) == 24 and counts.std() < plain.std()
+
+
+def test_a_fraction_takes_the_least_words_of_the_seed():
+    data = opening.open_file("scenes:images=50,size=32")
+    words = rng.words(6, "detection/fraction", 0, torch.arange(50), 1)[:, 0].tolist()
+    ranked = sorted(range(50), key=words.__getitem__)
+    assert detection.fraction(data, 0.3, 6).tolist() == sorted(ranked[:15])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.5])
+def test_a_stratified_fraction_has_its_share_of_every_class(share):
+    """Of the images by their rarest class, up to the one image that a share cannot be exact by."""
+    data = opening.open_file("scenes:images=200,size=32")
+    times = np.bincount(np.concatenate([one.labels for one in data.objects]))
+    rarest = np.array([min(one.labels, key=lambda label: times[label], default=-1) for one in data.objects])
+    chosen = rarest[detection.fraction(data, share, 1, stratified=True)]
+    for group in set(rarest.tolist()):
+        assert abs((chosen == group).sum() - share * (rarest == group).sum()) <= 1
+
+
+def test_the_least_fraction_is_one_image():
+    data = opening.open_file("scenes:images=50,size=32")
+    assert [len(detection.fraction(data, share, 0)) for share in (1e-6, 0.02, 0.031)] == [1, 1, 2]
+
+
+def test_a_subset_reads_its_own_images():
+    data = opening.open_file("scenes:images=20,size=32")
+    plain = detection.subset(data, np.array([7, 3]))
+    bare = detection.subset(replace(data, short_side=None, reader=None), np.array([7]))
+    assert bare.short_side is bare.reader is bare.label_map is None and plain.keys == (data.keys[7], data.keys[3])
+    named = {name: lambda row: row for name in ("label_map", "short_side", "reader")}
+    mapped = detection.subset(replace(data, **named), np.array([7, 3]))
+    assert all([getattr(mapped, name)(row) for row in (0, 1)] == [7, 3] for name in named)
+    for row, whole in enumerate((7, 3)):
+        np.testing.assert_array_equal(mapped.read(row, None), data.read(whole, None))
+        assert mapped.objects[row] is data.objects[whole] and mapped.ids[row] == data.ids[whole]
+    assert len({plain.fingerprint, data.fingerprint, detection.subset(data, np.array([3, 7])).fingerprint}) == 3
 
 
 def test_id_lists_come_back(tmp_path):

@@ -37,6 +37,7 @@ def test_targets_follow_the_jitter_and_leave_crowds_out():
     data = subset(data, torch.arange(24).numpy())
     object.__setattr__(data, "objects", (*data.objects[:3], crowd, *data.objects[4:]))
     truth = losses.truth(data, 96, CPU)
+    assert truth.outlines is None
     assert len(truth.boxes[3]) == 0 and torch.equal(truth.boxes[0], torch.from_numpy(data.objects[0].boxes) * 2)
     rows = torch.arange(6)
     jitter = canvas.draw_jitter(rows, truth.extents[rows], 96, 0, 0)
@@ -66,6 +67,16 @@ def test_masks_follow_the_boxes():
     object.__setattr__(data, "objects", (*data.objects[:2], boxes, *data.objects[3:]))
     with pytest.raises(UsageError, match="an object without polygons"):
         losses.truth(data, 96, CPU, masks=True)
+
+
+def test_images_keep_their_scale_unless_another_is_named():
+    data = open_file("scenes:images=24,size=64")
+    model, truth = made()[0].eval(), losses.truth(data, 64, CPU)
+    seen = []
+    model.forward = lambda pixels, targets: seen.append(pixels) or {"loss": pixels.mean()}
+    for scales in ((), ((1.0, 1.0),), ((0.5, 2.0),)):
+        losses.detection_loss(truth, "imagenet", 0, *scales)(model, batch_of(data, 64, torch.arange(4)))
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
 @pytest.mark.parametrize("kind", ["retinanet", "fasterrcnn"])

@@ -72,6 +72,7 @@ def test_coco_numbers_are_those_of_pycocotools(crowds):
     for name in ("AP", "AP50", "AP75", "VOC07"):
         low, high = scores[f"{name}_interval"]
         assert low <= scores[name] <= high and 0.01 < high - low < 0.4
+        assert (low + high) / 2 == pytest.approx(scores[name], abs=1e-6)  # of this measure, and not of its neighbour
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -175,6 +176,36 @@ def test_difficult_objects_are_neither_right_nor_wrong():
     found = prediction([[0.0, 0, 10, 10, 0.9], [0.0, 0, 10, 9, 0.8], [20.0, 20, 30, 30, 0.7]])
     scores = metrics.scores(data, found, 0)
     assert scores["VOC07"] == 1.0 and scores["AP50"] == pytest.approx(1.0)
+
+
+def test_voc_of_a_class_is_that_of_all_images():
+    data, found = noisy(open_file("scenes:images=60,size=96"))
+    scores = metrics.scores(data, found, 0)
+    matched = metrics.match_all(data, found, [0.5], voc=True)
+    alone = {name: metrics.precision(one, np.ones((1, 60)), metrics.VOC_RECALLS) for name, one in matched.items()}
+    assert scores["classes"] == {name: pytest.approx(float(one[0, 0])) for name, one in alone.items()}
+    assert scores["VOC07"] == pytest.approx(np.mean(list(scores["classes"].values())))
+
+
+def test_the_outline_of_an_object_without_one_is_its_box():
+    data = scene([[2, 3, 12, 9], [20, 30, 40, 33]])
+    for note, (x0, y0, x1, y1) in zip(
+        metrics.coco_truth(data, [0], masks=True)["annotations"], data.objects[0].boxes.astype(int), strict=True
+    ):
+        whole = np.zeros((96, 96), bool)
+        whole[y0:y1, x0:x1] = True
+        np.testing.assert_array_equal(masks.filled(note["segmentation"], (96, 96)), whole)
+
+
+@pytest.mark.parametrize("voc", [True, False])
+def test_overlaps_know_no_unit(voc):
+    """Whole images as small as a pixel give the same hits."""
+    data, found = noisy(open_file("scenes:images=40,size=96"), crowds=True)
+    small = [one._replace(boxes=one.boxes / 128) for one in data.objects]
+    shrunk = {row: one._replace(boxes=one.boxes / 128) for row, one in found.items()}
+    wanted = metrics.match_all(data, found, metrics.COCO_IOUS, voc)
+    for name, one in metrics.match_all(replace(data, objects=tuple(small)), shrunk, metrics.COCO_IOUS, voc).items():
+        assert all(np.array_equal(mine, theirs) for mine, theirs in zip(one, wanted[name], strict=True))
 
 
 def test_voc_takes_the_largest_overlap_and_coco_what_is_left():

@@ -124,6 +124,21 @@ def test_an_image_is_augmented_alike_beside_images_of_many_boxes(strength):
     assert 10 < (none.pixels != whole.pixels).flatten(1).any(1).sum() < 100  # single boxes were changed
 
 
+def test_a_box_is_changed_by_itself_a_third_as_often_as_its_operation_is_drawn():
+    """AutoAugment's rule for operations on boxes; of five policies two have one, with probabilities 0.2 and 0.6."""
+    count = 4000
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).byte()
+    kept = torch.ones(count, 1, dtype=torch.bool)
+    given = Boxed(pixels, torch.full((count, 2), 32.0), torch.tensor([[[4.0, 4, 28, 28]]]).repeat(count, 1, 1), kept)
+    rows = torch.arange(count)
+    with_boxes = augment(given, "S2", rows, 1, 0)[0].pixels
+    without = augment(given._replace(kept=~kept), "S2", rows, 1, 0)[0].pixels
+    changed = float((with_boxes != without).flatten(1).any(1).float().mean())
+    expected = (0.2 + 0.6) / 5 / 3
+    assert abs(changed - expected) < 4 * (expected / count) ** 0.5
+
+
 @pytest.mark.parametrize("strength", list(STRENGTHS))
 def test_pixels_are_finished_as_they_would_be_later(strength):
     given, rows = batch(), torch.arange(24)

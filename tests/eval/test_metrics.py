@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from ktransfer import rng
 from ktransfer.eval.metrics import _weighted_ap, mean_ap, voc_ap, voc_map
 
 
@@ -64,6 +66,15 @@ def test_weights_are_repetitions():
     repeated = [voc_ap(np.repeat(scores, row), np.repeat(wanted, row)) for row in weights]
     np.testing.assert_allclose(_weighted_ap(scores, wanted, weights), repeated)
     assert np.isnan(_weighted_ap(scores, wanted, np.where(wanted == 1, 0, weights))).all()
+
+
+def test_the_interval_is_that_of_images_repeated_as_they_are_drawn():
+    draws = np.random.default_rng(4)
+    scores, tags = draws.random((40, 3)), draws.integers(-1, 2, (40, 3))
+    drawn = rng.integers(7, "eval/bootstrap", 0, torch.arange(81), 40, 40).numpy()
+    values = sorted(mean_ap(scores[rows], tags[rows]) for rows in drawn)
+    low, high = voc_map(scores, tags, 7, 81)["map_interval"]
+    assert low == pytest.approx(values[2]) and high == pytest.approx(values[78])  # 2.5 % of 80 steps from either end
 
 
 def test_the_interval_holds_the_mean_shrinks_with_images_and_follows_the_seed():

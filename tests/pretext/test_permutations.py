@@ -102,6 +102,11 @@ def test_summary_agrees_with_counting_pairs():
     assert permutations.summarise(rows[:1]).histogram == {}
 
 
+def test_a_single_permutation_has_no_distances():
+    alone = permutations.summarise(permutations.generate(1))
+    assert (alone.count, alone.min_distance, alone.mean_distance, alone.histogram) == (1, 0, 0.0, {})
+
+
 def test_bytes_have_the_authors_layout():
     rows = np.array([[2, 0, 1], [1, 2, 0]], dtype=np.uint8)
     assert permutations.to_bytes(rows) == struct.pack("<8i", 2, 3, 3, 1, 2, 2, 3, 1)
@@ -112,6 +117,12 @@ def test_a_written_file_reads_back(tmp_path, default):
     read = permutations.from_file(tmp_path / "p.bin")
     assert read.dtype == np.uint8 and np.array_equal(read, default)
     assert [path.name for path in tmp_path.iterdir()] == ["p.bin"]
+    for tiles in (2, 255):  # bytes hold no more
+        rows = np.stack([np.arange(tiles), np.arange(tiles)[::-1]]).astype(np.uint8)
+        permutations.write(tmp_path / "p.bin", rows)
+        assert np.array_equal(permutations.from_file(tmp_path / "p.bin"), rows)
+        permutations.write(tmp_path / "p.bin", rows[:1])
+        assert np.array_equal(permutations.from_file(tmp_path / "p.bin"), rows[:1])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import vgg16
 
-from ktransfer import networks
+from ktransfer import networks, rng
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
@@ -229,6 +229,19 @@ def test_a_broken_image_makes_no_puzzle_lends_no_tiles_and_changes_no_other():
     for place, row in enumerate(kept):
         assert torch.equal(left.tiles[place], whole.tiles[row]) == (row != number - 1)
     assert not left.occluded[number - 1].any()
+
+
+@pytest.mark.parametrize(("images", "limit", "share", "held"), [
+    (40, 0, 0.0, 0), (40, 0, 0.1, 4), (40, 0, 0.12, 5), (40, 30, 0.1, 3), (40, 50, 0.5, 20),
+    (40, 0, 0.01, 2), (4, 0, 0.9, 2), (3, 0, 0.5, 1),
+])  # fmt: skip
+def test_images_are_split_by_the_words_of_the_seed(images, limit, share, held):
+    """Two are held out at least, as many of them as leave two to train on."""
+    config = PretextConfig(seed=5, limit=limit, held_out=share)
+    rows, tested = stage._split(range(images), config)
+    order = rng.words(5, "pretext/split", 0, torch.arange(images), 1)[:, 0].tolist()
+    ranked = sorted(range(images), key=order.__getitem__)[: limit or images]
+    assert tested.tolist() == ranked[:held] and rows.tolist() == ranked[held:]
 
 
 def test_held_out_accuracy_is_counted_by_occluded_tiles():

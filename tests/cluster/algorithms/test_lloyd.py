@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 
 from ktransfer.artifacts.features import Features
 from ktransfer.cluster.algorithms.initialisation import random_rows
-from ktransfer.cluster.algorithms.lloyd import assign_rows, kmeans, load_state, save_state
+from ktransfer.cluster.algorithms.lloyd import assign_rows, first_state, kmeans, load_state, save_state
 from ktransfer.cluster.engines import engine
 from ktransfer.cluster.engines.engine import Rows
 from ktransfer.cluster.feature_check import check_features
@@ -190,7 +190,7 @@ def test_what_cannot_be_split_stays_empty():
     found = kmeans(rows_of(data), 3, 5, start=np.array([[0, 0], [5, 5], [90, 90]], np.float32))
     assert found.counts.tolist() == [8, 8, 0]
     assert (found.empties, found.splits) == ([1, 1], [0, 0])
-    assert np.isfinite(found.centroids).all()
+    np.testing.assert_array_equal(found.centroids, [[0, 0], [5, 5], [90, 90]])
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
@@ -307,6 +307,14 @@ def test_clusters_that_are_too_small_get_half_of_a_large_one(seed):
     assert found.counts.min() >= 10
 
 
+def test_a_cluster_that_cannot_be_halved_does_not_keep_others_from_it():
+    """Of 11 rows no two clusters of 6 can be made, of 20 three: also where, divided once, they weigh less than 11."""
+    data = np.concatenate([np.linspace(0, 1, 11), np.linspace(50, 60, 20)])[:, None].astype(np.float32)
+    start = np.array([[0.5], [55], [900], [900]], np.float32)
+    found = kmeans(rows_of(data), 4, 1, start=start, min_size=6)
+    assert found.splits == [2]
+
+
 def test_only_dissolving_helps_against_copies():
     # 40 copies of one point, and two rows: no three clusters of ten can be had.
     data = np.concatenate([np.zeros((40, 2)), [[5, 0], [9, 0]]]).astype(np.float32)
@@ -331,6 +339,14 @@ def test_a_chain_of_small_clusters_is_dissolved_from_the_smallest():
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(UsageError, match=r"--min-size 7: 60 clusters .* 420 rows, there are 400"):
         kmeans(rows_of(blobs()), 60, 1, min_size=7)
+
+
+def test_centroids_begin_as_they_are_given_and_on_the_sphere_at_length_1():
+    data = blobs(n=30, d=6)
+    np.testing.assert_array_equal(first_state(rows_of(data), data[:4]).centroids, data[:4])
+    state = first_state(rows_of(data), data[:4], spherical=True)
+    np.testing.assert_allclose(state.centroids, unit(data[:4].astype(np.float64)), rtol=1e-6)
+    assert not state.converged and (state.labels == -1).all()  # of no cluster
 
 
 def unit(rows):

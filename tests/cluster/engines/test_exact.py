@@ -468,6 +468,29 @@ def test_near_ties_are_decided_in_float64(variant):
     assert len(np.unique(labels >= 20)) == 2
 
 
+@pytest.mark.parametrize("kind", ["products", "directions", "pairs"])
+@pytest.mark.parametrize("variant", [one for one in VARIANTS if "float16" not in one and "device" not in one], ids=str)
+def test_scores_are_never_off_by_more_than_the_doubt(variant, kind, monkeypatch):
+    """Rows on the plane between their two nearest centroids: their own rounding decides, that of scores must not."""
+    monkeypatch.setattr(engine, "BLOCK_NUMBERS", 2**20)
+    if kind != "products":
+        forced_bounds(monkeypatch, *((4,) if kind == "directions" else ()))
+    monkeypatch.setattr(bounds, "FEW_COLUMNS", 0)
+    rng = np.random.default_rng(0)
+    for d in (1, 2, 3, 8, 40):
+        centroids = rng.normal(size=(12, d)).astype(np.float32)
+        first, second = rng.integers(0, 12, (2, 20000))
+        middles = (centroids[first].astype(np.float64) + centroids[second]) / 2
+        apart = (centroids[first] - centroids[second]).astype(np.float64)
+        aside = rng.normal(size=middles.shape) * 0.1
+        along = np.einsum("ij,ij->i", aside, apart) / np.maximum(np.einsum("ij,ij->i", apart, apart), 1e-9)
+        data = (middles + aside - along[:, None] * apart).astype(np.float32)
+        scan, rows = made(variant).scan, rows_of(data)
+        for _ in range(2):  # of pairs, bounds are kept by the first pass
+            labels = scan(rows, centroids, lambda done: None).labels
+            np.testing.assert_array_equal(labels, nearest64(data, centroids)[0])
+
+
 def test_without_the_extension_a_dense_product_stands_in(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     native.library.cache_clear()

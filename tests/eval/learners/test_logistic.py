@@ -75,6 +75,7 @@ def test_decays():
 def test_folds_share_every_class_evenly():
     labels = np.repeat([0, 1, 2, 3], [9, 7, 1, 1])
     folds = stratified_folds(labels, 3, 0, "test")
+    assert set(folds.tolist()) == {0, 1, 2}
     for label in range(4):
         sizes = np.bincount(folds[labels == label], minlength=3)
         assert sizes.max() - sizes.min() <= 1

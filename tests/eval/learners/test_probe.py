@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
+from ktransfer import rng as draws
 from ktransfer.artifacts.features import Features
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import Layer, Views
@@ -226,6 +227,14 @@ def test_hold_out_is_a_partition_and_pure(count, seed):
     again = hold_out(count, 0.1, seed)
     assert learning.equal(again[0])
     assert held.equal(again[1])
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.1, 2), (0.13, 3), (0.01, 1)])
+def test_hold_out_takes_the_least_words_of_the_seed(share, held):
+    words = draws.words(6, "eval/hold-out", 0, torch.arange(20), 1)[:, 0].tolist()
+    ranked = sorted(range(20), key=words.__getitem__)
+    learning, chosen = hold_out(20, share, 6)
+    assert chosen.tolist() == ranked[:held] and learning.tolist() == ranked[held:]
 
 
 def test_hold_out_depends_on_the_seed_and_mixes():

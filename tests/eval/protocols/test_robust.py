@@ -129,6 +129,21 @@ def test_the_test_part_is_read_once_and_only_what_was_drawn(parts, tmp_path):
     assert set(others) != set(rows)
 
 
+def test_the_margin_of_an_image_is_not_looked_at(parts, found, tmp_path):
+    """Of squares of 40 pixels a network of 35 sees the centre; what stands in the 2 pixels around it is nothing."""
+
+    def framed(part):
+        def read(row, side):
+            pixels = np.full((40, 40, 3), 255 * (row % 2), np.uint8)
+            pixels[2:-2, 2:-2] = part.read(row, side)[2:-2, 2:-2]
+            return pixels
+
+        return replace(part, read=read)
+
+    again = robust.evaluate(ARM, tuple(framed(part) for part in parts), CONFIG, tmp_path / "work", CPU)
+    assert again == found
+
+
 def test_labels_of_the_test_part_choose_nothing(parts, found, tmp_path):
     """With the test labels moved by one, every right prediction becomes wrong, and what was chosen stays."""
     moved = replace(parts[1], targets=((parts[1].targets + 1) % 3).astype(np.int32))

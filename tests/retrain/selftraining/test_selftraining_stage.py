@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import SELFTRAIN
 
@@ -79,6 +80,17 @@ def test_every_parameter_of_a_fresh_detector_moves(made):
         state = load_file(made / "selftrain" / name / "model.safetensors")
         still = [key for key, value in fresh.items() if torch.equal(state[key], value.detach())]
         assert still == []
+
+
+def test_the_student_sees_other_crops_than_its_teacher(made):
+    """The same labelled images, augmented by draws of its own: else it would see what its teacher has learned by."""
+    teacher, student = (
+        np.asarray(Image.open(made / "selftrain" / name / "augmented.png")) for name in ("teacher", "student")
+    )
+    assert teacher.shape == student.shape
+    rows = (teacher == student)[4:].reshape(6, -1)  # twice: images as they are, in epoch 0, in epoch 1
+    assert rows[[0, 3]].all()
+    assert rows[[1, 2, 4, 5]].mean(axis=1).max() < 0.7
 
 
 @pytest.mark.parametrize("where", ["teacher", "student"])
