@@ -40,7 +40,8 @@ def generate(count: int = 701, min_distance: int = 3, seed: int = 0, tiles: int 
         UsageError: an argument out of range, or no further permutation keeps the distance (says how many did).
     """
     _check(count, min_distance, seed, tiles)
-    ordered = np.array(list(itertools.permutations(range(tiles))), dtype=np.uint8)[1:]  # the first is identity
+    every = itertools.chain.from_iterable(itertools.permutations(range(tiles)))
+    ordered = np.fromiter(every, np.uint8).reshape(-1, tiles)[1:]  # the first is identity
     candidates = ordered[np.random.Philox(key=seed).random_raw(len(ordered)).argsort(kind="stable")]
     columns = np.ascontiguousarray(candidates.T)
     score = np.zeros(len(candidates), dtype=np.int32)
