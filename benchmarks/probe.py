@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import GRIDS
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all numbers here")
     options = parser.parse_args()
-    parts = open_parts(f"scenes:images={options.images},size={options.size}")
+    parts = open_splits(f"scenes:images={options.images},size={options.size}")
     arm = Arm("random", Network("alexnet", size=options.size * 7 // 8 // 8 * 8), None)
     base = EvalConfig(epochs=options.epochs, batch=64, weight_decay=1e-4, lrs="0.0003,0.001,0.003,0.01")
     names = list(GRIDS)

@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
     protocol: str
     config: EvalConfig
-    parts: Any
+    splits: Any
     settings: Settings
     """Those of `config` that this protocol reads."""
 
@@ -50,7 +50,7 @@ class Evaluation(NamedTuple):
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled images, by part, and of the list of those whose labels are used."""
-        found = {name: part.fingerprint for name, part in zip(("train", "test"), self.parts, strict=False)}
+        found = {name: split.fingerprint for name, split in zip(("train", "test"), self.splits, strict=False)}
         if self.protocol == "lowshot" and self.config.subset:
             found["subset"] = files.sha256(Path(self.config.subset))
         return found
@@ -85,7 +85,7 @@ def carry_out(plan: EvalPlan) -> dict[str, Path]:
 
 
 def _evaluate(run: Path, evaluating: Evaluation) -> Path:
-    name, config, parts, settings = evaluating
+    name, config, splits, settings = evaluating
     protocol = evaluating.module()
     device = choose_device(config)
     if config.supervised:
@@ -94,7 +94,7 @@ def _evaluate(run: Path, evaluating: Evaluation) -> Path:
     if hasattr(protocol, "check_arms"):  # weights that the line has made since it was planned
         protocol.check_arms(arms, config)
     inputs = evaluating.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
-    inputs |= protocol.inputs(arms, parts, config) if hasattr(protocol, "inputs") else {}
+    inputs |= protocol.inputs(arms, splits, config) if hasattr(protocol, "inputs") else {}
     names = [f"{name}.json", f"{name}.csv", f"{name}.md"]
     with begin(
         run, "eval", name, settings, inputs, [*names, name, f"work-{name}"], config.overwrite, str(device)
@@ -109,8 +109,8 @@ def _evaluate(run: Path, evaluating: Evaluation) -> Path:
             "protocol": f"{protocol.PROTOCOL} {config.preset}" if _other_preset(evaluating) else protocol.PROTOCOL,
             "title": protocol.TITLE,
             "measures": protocol.MEASURES,
-            "data": {"train": len(parts[0]), "test": len(parts[1]), "classes": len(parts[0].classes)},
-            "chance": _chance(parts),
+            "data": {"train": len(splits[0]), "test": len(splits[1]), "classes": len(splits[0].classes)},
+            "chance": _chance(splits),
             "command": _command(run, evaluating),
             "settings": result_settings(settings),
             "inputs": inputs,
@@ -164,10 +164,10 @@ def _other_preset(evaluating: Evaluation) -> bool:
     return evaluating.protocol == "linear" and evaluating.config.preset != "zhang"
 
 
-def _chance(parts: Any) -> float:
+def _chance(splits: Any) -> float:
     """What guessing reaches: one class of all; of several labels an image, the share of images that have one."""
-    if (tags := getattr(parts[1], "tags", None)) is None:
-        return 1 / len(parts[0].classes)
+    if (tags := getattr(splits[1], "tags", None)) is None:
+        return 1 / len(splits[0].classes)
     return float((tags == 1).sum() / (tags >= 0).sum())
 
 
@@ -179,7 +179,7 @@ def _evaluated(
     kept = place.with_name(f"{place.name}.json")
     if not kept.is_file():
         config = replace(evaluating.config, seed=evaluating.config.seed + repetition)
-        files.write_json(kept, protocol.evaluate(arm, evaluating.parts, config, place, device))
+        files.write_json(kept, protocol.evaluate(arm, evaluating.splits, config, place, device))
     files.remove(place)  # not before: killed in between, the whole network would be evaluated again
     found: dict[str, Any] = files.read_json(kept)
     return found
@@ -209,16 +209,16 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
         spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
         if not spec:
             raise UsageError("eval: no labelled images given; name a root with train/ and val/ with --labelled")
-        parts = protocols.open_data(name, spec)
+        splits = protocols.open_data(name, spec)
         if as_it_is:
             config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
-            trained_detectors.check(run, config, parts, learned, before)
-            found.append(Evaluation(name, config, parts, chosen_settings(config, trained_detectors.READ)))
+            trained_detectors.check(run, config, splits, learned, before)
+            found.append(Evaluation(name, config, splits, chosen_settings(config, trained_detectors.READ)))
         else:
             network = coming or networks.describe(final_network(run))
-            config = _resolved(replace(given, protocol=name, labelled=spec), network, parts)
-            _check_protocol(name, run, config, parts, coming)
-            found.append(Evaluation(name, config, parts, settings_of(config, name)))
+            config = _resolved(replace(given, protocol=name, labelled=spec), network, splits)
+            _check_protocol(name, run, config, splits, coming)
+            found.append(Evaluation(name, config, splits, settings_of(config, name)))
     if given.supervised:
         supervised.check(run, coming or networks.describe(final_network(run)), [one.config for one in found])
     final = "retrain" if latest(before, "retrain") or read_record(run, "retrain", "retrain") else "pretext"
@@ -235,20 +235,20 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
     )
 
 
-def _resolved(config: EvalConfig, network: Network, parts: Any) -> EvalConfig:
+def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:
     """The settings of one protocol, for the run's own network as it was trained."""
     size, stride = network.size, network.stride
     if network.task in PRETEXT:
-        size, stride = min(224, typical_short_side(parts[0]) * 7 // 8 // 8 * 8), 4
+        size, stride = min(224, typical_short_side(splits[0]) * 7 // 8 // 8 * 8), 4
     found_out = {"size": config.size or size, "stride": config.stride or stride}
     return replace(config, **(found_out | own_settings(config, config.protocol)))
 
 
-def _check_protocol(name: str, run: Path, config: EvalConfig, parts: Any, coming: Network | None) -> None:
+def _check_protocol(name: str, run: Path, config: EvalConfig, splits: Any, coming: Network | None) -> None:
     """What the protocol itself finds wrong before the work."""
     arms = find_arms(run, config, coming)
     protocol = protocols.load(name)
-    protocol.check([arm.network for arm in arms], parts, config, run)
+    protocol.check([arm.network for arm in arms], splits, config, run)
     if hasattr(protocol, "check_arms"):
         protocol.check_arms(arms, config)
 

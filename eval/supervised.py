@@ -1,4 +1,4 @@
-"""The arm that learns the true labels: the same architecture, trained from scratch on the labelled training part.
+"""The arm that learns the true labels: the same architecture, trained from scratch on the labelled training split.
 
 Its recipe is that of `retrain --labels classes` (random parts of an image of 0.08 of its area at least, mirrored half
 the time; SGD 0.01 with momentum 0.9, weight decay 5e-4, batches of 256, a warm-up over 5 % of the steps and a cosine;
@@ -17,7 +17,7 @@ from ktransfer import networks
 from ktransfer.config import option
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import readable
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import UsageError
 from ktransfer.networks import TRUNKS, Network
 from ktransfer.progress import say
@@ -108,7 +108,7 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
 def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dict[str, str], Network]:
     """The images, the recipe, the inputs of the step, and what is trained, for the run's own network."""
     assert config.labelled is not None
-    data, _ = open_parts(config.labelled)
+    data, _ = open_splits(config.labelled)
     evaluated = resized(network, config.size, config.stride)
     shared = {name: getattr(config, name) for name in SHARED}
     look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size")}
@@ -119,13 +119,13 @@ def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dic
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:
-    part = Labelled(data, network, recipe, device)
-    rows = readable(part.images, torch.arange(len(data)), recipe.max_broken)
+    split = Labelled(data, network, recipe, device)
+    rows = readable(split.images, torch.arange(len(data)), recipe.max_broken)
     model = with_classes(network, len(data.classes), recipe.seed, "eval/supervised")
     loss = partial(
-        crop_loss, train=part, network=network, seed=recipe.seed, purpose="eval/supervised", smallest=recipe.crop
+        crop_loss, train=split, network=network, seed=recipe.seed, purpose="eval/supervised", smallest=recipe.crop
     )
     batches = partial(loop.epoch_batches, rows, recipe.batch, recipe.seed)
-    loop.fit(model, loss, part.images, batches, recipe, weights.parent, device, SUPERVISED)
+    loop.fit(model, loss, split.images, batches, recipe, weights.parent, device, SUPERVISED)
     networks.save(weights, model.state_dict(), network)
-    return part.broken()
+    return split.broken()

@@ -20,11 +20,11 @@ from ..result import Result, result_of
 from .maps import Frozen, Layer, choose_layers, frozen_maps
 
 EvaluateLayer = Callable[[Frozen, Frozen, Layer], dict[str, Any]]
-"""(training part, test part, layer) -> one cell of `Result.scores`."""
+"""(training split, test split, layer) -> one cell of `Result.scores`."""
 
 
 def check_frozen(
-    evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path, last: bool = False
+    evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path, last: bool = False
 ) -> None:
     """Find wrong layers, and how much disk the vectors of one network need.
 
@@ -33,13 +33,13 @@ def check_frozen(
     """
     for network in evaluated:
         layers = _layers(networks.build(network, 0, "check"), network, config, last)
-        rows = sum(len(part) for part in parts)
+        rows = sum(len(split) for split in splits)
         need_disk(run, layers[-1].stop * rows * (2 if config.dtype == "float16" else 4), "eval")
 
 
 def evaluate_layers(
     arm: Arm,
-    parts: tuple[Dataset, Dataset],
+    splits: tuple[Dataset, Dataset],
     config: EvalConfig,
     folder: Path,
     device: torch.device,
@@ -53,7 +53,7 @@ def evaluate_layers(
         last: the last layer alone, where `--layers` does not name others.
     """
     layers = _layers(model_of(arm, config.seed), arm.network, config, last)
-    train, test = frozen_maps(arm, parts, config, folder, device, layers)
+    train, test = frozen_maps(arm, splits, config, folder, device, layers)
     found: dict[str, Any] = {}
     for layer in layers:
         kept = folder / f"{layer.name}.json"
@@ -63,9 +63,9 @@ def evaluate_layers(
     return result_of(arm.network, found, train.broken + test.broken)
 
 
-def labels_of(part: Frozen) -> NDArray[np.int64]:
+def labels_of(split: Frozen) -> NDArray[np.int64]:
     """(m,) classes of the images that are not broken."""
-    return part.features.targets[part.features.valid].astype(np.int64)
+    return split.features.targets[split.features.valid].astype(np.int64)
 
 
 def _layers(model: torch.nn.Module, network: Network, config: EvalConfig, last: bool) -> list[Layer]:

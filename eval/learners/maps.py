@@ -18,7 +18,7 @@ from ktransfer.config import nearest
 from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.loader import ImageLoader, reasons
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.data.ordered import ordered_map
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
@@ -105,7 +105,7 @@ def choose_layers(model: nn.Module, network: Network, names: str | None, grid: i
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a frozen network makes of the images of one part.
+    """What a frozen network makes of the images of one split.
 
     Attributes:
         layers: whose columns stand in a row.
@@ -124,16 +124,16 @@ class Frozen:
 
 def frozen_maps(
     arm: Arm,
-    parts: tuple[Dataset, ...],
+    splits: tuple[Dataset, ...],
     config: EvalConfig,
     folder: Path,
     device: torch.device,
     layers: list[Layer],
 ) -> list[Frozen]:
-    """The maps of an arm's layers (as `choose_layers` gives them) for every image of some parts; killed, it goes on.
+    """The maps of an arm's layers (as `choose_layers` gives them) for every image of some splits; killed, it goes on.
 
     Args:
-        folder: for files named after the parts (`train.h5`, ...).
+        folder: for files named after the splits (`train.h5`, ...).
 
     Raises:
         UsageError, StageError: one line each.
@@ -141,8 +141,8 @@ def frozen_maps(
     model = model_of(arm, config.seed).to(device).eval()
     pooled, side = reading(model, arm, layers, config, device), stored_side(arm.network.size)
     found: list[Frozen] = []
-    for part, (data, name) in enumerate(zip(parts, ("train", "test"), strict=False)):
-        features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, parts, part, config, False)
+    for split, (data, name) in enumerate(zip(splits, ("train", "test"), strict=False)):
+        features = cached_maps(folder / f"{name}.h5", arm, layers, pooled, splits, split, config, False)
         broken = broken_lines(data, reasons(data, features.valid, side))
         found.append(Frozen(layers, features, broken))
     return found
@@ -197,21 +197,27 @@ def cached_maps(
     arm: Arm,
     layers: list[Layer],
     pooled: Pooled,
-    parts: tuple[Dataset, ...],
-    part: int,
+    splits: tuple[Dataset, ...],
+    split: int,
     config: EvalConfig,
     mirror: bool,
 ) -> Features:
-    """The maps of every image of a part, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
+    """The maps of every image of a split, by all processes, kept on disk and resumable; `pooled` reads `layers`."""
     if path.is_file():
         return open_features(path)
-    data, side, numbers = parts[part], stored_side(arm.network.size), layers[-1].stop
+    data, side, numbers = splits[split], stored_side(arm.network.size), layers[-1].stop
     writer = create_or_resume(path, data.keys, data.targets, numbers, config.dtype, {"fingerprint": data.fingerprint})
     first = writer.rows_done
     if distributed.world_size() > 1:
         facts = {"network": asdict(arm.network), "weights": str(arm.weights.resolve()) if arm.weights else None}
         hashes = {"sha256": input_hash(arm.weights) if arm.weights else None, "fingerprint": data.fingerprint}
-        work = {"do": "maps", "part": part, "mirror": mirror, "first": first, "layers": [asdict(one) for one in layers]}
+        work = {
+            "do": "maps",
+            "split": split,
+            "mirror": mirror,
+            "first": first,
+            "layers": [asdict(one) for one in layers],
+        }
         distributed.send_order(work | facts | hashes | {"config": asdict(config)})
         distributed.agree(None)
     images = ImageLoader(data, side, config.workers, cache="off")
@@ -233,7 +239,7 @@ def map_share(order: dict[str, Any]) -> None:
         config, arm = EvalConfig(**order["config"]), Arm("", Network(**order["network"]), None)
         if order["weights"]:
             arm = replace(arm, weights=Path(order["weights"]))
-        data = open_parts(str(config.labelled))[order["part"]]
+        data = open_splits(str(config.labelled))[order["split"]]
         known = input_hash(arm.weights) if arm.weights else None, data.fingerprint
         if known != (order["sha256"], order["fingerprint"]):
             raise StageError(f"{arm.weights} or {config.labelled}: differ here from the first process's; copy them")
@@ -278,6 +284,6 @@ class Computed:
             yield coded, maps, valid, wait
 
 
-def map_bytes(layers: list[Layer], parts: tuple[Dataset, Dataset], config: EvalConfig) -> int:
-    """Bytes of the maps of all images: two views of the training part, one of the test part."""
-    return layers[-1].stop * (2 * len(parts[0]) + len(parts[1])) * (2 if config.dtype == "float16" else 4)
+def map_bytes(layers: list[Layer], splits: tuple[Dataset, Dataset], config: EvalConfig) -> int:
+    """Bytes of the maps of all images: two views of the training split, one of the test split."""
+    return layers[-1].stop * (2 * len(splits[0]) + len(splits[1])) * (2 if config.dtype == "float16" else 4)

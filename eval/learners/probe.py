@@ -16,7 +16,7 @@ from .maps import Layer
 class Probes(nn.Module):
     """One linear classifier for each (layer, learning rate), on maps standardised by channel.
 
-    Standardising by the training part's mean and deviation is what batch norm without scale comes to when the trunk is
+    Standardising by the training split's mean and deviation is what batch norm without scale comes to when the trunk is
     frozen; without `maps` to measure them on, they stay as they are. (batch, d) -> one (batch, classes) for each
     learning rate and layer, layer by layer.
     """

@@ -1,7 +1,7 @@
 """Networks that learn the labels, whole or behind frozen layers: what `nonlinear` and `finetune` have in common.
 
-A tenth of the training part chooses the learning rate and is not learned from; the test part is evaluated once, by the
-network of the chosen rate, on the mean of its predictions to `--test-crops` random squares of each image.
+A tenth of the training split chooses the learning rate and is not learned from; the test split is evaluated once, by
+the network of the chosen rate, on the mean of its predictions to `--test-crops` random squares of each image.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ class Tuned(nn.Module):
 
 
 class Labelled:
-    """The images of one part, and the labels that are learned from them: one an image, or several."""
+    """The images of one split, and the labels that are learned from them: one an image, or several."""
 
     def __init__(self, data: Dataset, network: Network, config: LoopOptions, device: torch.device) -> None:
         self.data = data
@@ -135,9 +135,9 @@ def check(evaluated: list[Network], classes: int, config: EvalConfig, run: Path)
         need_disk(run, (len(tried) + 3) * weights, "eval")
 
 
-def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
+def inputs(arms: list[Arm], splits: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
     """How many images a batch norm learns from at once, where a network has one and they are not the whole batch."""
-    classes = len(parts[0].classes)
+    classes = len(splits[0].classes)
     for arm in arms:
         if seen_by_batch_norm(config, partial(with_classes, arm.network, classes, 0, "check")):
             return {"micro-batch": str(config.micro_batch)}
@@ -147,7 +147,7 @@ def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) 
 def evaluate_columns(
     arm: Arm,
     columns: list[Column],
-    parts: tuple[Dataset, Dataset],
+    splits: tuple[Dataset, Dataset],
     config: EvalConfig,
     folder: Path,
     device: torch.device,
@@ -157,15 +157,17 @@ def evaluate_columns(
     Args:
         folder: for what is written on the way; killed, it goes on.
     """
-    train, test = (Labelled(data, arm.network, config, device) for data in parts)
-    learning, held = hold_out(len(parts[0]), HELD_OUT, config.seed)
-    every = readable(train.images, torch.arange(len(parts[0])), config.max_broken)
-    sound = torch.zeros(len(parts[0]), dtype=torch.bool)
+    train, test = (Labelled(data, arm.network, config, device) for data in splits)
+    learning, held = hold_out(len(splits[0]), HELD_OUT, config.seed)
+    every = readable(train.images, torch.arange(len(splits[0])), config.max_broken)
+    sound = torch.zeros(len(splits[0]), dtype=torch.bool)
     sound[every] = True
     learning, held = learning[sound[learning]], held[sound[held]]
     if not len(held) or (train.several and not (train.labels.cpu()[held] == 1).any()):
-        raise StageError(f"{parts[0].spec}: a tenth of it says nothing about learning rates; give more labelled images")
-    tested = readable(test.images, torch.arange(len(parts[1])), config.max_broken)
+        raise StageError(
+            f"{splits[0].spec}: a tenth of it says nothing about learning rates; give more labelled images"
+        )
+    tested = readable(test.images, torch.arange(len(splits[1])), config.max_broken)
     tried, found = rates(config), dict[str, dict[str, Any]]()
     for column in columns:
         kept = folder / f"{column.name}.json"
@@ -240,7 +242,7 @@ def tune(
     Args:
         before: the part that the phases' factors are for.
         rate: learning rate of the rest.
-        rows: (n,) int64 of the training part.
+        rows: (n,) int64 of the training split.
         folder: `0`, `1`, ... in it hold a phase's checkpoint and what it ended with.
         label: on the bar and in the seeds.
     """

@@ -2,13 +2,13 @@
 
 Protocol `clusters/1`. Features: maps averaged to `--grid` x `--grid`, scaled to length 1, layer by layer. k-means
 (faiss, 20 iterations, all training images, from `--clusters-starts` seeds) with `--clusters-k` clusters, by default
-as many as there are classes. Each image of the test part goes to its nearest centroid; these clusters, of the first
+as many as there are classes. Each image of the test split goes to its nearest centroid; these clusters, of the first
 seed, are held against the classes: NMI and AMI (arithmetic means), ARI, purity, and the accuracy after the best
 one-to-one match with the classes. `seeds`: the mean ARI between two of the seeds. `twice`: the AMI with 2 k clusters.
 
 A run that clustered these same images has its pseudo-labels (`clusters/labels.csv`) held against their classes too,
 column `pseudo-labels`; intervals: 95 % by the bootstrap over images. A network that learned them is asked for those
-of the test part (heldout.py): column `held-out pseudo-labels`, and the share told right with Wilson's interval.
+of the test split (heldout.py): column `held-out pseudo-labels`, and the share told right with Wilson's interval.
 """
 
 from functools import partial
@@ -65,14 +65,14 @@ COMPARED, SIDE, ALIKE = 64, 16, 6.0
 255 in the mean: a pack's from its source by up to 3, any two of the same 364 slides of blood by 10 at least."""
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers and numbers of clusters, and how much disk the features need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(evaluated, parts, config, run)
-    numbers_of_clusters(config, parts[0])
+    check_frozen(evaluated, splits, config, run)
+    numbers_of_clusters(config, splits[0])
 
 
 def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
@@ -98,7 +98,7 @@ def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
     return [int(word) for word in words]
 
 
-def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
+def inputs(arms: list[Arm], splits: tuple[Dataset, Dataset], config: EvalConfig) -> dict[str, str]:
     """The pseudo-labels and the centroids of the runs, with their hashes."""
     return {
         f"{name.partition('.')[0]} {arm.name}": input_hash(path)
@@ -109,27 +109,27 @@ def inputs(arms: list[Arm], parts: tuple[Dataset, Dataset], config: EvalConfig) 
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Evaluate the clusters of one network's features, layer by layer, and the pseudo-labels of its run."""
-    wanted = numbers_of_clusters(config, parts[0])
-    found = evaluate_layers(arm, parts, config, folder, device, partial(_of_layer, wanted, config))
+    wanted = numbers_of_clusters(config, splits[0])
+    found = evaluate_layers(arm, splits, config, folder, device, partial(_of_layer, wanted, config))
     cells: dict[str, dict[str, Any]] = {}
     for layer, cell in found["scores"].items():
         for k in wanted:
             column = layer if len(wanted) == 1 else f"{layer}, k = {k}"
             cells[column] = {"numbers": cell["numbers"], "k": k, **cell["by_k"][str(k)]}
     path = clusters_path(arm, LEARNED[0])
-    if path and (labels := pseudo_labels(path, parts, arm.name)):
+    if path and (labels := pseudo_labels(path, splits, arm.name)):
         cells[PSEUDO] = _against_classes(*labels, config.seed)
     if arm.weights and networks.describe(arm.weights).task == PSEUDO:
-        cells |= _heldout(arm, parts[1], config, device)
+        cells |= _heldout(arm, splits[1], config, device)
     found["scores"] = cells
     return found
 
 
 def _heldout(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> dict[str, dict[str, Any]]:
-    """What the run's network makes of the test part's pseudo-labels; nothing, and a line why, where there are none."""
+    """What the run's network makes of the test split's pseudo-labels; nothing, and a line why, where there are none."""
     try:
         source = find_source(arm, test)
     except UsageError as why:
@@ -150,7 +150,7 @@ def _against_classes(labels: Places, classes: Places, seed: int) -> dict[str, An
 
 def _of_layer(wanted: list[int], config: EvalConfig, train: Frozen, test: Frozen, layer: Layer) -> dict[str, Any]:
     """The cells of one layer, by the number of clusters."""
-    learn, tell = (unit(part.layer(layer)) for part in (train, test))
+    learn, tell = (unit(split.layer(layer)) for split in (train, test))
     classes = labels_of(test)
     by_k: dict[str, Any] = {}
     for k in wanted:
@@ -249,8 +249,8 @@ def _pairs(counts: Places) -> float:
     return float((wide * (wide - 1) / 2).sum())
 
 
-def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset], name: str) -> tuple[Places, Places] | None:
-    """Pseudo-labels and classes of the labelled images, where they are all from one of the parts; else None.
+def pseudo_labels(path: Path, splits: tuple[Dataset, Dataset], name: str) -> tuple[Places, Places] | None:
+    """Pseudo-labels and classes of the labelled images, where they are all from one of the splits; else None.
 
     Args:
         path: `clusters/labels.csv` of a run, whose record names the images: keys alone may be those of others.
@@ -259,20 +259,20 @@ def pseudo_labels(path: Path, parts: tuple[Dataset, Dataset], name: str) -> tupl
     found = read_labels(path)
     keys, known = found.keys or [], found.labels >= 0
     why = ""
-    for part in parts:
-        place = {key: row for row, key in enumerate(part.keys)}
+    for split in splits:
+        place = {key: row for row, key in enumerate(split.keys)}
         rows = np.array([place.get(key, -1) for key in keys], np.int64)
         if not len(rows) or (rows < 0).any():
             continue
-        if not (why := _others(path, [key for key, one in zip(keys, known, strict=True) if one], part)):
-            return found.labels[known].astype(np.int64), part.targets[rows[known]].astype(np.int64)
+        if not (why := _others(path, [key for key, one in zip(keys, known, strict=True) if one], split)):
+            return found.labels[known].astype(np.int64), split.targets[rows[known]].astype(np.int64)
     if why:
         say(f"eval clusters: the pseudo-labels of {name} are left out: {why}")
     return None
 
 
-def _others(path: Path, keys: list[str], part: Dataset) -> str:
-    """Why the images that were labelled are not those of a part with the same keys, "" where they are: looked up in
+def _others(path: Path, keys: list[str], split: Dataset) -> str:
+    """Why the images that were labelled are not those of a split with the same keys, "" where they are: looked up in
     a sample, leniently, as one of the two may be a pack of the other."""
     record = read_record(path.parent.parent, "clusters", "assign")
     spec = record["config"].get("data") if record else None
@@ -282,12 +282,12 @@ def _others(path: Path, keys: list[str], part: Dataset) -> str:
         data = open_dataset(spec)
     except UsageError as error:
         return str(error)
-    if data.fingerprint == part.fingerprint:
+    if data.fingerprint == split.fingerprint:
         return ""
-    mine, theirs = ({key: row for row, key in enumerate(one.keys)} for one in (data, part))
+    mine, theirs = ({key: row for row, key in enumerate(one.keys)} for one in (data, split))
     for key in keys[:: -(-len(keys) // COMPARED) or 1]:
-        if key not in mine or not _alike(data, mine[key], part, theirs[key]):
-            return f"{key} of {spec} is another image than that of {part.spec}"
+        if key not in mine or not _alike(data, mine[key], split, theirs[key]):
+            return f"{key} of {spec} is another image than that of {split.spec}"
     return ""
 
 

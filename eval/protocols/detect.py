@@ -7,7 +7,7 @@ on squares of `--canvas` pixels, the long side resized, the rest padded; in trai
 from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
 and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
 with it; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end: nothing is
-chosen by the test part, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
+chosen by the test split, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
 AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
 resamplings of the test images. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
 """
@@ -51,11 +51,11 @@ PROPOSALS = 300
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:
-    """Training and test part with boxes."""
+    """Training and test split with boxes."""
     return open_detection(spec)
 
 
-def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
     """Find a missing extra, wrong options, and networks that are no trunks of detectors.
 
     Raises:
@@ -71,21 +71,21 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What detectors on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_images, device) for part in parts]
-    rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
+    sources = [canvas.canvases(split, config.canvas, config.workers, config.cache_images, device) for split in splits]
+    rows = readable(sources[0], torch.arange(len(splits[0])), config.max_broken)
 
     def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
-        return _column(arm, column, parts, sources, rows, config, place, device)
+        return _column(arm, column, splits, sources, rows, config, place, device)
 
-    return by_column(arm, parts, config, folder, sources[0].broken, make)
+    return by_column(arm, splits, config, folder, sources[0].broken, make)
 
 
 def by_column(
     arm: Arm,
-    parts: tuple[Detection, Detection],
+    splits: tuple[Detection, Detection],
     config: EvalConfig,
     folder: Path,
     broken: Mapping[int, str],
@@ -95,15 +95,15 @@ def by_column(
 
     Args:
         broken: row and reason of the training images that cannot be read.
-        make: column and a folder for it -> its scores, and the broken images of the test part.
+        make: column and a folder for it -> its scores, and the broken images of the test split.
     """
     scores: dict[str, dict[str, Any]] = {}
-    lines = dict.fromkeys(broken_lines(parts[0], broken))
+    lines = dict.fromkeys(broken_lines(splits[0], broken))
     for column in columns(config):
         kept = folder / f"{column}.json"
         if not kept.is_file():
             found, wrong = make(column, folder / column)
-            files.write_json(kept, {"scores": found, "broken": broken_lines(parts[1], wrong)})
+            files.write_json(kept, {"scores": found, "broken": broken_lines(splits[1], wrong)})
         held = files.read_json(kept)
         scores[column] = held["scores"]
         lines |= dict.fromkeys(held["broken"])
@@ -167,7 +167,7 @@ def train_column(
     device: torch.device,
     label: str,
 ) -> None:
-    """Train what stands in one column of `--trunk`, in place, on (n,) rows of the training part."""
+    """Train what stands in one column of `--trunk`, in place, on (n,) rows of the training split."""
     options = TrainOptions(lr=config.lr, **{field.name: getattr(config, field.name) for field in fields(LoopOptions)})
     batches = partial(loop.epoch_batches, rows, config.batch, config.seed)
     loop.fit(model, loss, source, batches, options, folder, device, label)
@@ -176,15 +176,15 @@ def train_column(
 def _column(
     arm: Arm,
     column: str,
-    parts: tuple[Detection, Detection],
+    splits: tuple[Detection, Detection],
     sources: list[ImageLoader],
     rows: torch.Tensor,
     config: EvalConfig,
     folder: Path,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Train one detector and evaluate it: its scores, and the broken images of the test part."""
-    train, test = parts
+    """Train one detector and evaluate it: its scores, and the broken images of the test split."""
+    train, test = splits
     trunk = trunk_of(arm, column, neck(arm.network, config), config)
     settings = Settings(config.detector, config.norm, sampled=SAMPLED, proposals=PROPOSALS, threshold=config.threshold)
     model = detectors.build(trunk, len(train.classes), config.canvas, settings, config.seed)

@@ -35,7 +35,7 @@ LEAST = 44  # pixels of a filter's side
 GAP = 3
 
 
-def check(evaluated: list[Network], parts: Any, config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: Any, config: EvalConfig, run: Path) -> None:
     """Find networks without a convolution of colours.
 
     Raises:
@@ -58,7 +58,7 @@ def first_filters(model: nn.Module, network: Network) -> tuple[str, Tensor]:
     raise UsageError(f"--protocol filters: {network.arch} has no convolution of colours; choose another protocol")
 
 
-def evaluate(arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
+def evaluate(arm: Arm, splits: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
     """Draw and measure the first filters of one network."""
     layer, weights = first_filters(model_of(arm, config.seed), arm.network)
     save_sheet(folder.parent.with_name("filters") / f"{arm.name}.png", draw(weights))

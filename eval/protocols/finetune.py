@@ -12,7 +12,7 @@ layerwise  all learn at once, the trunk at a tenth of the rate
 One label: cross-entropy, top-1. Several: the sum over classes of a sigmoid's cross-entropy, and the 11-point mAP of
 VOC 2007 with an interval by bootstrap over images; labels that are not counted (VOC's difficult ones) are left out of
 both. Training: random parts of an image, `--crop` of its area at least, mirrored half the time; SGD with momentum; the
-learning rate chosen on a tenth of the training part, which is not learned from; the test part used once, ten random
+learning rate chosen on a tenth of the training split, which is not learned from; the test split used once, ten random
 squares of each image. `--rescale` first gives each layer's outputs unit variance on 64 images (`heads.py`).
 """
 
@@ -53,14 +53,14 @@ SAMPLE = 64  # images on which weights are rescaled
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates and strategies, and images that are too small.
 
     Raises:
         UsageError: one line.
     """
     strategies(config)
-    tuning.check(evaluated, len(parts[0].classes), config, run)
+    tuning.check(evaluated, len(splits[0].classes), config, run)
     for network in evaluated if config.rescale else ():
         if any(isinstance(module, NORMS) for module in networks.build(network, 0, "check").modules()):
             raise UsageError(
@@ -79,13 +79,13 @@ def strategies(config: EvalConfig) -> list[str]:
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What one network reaches by each strategy; for each the learning rates that were tried."""
-    sample = _sample(parts[0], arm.network, config) if config.rescale else None
-    start = partial(_start, arm, len(parts[0].classes), config.seed, sample)
+    sample = _sample(splits[0], arm.network, config) if config.rescale else None
+    start = partial(_start, arm, len(splits[0].classes), config.seed, sample)
     columns = [tuning.Column(name, start, STRATEGIES[name]) for name in strategies(config)]
-    return tuning.evaluate_columns(arm, columns, parts, config, folder, device)
+    return tuning.evaluate_columns(arm, columns, splits, config, folder, device)
 
 
 def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn.Module, Before]:

@@ -90,7 +90,7 @@ def find_source(arm: Arm, test: Dataset) -> Source:
 
 def _shared(data: Dataset, test: Dataset) -> int:
     """How many images of `test` are in `data`: one path ends with the other, and the pixels are equal."""
-    mine, theirs = ({key: row for row, key in enumerate(part.keys)} for part in (data, test))
+    mine, theirs = ({key: row for row, key in enumerate(split.keys)} for split in (data, test))
     pairs = {(row, theirs[end]) for key, row in mine.items() for end in _ends(key) if end in theirs}
     pairs |= {(mine[end], row) for key, row in theirs.items() for end in _ends(key) if end in mine}
     chosen = sorted(pairs)

@@ -3,7 +3,7 @@
 Protocol `knn/1`, after the weighted k-NN of instance discrimination (Wu et al. 2018), as it is usual since. Centre
 square; maps of each layer averaged to one vector (`--grid`), scaled to length 1; cosine similarity; a neighbour votes
 for its class with exp(similarity / temperature). Exact, all references. k is the best of `--neighbours` for up to 4096
-images of the training part among all others of it; the test part is used once.
+images of the training split among all others of it; the test split is used once.
 """
 
 from functools import partial
@@ -32,25 +32,25 @@ from ..result import Result
 PROTOCOL = "knn/1"
 TITLE = "k nearest neighbours"
 MEASURES = {"top1": "weighted, top-1 %", "mean_class": "weighted, mean per class %", "nearest": "1-NN, top-1 %"}
-SAMPLE = 4096  # images of the training part on which k is chosen
+SAMPLE = 4096  # images of the training split on which k is chosen
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong numbers of neighbours and layers, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
     neighbours(config)
-    check_frozen(evaluated, parts, config, run)
+    check_frozen(evaluated, splits, config, run)
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
-    """Accuracies of weighted k-NN and 1-NN, layer by layer; k, and what each k reached on the training part."""
-    one_layer = partial(_one_layer, classes=len(parts[0].classes), config=config, label=arm.name)
-    return evaluate_layers(arm, parts, config, folder, device, one_layer)
+    """Accuracies of weighted k-NN and 1-NN, layer by layer; k, and what each k reached on the training split."""
+    one_layer = partial(_one_layer, classes=len(splits[0].classes), config=config, label=arm.name)
+    return evaluate_layers(arm, splits, config, folder, device, one_layer)
 
 
 def neighbours(config: EvalConfig) -> list[int]:

@@ -2,7 +2,7 @@
 
 Protocol `linear/1`, after Zhang et al. (docs/papers.md). Centre square, and its mirror image in training;
 maps averaged to a grid of about 9,000 numbers; each channel standardised; one linear layer, SGD with momentum; the
-learning rate chosen on a tenth of the training part, which the probes do not learn from; the test part used once.
+learning rate chosen on a tenth of the training split, which the probes do not learn from; the test split used once.
 `--preset deepcluster` and `fair` are those of other groups (presets.py).
 """
 
@@ -37,7 +37,7 @@ HELD_OUT = 0.1
 SAMPLE = 4096  # images on which the channels are standardised
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates and layers, and how much disk the maps need.
 
     Raises:
@@ -47,24 +47,24 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
     check_preset(config)
     for network in evaluated:
         layers = preset_layers(networks.build(network, 0, "check"), network, config)
-        needed = map_bytes(layers, parts, config)
+        needed = map_bytes(layers, splits, config)
         if needed <= config.cache * 1e9 and not PRESETS[config.preset].crops:
             need_disk(run, needed, "eval")
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Probe accuracies of one network, layer by layer.
 
     Args:
-        parts: the training part and the test part.
+        splits: the training split and the test split.
         folder: for what is written on the way; killed, it goes on.
 
     Returns:
         `Result`; for each layer its best learning rate, and what each rate reached on the images held out for that.
     """
-    train, test = parts
+    train, test = splits
     config = with_schedule(config)
     model = model_of(arm, config.seed).to(device).eval()
     layers = preset_layers(model, arm.network, config)
@@ -74,32 +74,32 @@ def evaluate(
     source: Source
     plain: Source
     tested: Source
-    if not crops and map_bytes(layers, parts, config) <= config.cache * 1e9:
+    if not crops and map_bytes(layers, splits, config) <= config.cache * 1e9:
         views = [
-            cached_maps(folder / f"train-{mirror}.h5", arm, layers, pooled, parts, 0, config, mirror)
+            cached_maps(folder / f"train-{mirror}.h5", arm, layers, pooled, splits, 0, config, mirror)
             for mirror in (False, True)
         ]
         plain = Views(views[:1])
-        of_test = cached_maps(folder / "test.h5", arm, layers, pooled, parts, 1, config, False)
+        of_test = cached_maps(folder / "test.h5", arm, layers, pooled, splits, 1, config, False)
         tested = Views([of_test])
         source = Views(views)
         broken = [reasons(data, view.valid, side) for data, view in ((train, views[0]), (test, of_test))]
     else:
-        images = [ImageLoader(data, side, config.workers, cache=config.cache_images, device=device) for data in parts]
-        for part in images:
-            readable(part, torch.arange(len(part.dataset)), config.max_broken)
+        images = [ImageLoader(data, side, config.workers, cache=config.cache_images, device=device) for data in splits]
+        for split in images:
+            readable(split, torch.arange(len(split.dataset)), config.max_broken)
         if crops:
             squares = cropped_maps(model, arm, layers, config, device)
-            plain, tested = (Crops(squares, part, arm.network.size) for part in images)
+            plain, tested = (Crops(squares, split, arm.network.size) for split in images)
             source = plain
         else:
-            gigabytes = map_bytes(layers, parts, config) / 1e9
+            gigabytes = map_bytes(layers, splits, config) / 1e9
             say(
                 f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew"
             )
             source = Computed(pooled, images[0], 2, config.dtype)
-            plain, tested = (Computed(pooled, part, 1, config.dtype) for part in images)
-        broken = [part.broken for part in images]
+            plain, tested = (Computed(pooled, split, 1, config.dtype) for split in images)
+        broken = [split.broken for split in images]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
 
     targets = torch.from_numpy(train.targets).long().to(device)
@@ -133,7 +133,7 @@ def evaluate(
             "held_out": {str(rate): round(float(value), 4) for rate, value in zip(probes.rates, among, strict=True)},
             **scores(test_predictions[place * len(probes.rates) + best], wanted),
         }
-    lines = [line for data, rows in zip(parts, broken, strict=True) for line in broken_lines(data, rows)]
+    lines = [line for data, rows in zip(splits, broken, strict=True) for line in broken_lines(data, rows)]
     return result_of(arm.network, found, lines)
 
 

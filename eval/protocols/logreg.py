@@ -2,8 +2,8 @@
 
 Protocol `logreg/2` (docs/papers.md). Centre square; maps of the last layer (or of `--layers`) averaged
 to one vector, not standardised; L-BFGS, C = 1 / decay, 45 decays from 1e-6 to 1e5, the largest first, each from the
-weights of the one before; the decay that is best on a fifth of the training part (seeded; the smallest of equals) is
-fitted again, along the same path, to all of it; the test part is used once. Theirs: bicubic resizing, 224 pixels.
+weights of the one before; the decay that is best on a fifth of the training split (seeded; the smallest of equals) is
+fitted again, along the same path, to all of it; the test split is used once. Theirs: bicubic resizing, 224 pixels.
 """
 
 from functools import partial
@@ -32,21 +32,21 @@ HELD_OUT = 0.2
 DECAYS = tuple(float(f"{decay:.6g}") for decay in np.logspace(5, -6, 45))
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(evaluated, parts, config, run, last=True)
+    check_frozen(evaluated, splits, config, run, last=True)
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Accuracies, the weight decay that was chosen, and what each reached on the images held out for that."""
     return evaluate_layers(
-        arm, parts, config, folder, device, partial(_one_layer, config=config, label=arm.name), last=True
+        arm, splits, config, folder, device, partial(_one_layer, config=config, label=arm.name), last=True
     )
 
 

@@ -2,11 +2,11 @@
 
 Protocol `lowshot/1`. Centre square; maps of each layer averaged to one vector (`--grid`).
 
-Shares of labels: of each class 1 % and 10 % of the training part, rounded, at least one image, seeded; or exactly the
+Shares of labels: of each class 1 % and 10 % of the training split, rounded, at least one image, seeded; or exactly the
 images of `--subset` (one a line: the key, or the file's name alone, as in the published lists of SimCLR). The lists
-lie beside the results and can be given back as `--subset`. Numbers are standardised by the training part, whose other
+lie beside the results and can be given back as `--subset`. Numbers are standardised by the training split, whose other
 labels are not looked at; multinomial logistic regression by L-BFGS; the weight decay is chosen by 3-fold cross-
-validation within the labelled images (the smallest of equals); the test part is used once.
+validation within the labelled images (the smallest of equals); the test split is used once.
 
 Episodes (docs/papers.md): 5 classes; 5, 20 or 50 images of each, their mean is the prototype; 15
 test images of each; squared Euclidean distance; 600 episodes; mean, and 1.96 deviations / sqrt(600) to either
@@ -53,33 +53,33 @@ DECAYS = tuple(float(f"1e{power}") for power in range(5, -7, -1))
 FOLDS = 3
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers and lists, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(evaluated, parts, config, run)
-    subsets(parts[0], config)
+    check_frozen(evaluated, splits, config, run)
+    subsets(splits[0], config)
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Accuracies from few labels, layer by layer; the lists of labelled images are among `files`."""
-    chosen = subsets(parts[0], config)
+    chosen = subsets(splits[0], config)
     beside = folder.parent.parent / "lowshot"
     lists = {f"labels-{name}-seed{config.seed}.txt": rows for name, rows in chosen.items()}
     for name, rows in lists.items():
-        files.write_text(beside / name, "".join(f"{parts[0].keys[row]}\n" for row in rows))
+        files.write_text(beside / name, "".join(f"{splits[0].keys[row]}\n" for row in rows))
     one_layer = partial(_one_layer, chosen=chosen, config=config, label=arm.name)
-    evaluated = evaluate_layers(arm, parts, config, folder, device, one_layer)
+    evaluated = evaluate_layers(arm, splits, config, folder, device, one_layer)
     evaluated["files"] = list(lists)
     return evaluated
 
 
 def subsets(train: Dataset, config: EvalConfig) -> dict[str, NDArray[np.int64]]:
-    """Measure -> the rows of the training part whose labels are used, rising.
+    """Measure -> the rows of the training split whose labels are used, rising.
 
     Raises:
         UsageError: the list of `--subset` cannot be read, names what is no training image, or one class alone.
@@ -110,7 +110,7 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
             continue
         found = places.get(line.strip(), [])
         if len(found) != 1:
-            why = f"{len(found)} training images are called so" if found else "is no image of the training part"
+            why = f"{len(found)} training images are called so" if found else "is no image of the training split"
             raise UsageError(
                 f"--subset {path}, line {number}: {line.strip()}: {why}; give keys such as {train.keys[0]}"
             )
@@ -134,7 +134,7 @@ def _one_layer(
 
     shift, scale = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     vectors, asked = (((rows - shift) / np.maximum(scale, 1e-6)).astype(np.float32) for rows in (vectors, asked))
-    readable = train.features.valid.cumsum() - 1  # row of the part -> row of `vectors`
+    readable = train.features.valid.cumsum() - 1  # row of the split -> row of `vectors`
     with bar(len(chosen) * (FOLDS + 1) * len(DECAYS), f"lowshot {label} {layer.name}", "fits") as shown:
         for name, rows in chosen.items():
             own = readable[rows[train.features.valid[rows]]]

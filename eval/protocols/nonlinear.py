@@ -5,7 +5,7 @@ each layer, all up to it is frozen (batch norms as in a test), and the remaining
 the labels *from scratch*, from random weights; of the run's network nothing else is used, so that a column says what
 its frozen layers hold. fc6 and fc7 are columns where the weights of a network hold them. Training: random parts of a
 image, `--crop` of its area at least, mirrored half the time; SGD with momentum; the learning rate chosen on a tenth
-of the training part, which is not learned from; the test part used once, ten random squares of each image.
+of the training split, which is not learned from; the test split used once, ten random squares of each image.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ inputs = tuning.inputs
 FULLY_CONNECTED = {"fc6": "bn6", "fc7": "bn7"}  # layer of an AlexNet -> its last module before the ReLU
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates and layers, and images that are too small.
 
     Raises:
@@ -43,7 +43,7 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
     """
     for network in evaluated:
         _layers(network, config)
-    tuning.check(evaluated, len(parts[0].classes), config, run)
+    tuning.check(evaluated, len(splits[0].classes), config, run)
 
 
 def check_arms(arms: list[Arm], config: EvalConfig) -> None:
@@ -61,7 +61,7 @@ def check_arms(arms: list[Arm], config: EvalConfig) -> None:
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What is reached behind each frozen layer of one network; for each the learning rates that were tried."""
     columns: list[tuning.Column] = []
@@ -70,9 +70,9 @@ def evaluate(
             if config.layers:
                 say(f"nonlinear {arm.name}: no {name} of this size and stride in its weights; left out")
             continue
-        start = partial(_start, arm, name, len(parts[0].classes), config.seed)
+        start = partial(_start, arm, name, len(splits[0].classes), config.seed)
         columns.append(tuning.Column(name, start, (tuning.Phase(1.0, 0.0),)))
-    return tuning.evaluate_columns(arm, columns, parts, config, folder, device)
+    return tuning.evaluate_columns(arm, columns, splits, config, folder, device)
 
 
 def _layers(network: Network, config: EvalConfig) -> list[str]:

@@ -3,13 +3,13 @@
 PROTOCOL   its name and version, such as "knn/1"; the version changes whenever a number can
 TITLE      the first cell of its tables, such as "k nearest neighbours"
 MEASURES   {measure: words for the table}; the first is the one that comparisons are made by
-check      (networks, parts, config, run) -> None; UsageError for what can be known before the work
+check      (networks, splits, config, run) -> None; UsageError for what can be known before the work
 check_arms (arms, config) -> None; UsageError for what can be known of the weights before the work; optional
-evaluate      (arm, parts, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
+evaluate      (arm, splits, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
            what is written on the way, and is removed when the outcome is kept
-open_data  (spec) -> parts; where it is missing, `ktransfer.dataset.open_parts`
+open_data  (spec) -> splits; where it is missing, `ktransfer.dataset.open_splits`
 arms       (run, config) -> what is evaluated, where these are no networks as `find_arms` gives them; optional
-inputs     (arms, parts, config) -> {name: SHA-256} of what else it reads of the runs; optional
+inputs     (arms, splits, config) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional
 RELATIVE   measures relative to the first network of the table; none where it is missing
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
@@ -39,10 +39,10 @@ class Module(Protocol):
     TITLE: str
     MEASURES: dict[str, str]
 
-    def check(self, networks: list[Network], parts: Any, config: EvalConfig, run: Path) -> None:
+    def check(self, networks: list[Network], splits: Any, config: EvalConfig, run: Path) -> None:
         """Find what is wrong before the work."""
 
-    def evaluate(self, arm: Arm, parts: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
+    def evaluate(self, arm: Arm, splits: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:
         """Evaluate one network."""
 
 
@@ -53,13 +53,13 @@ def load(name: str) -> Module:
 
 
 def open_data(name: str, spec: str) -> Any:
-    """The labelled images as the protocol takes them: parts that have a `fingerprint`, a `len` and `classes`.
+    """The labelled images as the protocol takes them: splits that have a `fingerprint`, a `len` and `classes`.
 
     Raises:
         UsageError: they are not there, or not as the protocol needs them.
     """
-    parts = getattr(load(name), "open_data", open_parts)(spec)
-    if getattr(parts[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
+    splits = getattr(load(name), "open_data", open_splits)(spec)
+    if getattr(splits[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
         able = ", ".join(other for other in PROTOCOLS if getattr(load(other), "MULTI_LABEL", False))
         raise UsageError(f"--protocol {name}: {spec} has images with several labels; these take them: {able}")
-    return parts
+    return splits

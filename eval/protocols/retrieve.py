@@ -1,4 +1,4 @@
-"""Which images a network takes for alike: the nearest neighbours of test images among those of the training part.
+"""Which images a network takes for alike: the nearest neighbours of test images among those of the training split.
 
 Protocol `retrieve/1`. Features: maps averaged to `--grid` x `--grid`, layer by layer; exact cosine similarity, of equal
 ones the first. Every test image is a query for the scores: the mean share of its 1, 5 and 10 nearest with its class.
@@ -38,16 +38,16 @@ MEASURES = {"at1": "precision at 1 %", "at5": "precision at 5 %", "at10": "preci
 SHOWN = 10
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers and queries, too few images, and how much disk the features need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(evaluated, parts, config, run)
-    wanted_rows(config, parts[1])
-    if len(parts[0]) < SHOWN:
-        raise UsageError(f"--protocol retrieve: {len(parts[0])} training images; it needs {SHOWN}, give other images")
+    check_frozen(evaluated, splits, config, run)
+    wanted_rows(config, splits[1])
+    if len(splits[0]) < SHOWN:
+        raise UsageError(f"--protocol retrieve: {len(splits[0])} training images; it needs {SHOWN}, give other images")
 
 
 def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:
@@ -71,19 +71,19 @@ def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Evaluate one network, layer by layer, and draw its sheets into the protocol's folder."""
     drawn: list[str] = []
     home = folder.parent.with_name("retrieve")
-    found = evaluate_layers(arm, parts, config, folder, device, partial(_of_layer, arm.name, parts, config, home))
+    found = evaluate_layers(arm, splits, config, folder, device, partial(_of_layer, arm.name, splits, config, home))
     drawn = [f"{arm.name}-{layer}.png" for layer in found["scores"]]
     return {**found, "files": drawn}
 
 
 def _of_layer(
     arm: str,
-    parts: tuple[Dataset, Dataset],
+    splits: tuple[Dataset, Dataset],
     config: EvalConfig,
     home: Path,
     train: Frozen,
@@ -97,7 +97,7 @@ def _of_layer(
             test.layer(layer), lambda start, stop: references[start:stop], len(references), SHOWN, shown.update
         )
     alike = classes[found.places] == labels_of(test)[:, None]
-    _draw(home / f"{arm}-{layer.name}.png", parts, config, train, test, found, alike)
+    _draw(home / f"{arm}-{layer.name}.png", splits, config, train, test, found, alike)
     return precisions(alike)
 
 
@@ -111,7 +111,7 @@ def precisions(alike: NDArray[np.bool_]) -> dict[str, Any]:
 
 def _draw(
     path: Path,
-    parts: tuple[Dataset, Dataset],
+    splits: tuple[Dataset, Dataset],
     config: EvalConfig,
     train: Frozen,
     test: Frozen,
@@ -119,13 +119,13 @@ def _draw(
     alike: NDArray[np.bool_],
 ) -> None:
     """A row for each query: itself, then its nearest."""
-    gallery, tested = parts
+    gallery, tested = splits
     wanted = wanted_rows(config, tested)
     if config.queries.strip().isdecimal():
         wanted = [row for row in wanted if test.features.valid[row]][: int(config.queries)]
     of_gallery = np.flatnonzero(train.features.valid)
     place = {int(row): at for at, row in enumerate(np.flatnonzero(test.features.valid))}
-    asked, predictions = (ImageLoader(part, SIDE, config.workers, cache="off") for part in (tested, gallery))
+    asked, predictions = (ImageLoader(split, SIDE, config.workers, cache="off") for split in (tested, gallery))
     strips = []
     for row in wanted:
         if row not in place:

@@ -1,8 +1,8 @@
 """How much a linear probe on a frozen network keeps where images or labels get worse.
 
 Protocol `robust/1` (docs/papers.md). The classifier: one linear layer on the maps of one layer, learned
-as in `linear` but with fewer epochs; layer and learning rate are the best on a tenth of the training part, which the
-heads do not learn from. Then, on `--robust-images` of the test part, drawn by the seed, the same for all networks,
+as in `linear` but with fewer epochs; layer and learning rate are the best on a tenth of the training split, which the
+heads do not learn from. Then, on `--robust-images` of the test split, drawn by the seed, the same for all networks,
 their centre squares:
 
 top1         of the classifier; its expected calibration error (15 bins of equal width).
@@ -61,7 +61,7 @@ RELATIVE = ("mce",)
 BINS = 15
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong rates, layers, radii and shares, and maps that need more disk than there is.
 
     Raises:
@@ -72,7 +72,7 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
     number_list("--robust-noise", config.robust_noise, 0, 1, "0.2,0.4")
     for network in evaluated:
         layers = choose_layers(networks.build(network, 0, "check"), network, config.layers)
-        needed = map_bytes(layers, (parts[0], parts[0]), config) // 3 * 2
+        needed = map_bytes(layers, (splits[0], splits[0]), config) // 3 * 2
         if needed > config.cache * 1e9:
             raise UsageError(
                 f"--cache {config.cache:g}: robust keeps the maps of {len(layers)} layers, {needed / 1e9:.3g} GB; "
@@ -82,18 +82,18 @@ def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: Eval
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Evaluate one network; killed, it goes on.
 
     Args:
-        parts: the training part and the test part.
+        splits: the training split and the test split.
         folder: for what is written on the way.
 
     Returns:
         `Result`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each image were told.
     """
-    train, test = parts
+    train, test = splits
     training = prepare(arm, train, config, folder, device)
     chosen = choose(training)
     noisy = learn_from_noise(training, chosen, _shares(config))
@@ -128,7 +128,7 @@ def evaluate(
     }
     cells = _cells(outcomes, hits, columns, sweep, config.seed)
     cells["clean"] |= {"layer": chosen.layer.name, "lr": chosen.rate, "held_out": round(chosen.held_out, 4)}
-    # Images of one name and key in both parts are listed once.
+    # Images of one name and key in both splits are listed once.
     lines = broken_lines(train, reasons(train, training.views[0].valid, side)) + broken_lines(test, images.broken)
     found = result_of(arm.network, cells, list(dict.fromkeys(lines)))
     found["hits"] = {kind: hits[kind].sum(axis=1).tolist() for kind in KINDS}

@@ -6,7 +6,7 @@ short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutio
 are those of a VOCdevkit, or are drawn from COCO's polygons (smaller objects on top; crowds, padding and what has a box
 alone are ignored), classes and background. Canvases, `--jitter`, mirroring, the columns `frozen` and `full`, SGD and
 schedule as in `detect`; cross-entropy over all known pixels. The weights at the end are evaluated: nothing is chosen by
-the test part, which is read once. mIoU is the mean over background and classes that are there or predicted, from one
+the test split, which is read once. mIoU is the mean over background and classes that are there or predicted, from one
 confusion matrix over all test images at their own size; `pixels` the share of right ones. Intervals: 1.96
 deviations over 200 resamplings of the test images.
 """
@@ -37,11 +37,11 @@ NOTE = "{counts}canvas and schedule stand in its json."
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:
-    """Training and test part with masks."""
+    """Training and test split with masks."""
     return open_detection(spec, masks=True)
 
 
-def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
     """Find wrong options, data without masks, networks that are no trunks, and maps that do not fit into memory.
 
     Raises:
@@ -50,32 +50,32 @@ def check(evaluated: list[Network], parts: tuple[Detection, Detection], config: 
     scales(config)
     columns(config)
     check_batches(config, config.batch)
-    for part in parts:
-        masks.need_masks(part)
-    masks.need_memory(f"--canvas {config.canvas}", len(parts[0]), config.canvas)
+    for split in splits:
+        masks.need_masks(split)
+    masks.need_memory(f"--canvas {config.canvas}", len(splits[0]), config.canvas)
     for network in evaluated:
         trunks.build(network, None, segmentation.HEADS[config.head], config.norm, 0)
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What heads on one network's trunk reach, frozen and full."""
-    sources = [canvas.canvases(part, config.canvas, config.workers, config.cache_images, device) for part in parts]
-    rows = readable(sources[0], torch.arange(len(parts[0])), config.max_broken)
-    maps, unmapped = masks.map_canvases(parts[0], config.canvas)
-    check_broken(sources[0].broken | unmapped, len(parts[0]), config.max_broken, parts[0])
+    sources = [canvas.canvases(split, config.canvas, config.workers, config.cache_images, device) for split in splits]
+    rows = readable(sources[0], torch.arange(len(splits[0])), config.max_broken)
+    maps, unmapped = masks.map_canvases(splits[0], config.canvas)
+    check_broken(sources[0].broken | unmapped, len(splits[0]), config.max_broken, splits[0])
 
     def make(column: str, place: Path) -> tuple[dict[str, Any], dict[int, str]]:
-        return _column(arm, column, parts, sources, rows, maps, config, place, device)
+        return _column(arm, column, splits, sources, rows, maps, config, place, device)
 
-    return by_column(arm, parts, config, folder, sources[0].broken | unmapped, make)
+    return by_column(arm, splits, config, folder, sources[0].broken | unmapped, make)
 
 
 def _column(
     arm: Arm,
     column: str,
-    parts: tuple[Detection, Detection],
+    splits: tuple[Detection, Detection],
     sources: list[ImageLoader],
     rows: torch.Tensor,
     maps: torch.Tensor,
@@ -83,8 +83,8 @@ def _column(
     folder: Path,
     device: torch.device,
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Train one head and evaluate it: its scores, and the broken images and masks of the test part."""
-    train, test = parts
+    """Train one head and evaluate it: its scores, and the broken images and masks of the test split."""
+    train, test = splits
     trunk = trunk_of(arm, column, segmentation.HEADS[config.head], config)
     model = segmentation.build(trunk, len(train.classes), config.norm, config.seed, config.head)
     edges = canvas.extents(train, config.canvas).to(device)
@@ -95,5 +95,5 @@ def _column(
     broken = sources[1].broken | found.broken
     check_broken(broken, len(test), config.max_broken, test)
     if not found.counts.sum():
-        raise StageError(f"{test.spec}: no pixel of the test part has a class; check its masks")
+        raise StageError(f"{test.spec}: no pixel of the test split has a class; check its masks")
     return segmentation.summary(found.counts, ("background", *test.classes), config.seed), broken

@@ -3,13 +3,13 @@
 Protocol `svm/2`, after Goyal et al. 2019 ("Scaling and Benchmarking Self-Supervised Visual Representation Learning";
 their released scripts). Centre square; maps of each layer averaged to one vector (`--grid`; theirs: about 9000 numbers)
 and scaled to length 1; what LinearSVC minimises, squared hinge and a bias that is decayed too, all classes at once
-(hinge.py); cost by 3-fold cross-validation on the training part (the smallest of equals); the test part is used once.
+(hinge.py); cost by 3-fold cross-validation on the training split (the smallest of equals); the test split is used once.
 
 Several labels an image (`Dataset.tags`): an SVM a class, a "yes" weighing twice, its cost by average precision;
 images that are not counted for a class neither teach nor test it; 11-point mAP of VOC07.
 One label an image: one cost for all classes, by accuracy; the class of the highest score.
 Few images: 4 and 16 of each class (what there is, if less), five seeded draws, cost by cross-validation within each
-(theirs: the best on the test part); mean, and Student's 95 % interval of the five.
+(theirs: the best on the test split); mean, and Student's 95 % interval of the five.
 """
 
 import math
@@ -54,21 +54,21 @@ MEASURES = {
 Tick = Callable[[], object]
 
 
-def check(evaluated: list[Network], parts: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
+def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
     """Find wrong layers, and how much disk the vectors need.
 
     Raises:
         UsageError: one line.
     """
-    check_frozen(evaluated, parts, config, run)
+    check_frozen(evaluated, splits, config, run)
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """Accuracy or mAP of linear SVMs, and the costs that were chosen, layer by layer."""
-    one_layer = partial(_one_layer, tags=tuple(part.tags for part in parts), config=config, label=arm.name)
-    return evaluate_layers(arm, parts, config, folder, device, one_layer)
+    one_layer = partial(_one_layer, tags=tuple(split.tags for split in splits), config=config, label=arm.name)
+    return evaluate_layers(arm, splits, config, folder, device, one_layer)
 
 
 def _one_layer(
@@ -81,8 +81,8 @@ def _one_layer(
 ) -> dict[str, Any]:
     vectors, asked = unit(train.layer(layer)), unit(test.layer(layer))
     labels: list[Any] = [
-        labels_of(part) if tag is None else tag[part.features.valid]
-        for part, tag in zip((train, test), tags, strict=True)
+        labels_of(split) if tag is None else tag[split.features.valid]
+        for split, tag in zip((train, test), tags, strict=True)
     ]
     of_train, of_test = labels
     several = of_train.ndim == 2

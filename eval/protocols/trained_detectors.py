@@ -55,7 +55,7 @@ def labelled(run: Path, before: Sequence[Plan]) -> str | None:
 
 
 def check(
-    run: Path, config: EvalConfig, parts: tuple[Detection, Detection], source: str | None, before: Sequence[Plan]
+    run: Path, config: EvalConfig, splits: tuple[Detection, Detection], source: str | None, before: Sequence[Plan]
 ) -> None:
     """Find a missing extra, and detectors that are not there or tell other classes.
 
@@ -73,17 +73,17 @@ def check(
     if config.supervised:
         raise UsageError("--supervised: finished detectors are evaluated as they are; leave it away")
     if coming and coming.detector and source != config.labelled:
-        _same(parts, coming.detector.classes, config)
+        _same(splits, coming.detector.classes, config)
     for arm in arms(run, config, coming=coming is not None):
         assert arm.weights
         described = saved.describe(arm.weights)
         if described.settings.kind not in detectors.DETECTORS:
             raise UsageError(f"{arm.weights}: no detector, but {described.settings.kind}; --protocol detect needs one")
-        _same(parts, described.classes, config)
+        _same(splits, described.classes, config)
 
 
-def _same(parts: tuple[Detection, Detection], classes: tuple[str, ...], config: EvalConfig) -> None:
-    if parts[1].classes != classes:
+def _same(splits: tuple[Detection, Detection], classes: tuple[str, ...], config: EvalConfig) -> None:
+    if splits[1].classes != classes:
         raise UsageError(
             f"--labelled {config.labelled}: has other classes than the detectors tell ({', '.join(classes[:5])}, ...); "
             "name images with the same"
@@ -128,10 +128,10 @@ def _weights(run: Path, name: str, digest: str, record: dict[str, Any]) -> Path:
 
 
 def evaluate(
-    arm: Arm, parts: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
+    arm: Arm, splits: tuple[Detection, Detection], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
     """What one detector finds in the test part."""
-    test = parts[1]
+    test = splits[1]
     assert arm.weights
     model, described = saved.load(arm.weights)
     source = canvas.canvases(test, described.size, config.workers, cache="off")

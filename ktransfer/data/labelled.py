@@ -1,9 +1,9 @@
 """Labelled images in the layouts that data sets come in, found by looking: CSV, VOCdevkit and COCO.
 
-`opening.open_parts` asks `open_layout` first; class folders and packs are its own. A root is read as
+`opening.open_splits` asks `open_layout` first; class folders and packs are its own. A root is read as
 
 - VOC, where it or a VOC2007, VOC2012, ... below it (or below its VOCdevkit) has ImageSets/Main: the files
-  CLASS_trainval.txt and CLASS_test.txt, or CLASS_train.txt and CLASS_val.txt where the test part has no labels;
+  CLASS_trainval.txt and CLASS_test.txt, or CLASS_train.txt and CLASS_val.txt where the test split has no labels;
 - COCO, where it or its `annotations` has instances_train*.json: an image has the classes of its boxes;
 - CSV, where it has train.csv (or .tsv) and val.csv (valid, validation, test): columns path and label (see
   `opening.open_dataset`). Several labels of an image stand in one cell, separated by ";" or "|", or in several rows;
@@ -36,7 +36,7 @@ _TRUTH = {"1": 1, "-1": 0, "0": -1}  # of VOC: yes, no, difficult
 
 
 def open_layout(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
-    """The train and val parts of a root in one of the layouts of this file, None where it is in none of them.
+    """The train and val splits of a root in one of the layouts of this file, None where it is in none of them.
 
     Raises:
         UsageError: one line that says which file is missing or wrong.
@@ -65,11 +65,11 @@ def _voc(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
     if not (found[0] / "JPEGImages").is_dir():
         raise UsageError(f"{found[0]} has no JPEGImages; unpack the whole VOC archive there")
     say_once(f"{spec}: several labels an image, of {names[0]} and {names[1]} of {found[0].name}")
-    train, val = (_voc_part(spec, found[0], name, classes) for name in names)
+    train, val = (_voc_split(spec, found[0], name, classes) for name in names)
     return train, val
 
 
-def _voc_part(spec: str, place: Path, name: str, classes: list[str]) -> Dataset:
+def _voc_split(spec: str, place: Path, name: str, classes: list[str]) -> Dataset:
     main = place / "ImageSets" / "Main"
     images: list[str] = []
     columns: list[list[int]] = []
@@ -99,7 +99,7 @@ def _coco(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         return None
     names = [_instances(folder, ("train",)), _instances(folder, VAL_NAMES)]
     say_once(f"{spec}: several labels an image, of {names[0].name} and {names[1].name}")
-    train, val = (_coco_part(spec, root, path) for path in names)
+    train, val = (_coco_split(spec, root, path) for path in names)
     if train.classes != val.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
         raise UsageError(f"{names[0]} and {names[1]} have different categories ({differing}); give both the same")
@@ -115,7 +115,7 @@ def _instances(folder: Path, words: Sequence[str]) -> Path:
     raise UsageError(f"{folder} has no {' or '.join(f'instances_{word}*.json' for word in words)}; put it there")
 
 
-def _coco_part(spec: str, root: Path, path: Path) -> Dataset:
+def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
     try:
         content: Any = json.loads(_read(path))
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
@@ -125,8 +125,8 @@ def _coco_part(spec: str, root: Path, path: Path) -> Dataset:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
     if not files:
         raise UsageError(f"{path} names no images; give one that does")
-    part = path.stem.removeprefix("instances_")
-    places = [root, root / "images", root / part, root / "images" / part]
+    split = path.stem.removeprefix("instances_")
+    places = [root, root / "images", root / split, root / "images" / split]
     first = next(iter(files.values()))
     place = next((place for place in places if (place / first).is_file()), None)
     if place is None:
@@ -139,7 +139,7 @@ def _coco_part(spec: str, root: Path, path: Path) -> Dataset:
         if image not in row or kind not in column:
             raise UsageError(f"{path}: an annotation names image {image} or category {kind}, which it does not list")
         tags[row[image], column[kind]] = 1
-    return _with_tags(spec, place, part, list(files.values()), [classes[key] for key in columns], tags)
+    return _with_tags(spec, place, split, list(files.values()), [classes[key] for key in columns], tags)
 
 
 def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
@@ -202,7 +202,7 @@ def _with_tags(
     spec: str, root: Path, name: str, names: Sequence[str], classes: Sequence[str], tags: NDArray[np.int8]
 ) -> Dataset:
     if not (tags == 1).any():
-        raise UsageError(f"{spec}: no image of its part {name} has a label; there is nothing to evaluate by")
+        raise UsageError(f"{spec}: no image of its split {name} has a label; there is nothing to evaluate by")
     data = _files(spec, root, name, names, [""] * len(names))
     shown = tuple(escaped(classes))
     return replace(data, classes=shown, tags=tags, fingerprint=_digest(data, shown, tags))
@@ -212,7 +212,7 @@ def _files(spec: str, root: Path, name: str, names: Sequence[str], labels: Seque
     sizes = [file_size(os.path.join(root, file)) for file in names]  # noqa: PTH118 -- Path objects cost more
     if max(sizes) < 0:
         raise UsageError(
-            f"{spec}: none of the {len(names)} images of its part {name} is there, such as {root / names[0]}"
+            f"{spec}: none of the {len(names)} images of its split {name} is there, such as {root / names[0]}"
         )
     return of_files(spec, root, name, names, sizes, labels)
 

@@ -33,7 +33,7 @@ def open_dataset(spec: str) -> Dataset:
         return _scenes(spec, "train")
     path = _existing(spec)
     if path.is_dir():
-        if (train := _part(path, ("train",))) and (val := _part(path, VAL_NAMES)):
+        if (train := _split_place(path, ("train",))) and (val := _split_place(path, VAL_NAMES)):
             say_once(f"{spec} holds {train.name} and {val.name}: taking {train}")
             path = train
         return _folder_or_pack(spec, path)
@@ -47,13 +47,13 @@ def open_dataset(spec: str) -> Dataset:
     return _list(spec, path)
 
 
-def open_parts(spec: str) -> tuple[Dataset, Dataset]:
-    """The train and val parts that `--labelled` names: `scenes:...`, or a root with `train` and `val`.
+def open_splits(spec: str) -> tuple[Dataset, Dataset]:
+    """The train and val splits that `--labelled` names: `scenes:...`, or a root with `train` and `val`.
 
     Each is a folder of class folders or, where there is none, a pack of such a folder (`train.h5`). A root with CSV
     files, a VOCdevkit or COCO's annotations is known by what lies in it (`labelled.py`).
 
-    Both parts have the same `classes`, and a target for every image or, where an image may have several labels,
+    Both splits have the same `classes`, and a target for every image or, where an image may have several labels,
     `tags`; UsageError where a folder or file is missing, the classes differ or an image lies outside of the class
     folders.
     """
@@ -62,28 +62,28 @@ def open_parts(spec: str) -> tuple[Dataset, Dataset]:
     root = _existing(spec)
     if other := open_layout(spec, root):
         return other
-    train, val = _part(root, ("train",)), _part(root, VAL_NAMES)
+    train, val = _split_place(root, ("train",)), _split_place(root, VAL_NAMES)
     if train is None or val is None:
         missing = f"{' or '.join(VAL_NAMES)}" if train else "train"
         raise UsageError(
             f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/, or with packs "
             "of them, train.h5 and val.h5, or with train.csv and val.csv, or a VOCdevkit, or COCO's instances_*.json"
         )
-    parts = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
-    for path, part in zip((train, val), parts, strict=True):
-        if not part.classes or (part.targets == UNKNOWN).any():
-            outside = next((key for key in part.keys if "/" not in key), None)
+    splits = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
+    for path, split in zip((train, val), splits, strict=True):
+        if not split.classes or (split.targets == UNKNOWN).any():
+            outside = next((key for key in split.keys if "/" not in key), None)
             why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
-            if part.classes:
-                why = f"{part.keys[int(np.argmin(part.targets))]} has no class"
+            if split.classes:
+                why = f"{split.keys[int(np.argmin(split.targets))]} has no class"
             raise UsageError(f"{path}: {why}; every image needs a folder that names its class, at least two of them")
-    differing = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+    differing = sorted(set(splits[0].classes) ^ set(splits[1].classes))
     if differing:
         raise UsageError(
             f"{train} and {val} have different classes ({len(differing)}: {', '.join(differing[:5])}); "
             "give both the same class folders, each with at least one image"
         )
-    return parts
+    return splits
 
 
 def _existing(spec: str) -> Path:
@@ -103,7 +103,7 @@ def _existing(spec: str) -> Path:
     raise UsageError(f"{spec} does not exist: there is no {lost} in {known}{hint or '; check the path'}")
 
 
-def _part(root: Path, names: Sequence[str]) -> Path | None:
+def _split_place(root: Path, names: Sequence[str]) -> Path | None:
     """The first folder of these names or, where there is none, the first pack."""
     packs = (root / f"{name}{ending}" for name in names for ending in PACKS)
     return next((root / name for name in names if (root / name).is_dir()), None) or next(
@@ -146,28 +146,28 @@ def _list(spec: str, path: Path) -> Dataset:
     return of_files(spec, path.parent, path.stem, names, sizes, labels)
 
 
-def _scenes(spec: str, part: str) -> Dataset:
+def _scenes(spec: str, split: str) -> Dataset:
     from ktransfer.data import scenes
 
     chosen = scenes.parse(spec)
     classes = scenes.CLASSES
-    count = chosen.images if part == "train" else max(len(classes), chosen.images // 4)
-    identity = f"scenes {scenes.VERSION} {part} images={count} size={chosen.size} seed={chosen.seed}"
+    count = chosen.images if split == "train" else max(len(classes), chosen.images // 4)
+    identity = f"scenes {scenes.VERSION} {split} images={count} size={chosen.size} seed={chosen.seed}"
 
     return Dataset(
         spec=spec,
-        name="scenes" if part == "train" else f"scenes-{part}",
+        name="scenes" if split == "train" else f"scenes-{split}",
         keys=tuple(f"{classes[row % len(classes)]}/{row:06d}" for row in range(count)),
         targets=(np.arange(count) % len(classes)).astype(np.int32),
         classes=classes,
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-        read=lambda row, short_side: _render(chosen.seed, part, row, chosen.size, short_side),
+        read=lambda row, short_side: _render(chosen.seed, split, row, chosen.size, short_side),
         short_side=lambda row: chosen.size,
-        reader=lambda row: partial(_render, chosen.seed, part, row, chosen.size),
+        reader=lambda row: partial(_render, chosen.seed, split, row, chosen.size),
     )
 
 
-def _render(seed: int, part: str, row: int, size: int, short_side: int | None) -> NDArray[np.uint8]:
+def _render(seed: int, split: str, row: int, size: int, short_side: int | None) -> NDArray[np.uint8]:
     from ktransfer.data import scenes
 
-    return scenes.render(seed, part, row, size)[0]
+    return scenes.render(seed, split, row, size)[0]

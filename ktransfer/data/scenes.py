@@ -2,7 +2,7 @@
 
 Twelve classes are told apart by shape and structure alone: hue, lightness, texture, lighting, pose, size and place are
 drawn without looking at the class, and the object is lighter or darker than what is behind it with equal chance.
-Everything is a pure function of (seed, part, index, size). No torch here: `ktransfer --help` and `scenes` stay light.
+Everything is a pure function of (seed, split, index, size). No torch here: `ktransfer --help` and `scenes` stay light.
 """
 
 import os
@@ -80,12 +80,12 @@ def parse(spec: str) -> SceneSpec:
     return parsed
 
 
-def render(seed: int, part: str, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
+def render(seed: int, split: str, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
     """Draw one image: a pure function of its arguments.
 
     Args:
         seed: >= 0.
-        part: any name; images of different parts ("train", "val") are independent.
+        split: any name; images of different splits ("train", "val") are independent.
         index: >= 0; the class of the image is `index % len(CLASSES)`.
         size: side in pixels, at least 8.
 
@@ -93,7 +93,7 @@ def render(seed: int, part: str, index: int, size: int) -> tuple[NDArray[np.uint
         (size, size, 3) uint8 RGB, and its objects: the first gives the class; a quarter of the images have one or two
         further, smaller ones of any class (fewer where there is no room).
     """
-    rng = np.random.default_rng([seed, zlib.crc32(part.encode()), index])
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     outlines = _arrange(rng, index % len(CLASSES), size)
     noise = _noise(rng, size), _noise(rng, size)
     image = _clutter(rng, _background(rng, size, noise))
@@ -109,9 +109,9 @@ def render(seed: int, part: str, index: int, size: int) -> tuple[NDArray[np.uint
     return pixels, [_describe(category, outline) for category, outline in outlines]
 
 
-def objects(seed: int, part: str, index: int, size: int) -> list[SceneObject]:
+def objects(seed: int, split: str, index: int, size: int) -> list[SceneObject]:
     """The objects of the image that `render` draws from the same arguments, without drawing it."""
-    rng = np.random.default_rng([seed, zlib.crc32(part.encode()), index])
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     return [_describe(category, outline) for category, outline in _arrange(rng, index % len(CLASSES), size)]
 
 
@@ -143,20 +143,20 @@ def write_scenes(out: Path, images: int, size: int = 128, seed: int = 0) -> None
     if not writable:
         raise UsageError(f"{out} cannot be written (no permission); choose another --out")
     try:
-        for part, count in (("train", images), ("val", max(len(CLASSES), images // 4))):
-            _write_part(out, part, count, size, seed)
+        for split, count in (("train", images), ("val", max(len(CLASSES), images // 4))):
+            _write_split(out, split, count, size, seed)
     except OSError as error:
         raise StageError(f"{out} is incomplete ({error.strerror}); make room, delete it and start again") from error
 
 
-def _write_part(out: Path, part: str, count: int, size: int, seed: int) -> None:
+def _write_split(out: Path, split: str, count: int, size: int, seed: int) -> None:
     for name in CLASSES:
-        (out / part / name).mkdir(parents=True, exist_ok=True)
+        (out / split / name).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
-    for index in track(range(count), count, f"scenes {part}"):
-        pixels, objects = render(seed, part, index, size)
-        name = f"{part}/{objects[0].name}/{index:06d}.jpg"
+    for index in track(range(count), count, f"scenes {split}"):
+        pixels, objects = render(seed, split, index, size)
+        name = f"{split}/{objects[0].name}/{index:06d}.jpg"
         Image.fromarray(pixels).save(out / name, quality=90)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
         for item in objects:
@@ -174,7 +174,7 @@ def _write_part(out: Path, part: str, count: int, size: int, seed: int) -> None:
                 }
             )
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
-    write_json(out / f"{part}.json", {"images": images, "annotations": notes, "categories": categories})
+    write_json(out / f"{split}.json", {"images": images, "annotations": notes, "categories": categories})
 
 
 def _check(spec: SceneSpec, fewest: int) -> None:

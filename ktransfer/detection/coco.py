@@ -119,9 +119,9 @@ def _folder(path: Path, names: list[str]) -> Path:
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name or ":" in parts.parts[0]:
             raise UsageError(f"{path}: {name!r} leads out of the folder; names must be relative and stay below it")
-    part = path.stem.removeprefix("instances_")
+    split = path.stem.removeprefix("instances_")
     roots = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
-    tried = [root / inner for root in roots for inner in ("", "images", part, f"images/{part}")]
+    tried = [root / inner for root in roots for inner in ("", "images", split, f"images/{split}")]
     # Not the first image alone: one that is missing shall not move the folder.
     return max(tried, key=lambda folder: sum((folder / name).is_file() for name in names[:20]))
 

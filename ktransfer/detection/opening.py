@@ -15,15 +15,15 @@ SPLIT = 0.2  # of a file that has no second one beside it
 
 
 def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection]:
-    """The train and test parts that `--labelled` names, with the same classes.
+    """The train and test splits that `--labelled` names, with the same classes.
 
     `scenes:...`; a root with `instances_train*.json` (or `train*.json`) and one of val, test, in it or in
     `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose images, drawn
-    with seed 0, then is the test part. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives its
-    images that have the class of every pixel.
+    with seed 0, then is the test split. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives
+    its images that have the class of every pixel.
 
     Raises:
-        UsageError: a file is missing or breaks a rule, the classes differ, or a part holds no box.
+        UsageError: a file is missing or breaks a rule, the classes differ, or a split holds no box.
     """
     from ktransfer.detection import coco, voc
 
@@ -33,13 +33,13 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
     if root.suffix == ".json":
         whole = open_file(spec)
         test = fraction(whole, SPLIT, 0)
-        parts = subset(whole, np.setdiff1d(np.arange(len(whole)), test)), subset(whole, test)
+        splits = subset(whole, np.setdiff1d(np.arange(len(whole)), test)), subset(whole, test)
     elif not root.is_dir():
         raise UsageError(
             f"{spec}: no such folder; give a root with COCO files or a VOCdevkit, one COCO file, or scenes:"
         )
     elif years := voc.years(root):
-        parts = voc.open_parts(spec, years, "Segmentation" if masks else "Main")
+        splits = voc.open_splits(spec, years, "Segmentation" if masks else "Main")
     else:
         found = [
             next(filter(None, (_coco_file(root, name) for name in names)), None) for names in (("train",), VAL_NAMES)
@@ -50,16 +50,16 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
                 f"{spec}: no {missing} in it or in annotations/, and no VOCdevkit (VOC2007/ImageSets/Main); give a "
                 "root that holds one of both, one COCO file, or scenes:"
             )
-        parts = coco.read(found[0], spec), coco.read(found[1], spec)
-    if parts[0].classes != parts[1].classes:
-        differing = sorted(set(parts[0].classes) ^ set(parts[1].classes)) or ["their order"]
+        splits = coco.read(found[0], spec), coco.read(found[1], spec)
+    if splits[0].classes != splits[1].classes:
+        differing = sorted(set(splits[0].classes) ^ set(splits[1].classes)) or ["their order"]
         raise UsageError(
-            f"{spec}: its parts have different categories ({', '.join(differing[:5])}); give both the same"
+            f"{spec}: its splits have different categories ({', '.join(differing[:5])}); give both the same"
         )
-    for part, words in zip(parts, ("training", "test"), strict=True):
-        if not any(len(one.boxes) for one in part.objects):
-            raise UsageError(f"{spec}: no box in the {words} part; there is nothing to learn or to evaluate by")
-    return parts
+    for split, words in zip(splits, ("training", "test"), strict=True):
+        if not any(len(one.boxes) for one in split.objects):
+            raise UsageError(f"{spec}: no box in the {words} split; there is nothing to learn or to evaluate by")
+    return splits
 
 
 def open_file(spec: str) -> Detection:
@@ -94,15 +94,15 @@ def _coco_file(root: Path, name: str) -> Path | None:
     return None
 
 
-def _scenes(spec: str, part: str) -> Detection:
+def _scenes(spec: str, split: str) -> Detection:
     from ktransfer.data import opening, scenes
 
     chosen = scenes.parse(spec)
-    images = opening.open_parts(spec)[part == "val"]
+    images = opening.open_splits(spec)[split == "val"]
     size, counts = (chosen.size, chosen.size), dict[str, int]()
     objects: list[Objects] = []
     for row in range(len(images)):
-        found = scenes.objects(chosen.seed, part, row, chosen.size)
+        found = scenes.objects(chosen.seed, split, row, chosen.size)
         boxes = [(x, y, x + width, y + height) for x, y, width, height in (one.box for one in found)]
         outlines = [one.polygons for one in found]
         objects.append(objects_of(boxes, [one.category for one in found], size, counts, outlines=outlines))

@@ -36,10 +36,10 @@ def years(root: Path) -> list[Path]:
     return []
 
 
-def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Detection, Detection]:
-    """Training and test part: `trainval` of all years against every `test` that has boxes, else `train` against `val`.
+def open_splits(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Detection, Detection]:
+    """Training and test split: `trainval` of all years against every `test` that has boxes, else `train` against `val`.
 
-    An image is there once, whatever years list it, and in the test part if it is in both. How many were left out for
+    An image is there once, whatever years list it, and in the test split if it is in both. How many were left out for
     that is said in a line.
 
     Args:
@@ -66,7 +66,7 @@ def open_parts(spec: str, folders: list[Path], lists: str = "Main") -> tuple[Det
     return read(spec, learned, train, masks), read(spec, "test" if tested else "val", evaluated, masks)
 
 
-def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: bool = False) -> Detection:
+def read(spec: str, split: str, listed: list[tuple[Path, list[str]]], masked: bool = False) -> Detection:
     """The images of some lists, with the twenty classes, or those that are found where there are others.
 
     Coordinates of VOC count pixels from 1, both ends included: x0 and y0 are lowered by one.
@@ -90,7 +90,7 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: boo
         counts["images that are not there"] = missing
     if missing == len(places):
         raise UsageError(f"{spec}: none of its images is there, for example {places[0]}; unpack them")
-    summary(f"{spec} {part}", counts)
+    summary(f"{spec} {split}", counts)
     keys = tuple(f"{year.name}/{name}" for year, name in rows)
     digest = hashlib.sha256(repr((keys, bytes_of, sizes, classes)).encode())
     for one in objects:
@@ -101,7 +101,7 @@ def read(spec: str, part: str, listed: list[tuple[Path, list[str]]], masked: boo
         digest.update(files.sha256(mask).encode() if mask.is_file() else b"missing")
     return Detection(
         spec=spec,
-        name=f"voc-{part}",
+        name=f"voc-{split}",
         keys=keys,
         targets=np.full(len(keys), UNKNOWN, np.int32),
         classes=classes,
@@ -131,12 +131,12 @@ def _once(spec: str, listed: list[tuple[Path, list[str]]], held: set[str]) -> li
         dropped += len(names) - len(found[-1][1])
         held.update(own.values())
     if dropped:
-        say_once(f"{spec}: {dropped:,} images left out that the test part or another year lists too")
+        say_once(f"{spec}: {dropped:,} images left out that the test split or another year lists too")
     return found
 
 
-def _listed(year: Path, lists: str, part: str) -> list[str]:
-    path = year / "ImageSets" / lists / f"{part}.txt"
+def _listed(year: Path, lists: str, split: str) -> list[str]:
+    path = year / "ImageSets" / lists / f"{split}.txt"
     names = (
         [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if path.is_file()

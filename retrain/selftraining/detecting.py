@@ -45,7 +45,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:
-    """Training and test part with boxes; UsageError with the install line where the extra is missing."""
+    """Training and test split with boxes; UsageError with the install line where the extra is missing."""
     metrics.need_extra()
     return open_detection(spec)
 

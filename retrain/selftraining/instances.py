@@ -55,7 +55,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:
-    """Training and test part with an outline of every object.
+    """Training and test split with an outline of every object.
 
     Raises:
         UsageError: the extra is missing, or an outline.

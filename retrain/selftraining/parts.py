@@ -53,10 +53,10 @@ def show(weights: Path, data: Detection, config: SelftrainConfig, device: torch.
 
 
 def tested(data: Data, name: str) -> NDArray[np.int64]:
-    """The unlabelled images that the test part holds too: nobody may learn from them."""
+    """The unlabelled images that the test split holds too: nobody may learn from them."""
     found = boxes.shared(data.unlabelled, data.test)
     if len(found):
-        say(f"{name}: {len(found)} of the unlabelled images are in the test part too, and are left out")
+        say(f"{name}: {len(found)} of the unlabelled images are in the test split too, and are left out")
     return found
 
 

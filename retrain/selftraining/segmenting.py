@@ -81,7 +81,7 @@ def scales(config: SelftrainConfig) -> list[float]:
 
 
 def open_data(spec: str) -> tuple[Detection, Detection]:
-    """Training and test part with masks."""
+    """Training and test split with masks."""
     parts = open_detection(spec, masks=True)
     for part in parts:
         masks.need_masks(part)
@@ -256,7 +256,7 @@ def evaluate(shown: Shown, label: str) -> dict[str, Any]:
     found = segmentation.confusion(model, test, source, described.size, device, label=label)
     check_broken(source.broken | found.broken, len(test), config.max_broken, test)
     if not found.counts.sum():
-        raise StageError(f"{test.spec}: no pixel of the test part has a class; check its masks")
+        raise StageError(f"{test.spec}: no pixel of the test split has a class; check its masks")
     return segmentation.summary(found.counts, ("background", *test.classes), config.seed)
 
 

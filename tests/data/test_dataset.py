@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ktransfer.data import folders, scenes
-from ktransfer.data.opening import open_dataset, open_parts
+from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import BrokenImage, UsageError
 
 PAST = 1_600_000_000
@@ -289,7 +289,7 @@ def test_file_names_are_safe(tmp_path: Path) -> None:
 def test_parts(tmp_path: Path, val: str) -> None:
     for name in ("train/cat/1.png", "train/dog/2.png", f"{val}/cat/3.png", f"{val}/dog/4.png", f"{val}/dog/5.png"):
         put(tmp_path / name)
-    train, held_out = open_parts(str(tmp_path))
+    train, held_out = open_splits(str(tmp_path))
     assert (train.name, held_out.name) == ("train", val)
     assert train.classes == held_out.classes == ("cat", "dog")
     assert train.targets.tolist() == [0, 1] and held_out.targets.tolist() == [0, 1, 1]
@@ -312,11 +312,11 @@ def test_bad_parts(tmp_path: Path, names: list[str], message: str) -> None:
     for name in names:
         put(tmp_path / name)
     with pytest.raises(UsageError, match=message):
-        open_parts(str(tmp_path))
+        open_splits(str(tmp_path))
 
 
 def test_scenes() -> None:
-    train, val = open_parts("scenes:images=50,size=32,seed=3")
+    train, val = open_splits("scenes:images=50,size=32,seed=3")
     classes = scenes.CLASSES
     assert (train.name, val.name) == ("scenes", "scenes-val")
     assert (len(train), len(val)) == (50, max(len(classes), 12))

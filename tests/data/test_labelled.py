@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import UsageError
 
 PACKS = os.environ.get("KTRANSFER_DATA")
@@ -26,7 +26,7 @@ def table(root: Path, name: str, *lines: str) -> None:
 
 def refused(root: Path, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        open_parts(str(root))
+        open_splits(str(root))
     assert "\n" not in str(caught.value)
 
 
@@ -34,13 +34,13 @@ def test_csv_with_one_label(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "b.png", "c.png", "sub/d.png")
     table(tmp_path, "train.csv", "a.png,dog", "b.png, cat", "sub/d.png,dog")
     table(tmp_path, "val.csv", "c.png,dog")
-    train, val = open_parts(str(tmp_path))
+    train, val = open_splits(str(tmp_path))
     assert (train.classes, train.targets.tolist(), train.tags) == (("cat", "dog"), [1, 0, 1], None)
     assert (val.classes, val.targets.tolist(), val.keys) == (("cat", "dog"), [1], ("c.png",))
     assert train.keys == ("a.png", "b.png", "sub/d.png") and train.read(2, None).shape == (6, 8, 3)
     assert train.targets.dtype == np.int32
     table(tmp_path, "train.csv", "a.png,cat", "b.png,cat", "sub/d.png,dog")
-    assert open_parts(str(tmp_path))[0].fingerprint != train.fingerprint
+    assert open_splits(str(tmp_path))[0].fingerprint != train.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_csv_with_several_labels(tmp_path: Path, lines: tuple[str, ...]) -> None
     put(tmp_path, "a.png", "b.png", "c.png")
     table(tmp_path, "train.csv", *lines)
     table(tmp_path, "validation.csv", "c.png,dog")
-    train, val = open_parts(str(tmp_path))
+    train, val = open_splits(str(tmp_path))
     assert train.tags is not None and val.tags is not None
     assert train.keys == ("a.png", "b.png", "c.png")
     assert (train.tags.tolist(), val.tags.tolist()) == ([[1, 1], [0, 0], [1, 0]], [[0, 1]])
@@ -66,7 +66,7 @@ def test_whole_numbers_are_classes_in_their_order(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "b.png")
     table(tmp_path, "train.csv", "a.png,10", "b.png,9")
     table(tmp_path, "test.csv", "b.png,10")
-    assert [part.classes for part in open_parts(str(tmp_path))] == [("9", "10")] * 2
+    assert [part.classes for part in open_splits(str(tmp_path))] == [("9", "10")] * 2
 
 
 def test_csv_files_that_are_wrong(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_csv_files_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "val.csv").write_text("path,label\n")
     refused(tmp_path, r"val\.csv lists no images")
     table(tmp_path, "val.csv", "x.png,dog")
-    refused(tmp_path, r"none of the 1 images of its part val is there, such as .*x\.png")
+    refused(tmp_path, r"none of the 1 images of its split val is there, such as .*x\.png")
     table(tmp_path, "train.csv", "a.png,dog", "b.png,dog")
     refused(tmp_path, "fewer than two different labels")
     (tmp_path / "train.csv").unlink()
@@ -92,7 +92,7 @@ def test_csv_files_that_are_wrong(tmp_path: Path) -> None:
 def test_a_lone_table_beside_class_folders_is_passed_over(tmp_path: Path) -> None:
     put(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "val/dog/4.png")
     table(tmp_path, "train.csv", "a.png,dog")
-    assert open_parts(str(tmp_path))[0].keys == ("cat/1.png", "dog/2.png")
+    assert open_splits(str(tmp_path))[0].keys == ("cat/1.png", "dog/2.png")
 
 
 def voc(root: Path, year: str = "VOC2007", parts: tuple[str, ...] = ("train", "val", "trainval", "test")) -> Path:
@@ -114,7 +114,7 @@ def voc(root: Path, year: str = "VOC2007", parts: tuple[str, ...] = ("train", "v
 def test_voc(tmp_path: Path) -> None:
     place = voc(tmp_path / "VOCdevkit")
     for root in (tmp_path, tmp_path / "VOCdevkit", place):
-        train, val = open_parts(str(root))
+        train, val = open_splits(str(root))
         assert train.tags is not None and val.tags is not None
         assert train.classes == val.classes == ("cat", "dog")
         assert (train.keys, val.keys) == (("000001.jpg", "000002.jpg"), ("000003.jpg", "000004.jpg"))
@@ -125,11 +125,11 @@ def test_voc(tmp_path: Path) -> None:
 
 def test_voc_without_labels_for_its_test_part(tmp_path: Path) -> None:
     place = voc(tmp_path, "VOC2012", ("train", "val", "trainval"))
-    train, val = open_parts(str(tmp_path))
+    train, val = open_splits(str(tmp_path))
     assert (train.keys, val.keys) == (("000001.jpg",), ("000002.jpg",))
     for label in ("cat", "dog"):
         (place / "ImageSets/Main" / f"{label}_test.txt").write_text("000003 0\n000004 0\n")
-    assert [part.name for part in open_parts(str(tmp_path))] == ["train", "val"]
+    assert [part.name for part in open_splits(str(tmp_path))] == ["train", "val"]
 
 
 def test_voc_files_that_are_missing(tmp_path: Path) -> None:
@@ -169,14 +169,14 @@ def test_coco(tmp_path: Path, where: str) -> None:
     folder = tmp_path / "annotations" if where else tmp_path
     coco(folder / "instances_train2017.json", ("a.jpg", "b.jpg"), ((0, 7), (0, 7), (0, 3)))
     coco(folder / "instances_val2017.json", ("c.jpg",), ((0, 7),))
-    train, val = open_parts(str(tmp_path))
+    train, val = open_splits(str(tmp_path))
     assert train.tags is not None and val.tags is not None
     assert train.classes == val.classes == ("cat", "dog")  # in the order of their numbers
     assert (train.tags.tolist(), val.tags.tolist()) == ([[1, 1], [0, 0]], [[0, 1]])
     assert (train.keys, val.keys) == (("a.jpg", "b.jpg"), ("c.jpg",))
     assert val.read(0, None).shape == (6, 8, 3)
     coco(folder / "instances_train2017.json", ("a.jpg", "b.jpg"), ((0, 7),))
-    assert open_parts(str(tmp_path))[0].fingerprint != train.fingerprint
+    assert open_splits(str(tmp_path))[0].fingerprint != train.fingerprint
 
 
 def test_coco_files_that_are_wrong(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_coco_files_that_are_wrong(tmp_path: Path) -> None:
     coco(path.with_name("instances_val.json"), ("a.jpg",), ((0, 7),))
     refused(tmp_path, r"instances_train\.json: its images are not there \(looked for .*images/train/a\.jpg\)")
     put(tmp_path, "a.jpg")
-    open_parts(str(tmp_path))
+    open_splits(str(tmp_path))
     coco(path, ("a.jpg",), ())
-    refused(tmp_path, "no image of its part train has a label")
+    refused(tmp_path, "no image of its split train has a label")
     coco(path, ("a.jpg",), ((5, 7),))
     refused(tmp_path, "an annotation names image 15 or category 7, which it does not list")
     coco(path, (), ())
@@ -212,7 +212,7 @@ def test_a_root_without_any_layout_names_them(tmp_path: Path) -> None:
 @pytest.mark.skipif(PACKS is None, reason="KTRANSFER_DATA names no folder that holds det_animals7")
 def test_animals() -> None:
     root = Path(str(PACKS)) / "det_animals7"
-    train, val = open_parts(str(root))
+    train, val = open_splits(str(root))
     assert (len(train), len(val), len(train.classes)) == (698, 210, 7)
     for part, name in ((train, "train"), (val, "val")):
         content = json.loads((root / f"instances_{name}.json").read_text())

@@ -15,7 +15,7 @@ from ktransfer import cli
 from ktransfer.artifacts.features import create_or_resume
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, typical_short_side
-from ktransfer.data.opening import open_dataset, open_parts
+from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.data.pack import pack
 from ktransfer.errors import BrokenImage, StageError, UsageError
 
@@ -126,20 +126,20 @@ def test_nothing_stays_open(root: Path) -> None:
 
 
 def test_parts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train, val = open_parts(str(root / "jpeg"))
+    train, val = open_splits(str(root / "jpeg"))
     assert (len(train), len(val)) == (24, 8) and train.classes == val.classes == ("class0", "class1")
     assert open_dataset(str(root / "jpeg")).fingerprint == train.fingerprint
     assert "holds train.h5 and val.h5: taking" in capsys.readouterr().err
     shutil.copy(root / "jpeg/train.h5", tmp_path / "train.h5")
     with pytest.raises(UsageError, match=r"has no folder val or valid .* train.h5 and val.h5"):
-        open_parts(str(tmp_path))
+        open_splits(str(tmp_path))
     shutil.copytree(root / "images/val", tmp_path / "val")
-    mixed = open_parts(str(tmp_path))
+    mixed = open_splits(str(tmp_path))
     assert mixed[0].fingerprint == train.fingerprint and mixed[1].read(0, None).shape != val.read(0, None).shape
     shutil.copytree(root / "images/train", tmp_path / "train")
-    assert open_parts(str(tmp_path))[0].fingerprint == open_dataset(str(root / "images/train")).fingerprint
+    assert open_splits(str(tmp_path))[0].fingerprint == open_dataset(str(root / "images/train")).fingerprint
     with pytest.raises(UsageError, match=r"train.h5 has no folder train"):
-        open_parts(str(root / "jpeg/train.h5"))
+        open_splits(str(root / "jpeg/train.h5"))
 
 
 def test_parts_need_a_class_for_every_image(root: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_parts_need_a_class_for_every_image(root: Path, tmp_path: Path) -> None:
     shutil.copy(root / "jpeg/val.h5", tmp_path / "val.h5")
     (root / "images/train/list.csv").unlink()
     with pytest.raises(UsageError, match=r"train.h5: class0/02.jpg has no class"):
-        open_parts(str(tmp_path))
+        open_splits(str(tmp_path))
 
 
 def cut(length: float) -> Callable[[Path], None]:

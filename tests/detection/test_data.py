@@ -143,7 +143,7 @@ def test_a_root_has_two_parts(tmp_path):
     with pytest.raises(UsageError, match=r"different categories \(cow, dog\)"):
         opening.open_detection(str(tmp_path))
     coco(tmp_path, "instances_val.json", annotations=[])
-    with pytest.raises(UsageError, match="no box in the test part"):
+    with pytest.raises(UsageError, match="no box in the test split"):
         opening.open_detection(str(tmp_path))
     with pytest.raises(UsageError, match="no such folder"):
         opening.open_detection(str(tmp_path / "nowhere"))

@@ -129,7 +129,7 @@ def test_an_image_that_another_year_lists_too_is_there_once(devkit, capsys):
     assert test.keys == ("VOC2007/000003",)
     names = [key.split("/")[1] for key in train.keys]
     assert names == ["000001", "000002", "2007_000004", "2010_000003", "000003"]
-    assert "2 images left out that the test part or another year lists too" in capsys.readouterr().err
+    assert "2 images left out that the test split or another year lists too" in capsys.readouterr().err
     # Without a test list val is evaluated, by the same rule.
     (first / "ImageSets" / "Segmentation" / "test.txt").unlink()
     (second / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000002\n2007_000003\n")

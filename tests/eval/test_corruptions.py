@@ -6,13 +6,13 @@ import scipy.stats
 import torch
 
 from ktransfer.data.loader import ImageLoader
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.eval.corruptions import KINDS, SEVERITIES, Draws, severities, shot_noise
 
 
 @pytest.fixture(scope="module")
 def pixels():
-    return ImageLoader(open_parts("scenes:images=48,size=64")[1], 64).batch(torch.arange(12))[0]
+    return ImageLoader(open_splits("scenes:images=48,size=64")[1], 64).batch(torch.arange(12))[0]
 
 
 ROWS = torch.arange(100, 112)
@@ -40,7 +40,7 @@ def test_each_severity_is_farther_from_the_image(pixels, kind):
 
 @pytest.mark.parametrize("side", [32, 96])
 def test_severities_grow_at_other_sizes(side):
-    pixels = ImageLoader(open_parts(f"scenes:images=48,size={side}")[1], side).batch(torch.arange(6))[0]
+    pixels = ImageLoader(open_splits(f"scenes:images=48,size={side}")[1], side).batch(torch.arange(6))[0]
     for kind in KINDS:
         distances = [far(one, pixels) for one in severities(kind, pixels, ROWS[:6], 1)]
         assert distances == sorted(distances), kind

@@ -143,7 +143,7 @@ def evaluated(monkeypatch):
     """Replace the evaluating by a note of who was evaluated, with which weights."""
     seen = []
 
-    def fake(arm, parts, config, folder, device):
+    def fake(arm, splits, config, folder, device):
         seen.append((arm.name, arm.weights, arm.network))
         numbers = {
             "numbers": 1,
@@ -192,12 +192,12 @@ def test_what_is_written_on_the_way_stays_until_the_outcome_is_kept(runs, monkey
     fake, work = linear.evaluate, runs / "target" / "eval" / "work-linear"
     kept = ["random.json", "target.json"]
 
-    def writing(arm, parts, config, folder, device):
+    def writing(arm, splits, config, folder, device):
         assert [name for name in kept if (work / name).exists()] == kept[: kept.index(f"{arm.name}.json")]
         assert not (work / "random").exists()
         folder.mkdir(parents=True)
         (folder / "half").touch()
-        return fake(arm, parts, config, folder, device)
+        return fake(arm, splits, config, folder, device)
 
     def full(path, value):
         if path == work / "target.json":

@@ -9,7 +9,7 @@ import torch
 
 from ktransfer import networks
 from ktransfer.data.loader import ImageLoader
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import UsageError
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import PRESETS, EvalConfig, own_settings
@@ -62,10 +62,10 @@ def test_what_a_preset_cannot_do_is_said():
         layers_of(NETWORK, "fair")
     with pytest.raises(UsageError, match="resnet18 has no such layer"):
         layers_of(Network("resnet18", size=64, classes=3), "deepcluster")
-    parts = open_parts("scenes:images=24,size=48")
+    splits = open_splits("scenes:images=24,size=48")
     for wrong in ({"schedule": "step"}, {"warmup": 0.1}):
         with pytest.raises(UsageError, match="--preset deepcluster has its own"):
-            linear.check([NETWORK], parts, config("deepcluster", **wrong), None)
+            linear.check([NETWORK], splits, config("deepcluster", **wrong), None)
 
 
 def test_settings_of_a_preset_yield_to_those_given():
@@ -91,7 +91,7 @@ def corners(pixels, views):
 
 @pytest.fixture
 def crops():
-    return Crops(corners, ImageLoader(open_parts("scenes:images=12,size=48")[0], 48, 1), 44)
+    return Crops(corners, ImageLoader(open_splits("scenes:images=12,size=48")[0], 48, 1), 44)
 
 
 def test_ten_squares_and_random_ones(crops):
@@ -150,11 +150,11 @@ def test_maps_that_are_not_standardised():
 
 @pytest.mark.parametrize(("preset", "network"), [("deepcluster", NETWORK), ("fair", replace(NETWORK, size=72))])
 def test_the_whole_protocol_and_after_an_interruption(preset, network, tmp_path, monkeypatch):
-    parts = open_parts("scenes:images=48,size=64")
+    splits = open_splits("scenes:images=48,size=64")
     small = config(preset, epochs=2, batch=8, layers="conv1" if preset == "fair" else "conv1,conv5")
     arm = Arm("random", network, None)
-    linear.check([network], parts, small, tmp_path)
-    expected = linear.evaluate(arm, parts, small, tmp_path / "whole", CPU)
+    linear.check([network], splits, small, tmp_path)
+    expected = linear.evaluate(arm, splits, small, tmp_path / "whole", CPU)
     assert list(expected["scores"]) == small.layers.split(",")
     assert expected["scores"]["conv1"]["lr"] == 0.01
     inner, steps = linear.probe_loss, []
@@ -172,8 +172,8 @@ def test_the_whole_protocol_and_after_an_interruption(preset, network, tmp_path,
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear, "probe_loss", killed)
-        linear.evaluate(arm, parts, small, tmp_path / "work", CPU)
-    assert linear.evaluate(arm, parts, small, tmp_path / "work", CPU) == expected
+        linear.evaluate(arm, splits, small, tmp_path / "work", CPU)
+    assert linear.evaluate(arm, splits, small, tmp_path / "work", CPU) == expected
 
 
 @pytest.mark.parametrize("preset", ["deepcluster", "fair"])
@@ -181,7 +181,7 @@ def test_a_signal_is_found_and_shuffled_labels_are_not(preset, tmp_path):
     """Images of plain colours, one a class; then the same with shuffled labels."""
     train, test = (
         replace(part, classes=part.classes[:4], targets=part.targets % 4)
-        for part in open_parts("scenes:images=96,size=64")
+        for part in open_splits("scenes:images=96,size=64")
     )
 
     def coloured(part, seed):
@@ -191,12 +191,12 @@ def test_a_signal_is_found_and_shuffled_labels_are_not(preset, tmp_path):
 
         return replace(part, read=read)
 
-    parts = coloured(train, 0), coloured(test, 1)
+    splits = coloured(train, 0), coloured(test, 1)
     network = replace(NETWORK, size=72) if preset == "fair" else NETWORK
     small = config(preset, epochs=12, batch=16, layers="conv1", lrs="0.003")
-    found = linear.evaluate(Arm("random", network, None), parts, small, tmp_path / "a", CPU)["scores"]["conv1"]
+    found = linear.evaluate(Arm("random", network, None), splits, small, tmp_path / "a", CPU)["scores"]["conv1"]
     assert found["top1"] > 0.95
     rng = np.random.default_rng(0)
-    shuffled = tuple(replace(part, targets=rng.permutation(part.targets)) for part in parts)
+    shuffled = tuple(replace(part, targets=rng.permutation(part.targets)) for part in splits)
     found = linear.evaluate(Arm("random", network, None), shuffled, small, tmp_path / "b", CPU)["scores"]["conv1"]
     assert found["top1"] < 0.65  # of 24 images; chance is 0.25

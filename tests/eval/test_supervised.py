@@ -309,10 +309,10 @@ def test_images_with_several_labels(runs, several):
 
 def test_the_loss_of_several_labels(several):
     """The arm learns sigmoids; each image is drawn with its own crop."""
-    from ktransfer.data.opening import open_parts
+    from ktransfer.data.opening import open_splits
     from ktransfer.eval.learners.tuning import Labelled
 
-    data, _ = open_parts(str(several))
+    data, _ = open_splits(str(several))
     network = Network("alexnet_bn", 0.05, 2, 40)
     part = Labelled(data, network, EvalConfig(), torch.device("cpu"))
     assert part.several and part.labels.shape == (48, 2)

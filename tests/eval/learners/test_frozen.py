@@ -10,7 +10,7 @@ import torch
 
 from ktransfer import networks
 from ktransfer.artifacts.features import Features
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import StageError
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
@@ -52,22 +52,22 @@ def planted(count, seed, signal=1.1, targets=None):
 
 def run(name, monkeypatch, tmp_path, train, test, tags=(None, None), **options):
     """What the protocol says of planted vectors."""
-    parts = open_parts(f"scenes:images={len(train.features.rows)},size=48")
-    parts = tuple(
+    splits = open_splits(f"scenes:images={len(train.features.rows)},size=48")
+    splits = tuple(
         replace(
             data,
             keys=tuple(f"{row}" for row in range(len(part.features.rows))),
             targets=part.features.targets,
-            classes=parts[0].classes[:CLASSES],
+            classes=splits[0].classes[:CLASSES],
             tags=tag,
         )
-        for data, part, tag in zip(parts, (train, test), tags, strict=True)
+        for data, part, tag in zip(splits, (train, test), tags, strict=True)
     )
     monkeypatch.setattr(frozen, "frozen_maps", lambda *args, **more: (train, test))
     monkeypatch.setattr(frozen, "_layers", lambda *args: train.layers)
     place = tmp_path / "eval" / f"work-{name}" / "arm"
     place.mkdir(parents=True)
-    found = module(name).evaluate(ARM, parts, config(name, **options), place, CPU)
+    found = module(name).evaluate(ARM, splits, config(name, **options), place, CPU)
     assert json.loads(json.dumps(found)) == found
     return found["scores"]["conv5"]
 
@@ -135,29 +135,29 @@ def test_broken_images_are_left_out(name, monkeypatch, tmp_path):
 def test_images_are_read_once_and_each_layer_is_evaluated(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module("svm"), "DRAWS", 2)
     monkeypatch.setattr(module("svm"), "COSTS", (0.01, 0.1))
-    parts, read = open_parts("scenes:images=60,size=48"), ([], [])
+    splits, read = open_splits("scenes:images=60,size=48"), ([], [])
     counted = tuple(
         replace(data, read=lambda row, side, data=data, rows=rows: (rows.append(row), data.read(row, side))[1])
-        for data, rows in zip(parts, read, strict=True)
+        for data, rows in zip(splits, read, strict=True)
     )
     work = tmp_path / "eval" / f"work-{name}" / "random"
     small = config(name, grid=2, layers=None if name == "logreg" else "conv2,conv5")
-    module(name).check([NETWORK], parts, small, tmp_path)
+    module(name).check([NETWORK], splits, small, tmp_path)
     found = module(name).evaluate(ARM, counted, small, work, CPU)
-    for data, rows in zip(parts, read, strict=True):
+    for data, rows in zip(splits, read, strict=True):
         assert sorted(rows) == list(range(len(data)))
     assert list(found["scores"]) == (["conv5"] if name == "logreg" else ["conv2", "conv5"])
     assert found["scores"]["conv5"]["numbers"] == 16 * 4
-    again = module(name).evaluate(ARM, parts, config(name, grid=2, layers="conv2"), work.with_name("again"), CPU)
+    again = module(name).evaluate(ARM, splits, config(name, grid=2, layers="conv2"), work.with_name("again"), CPU)
     assert list(again["scores"]) == ["conv2"]
     if name != "logreg":
         assert again["scores"]["conv2"] == found["scores"]["conv2"]
 
 
 def test_layers_evaluated_before_an_interruption_are_kept(monkeypatch, tmp_path):
-    parts = open_parts("scenes:images=48,size=48")
+    splits = open_splits("scenes:images=48,size=48")
     knn, calls = module("knn"), []
-    expected = knn.evaluate(ARM, parts, config("knn"), tmp_path / "whole", CPU)
+    expected = knn.evaluate(ARM, splits, config("knn"), tmp_path / "whole", CPU)
     one_layer = knn._one_layer
 
     def killed(train, test, layer, **rest):
@@ -168,8 +168,8 @@ def test_layers_evaluated_before_an_interruption_are_kept(monkeypatch, tmp_path)
 
     monkeypatch.setattr(knn, "_one_layer", killed)
     with pytest.raises(KeyboardInterrupt):
-        knn.evaluate(ARM, parts, config("knn"), tmp_path / "work", CPU)
-    assert knn.evaluate(ARM, parts, config("knn"), tmp_path / "work", CPU) == expected
+        knn.evaluate(ARM, splits, config("knn"), tmp_path / "work", CPU)
+    assert knn.evaluate(ARM, splits, config("knn"), tmp_path / "work", CPU) == expected
     assert calls == ["conv1", "conv2", "conv3", "conv3", "conv4", "conv5"]
 
 
@@ -191,23 +191,23 @@ def test_the_last_layer_is_the_last_one_there_is(network, layer):
 
 
 def test_the_disk_and_the_layers_are_checked_before(monkeypatch, tmp_path):
-    parts = open_parts("scenes:images=48,size=48")
+    splits = open_splits("scenes:images=48,size=48")
     for name in NAMES:
         with pytest.raises(Exception, match="conv9: alexnet_bn has no such layer"):
-            module(name).check([NETWORK], parts, config(name, layers="conv9"), tmp_path)
+            module(name).check([NETWORK], splits, config(name, layers="conv9"), tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
     for name in NAMES:
         with pytest.raises(Exception, match=r"eval needs 0\.\d+ GB"):
-            module(name).check([NETWORK], parts, config(name, grid=4), tmp_path)
+            module(name).check([NETWORK], splits, config(name, grid=4), tmp_path)
 
 
 def test_too_many_broken_images(tmp_path, folder):
-    parts = (open_parts("scenes:images=24,size=48")[0],) * 2
+    splits = (open_splits("scenes:images=24,size=48")[0],) * 2
     from ktransfer.data.opening import open_dataset
 
     broken = open_dataset(str(folder))
     with pytest.raises(StageError, match=r"a/05\.jpg"):
-        module("knn").evaluate(ARM, (broken, parts[1]), config("knn", max_broken=0.0), tmp_path / "w", CPU)
+        module("knn").evaluate(ARM, (broken, splits[1]), config("knn", max_broken=0.0), tmp_path / "w", CPU)
     found = module("knn").evaluate(ARM, (broken, broken), config("knn", max_broken=0.1), tmp_path / "w", CPU)
     assert [line.split(":")[0] for line in found["broken"]] == ["pics/a/05.jpg"] * 2
 

@@ -167,8 +167,8 @@ def test_frozen_batch_norms_and_dropouts_work_as_in_a_test():
 def evaluated(
     painted, tmp_path, config=CONFIG, several=False, train=None, test=None, name="work", protocol=finetune, arm=ARM
 ):
-    parts = train or painted(60, 0, several), test or painted(45, 1, several)
-    return protocol.evaluate(arm, parts, config, tmp_path / name, CPU)
+    splits = train or painted(60, 0, several), test or painted(45, 1, several)
+    return protocol.evaluate(arm, splits, config, tmp_path / name, CPU)
 
 
 def shuffled(data, seed):
@@ -248,13 +248,13 @@ def test_the_test_part_is_read_once_and_chooses_nothing(protocol, painted, tmp_p
 
 
 def test_pieces_that_batch_norm_sees_are_an_input(painted):
-    parts = painted(6, 0), painted(6, 1)
+    splits = painted(6, 0), painted(6, 1)
     plain = Arm("plain", replace(ARM.network, arch="alexnet"), None)
     normed = Arm("normed", replace(ARM.network, arch="alexnet_bn"), None)
 
     def seen(*arms, **options):
         found = [
-            protocol.inputs([*arms], parts, replace(CONFIG, batch=16, **options)) for protocol in (finetune, nonlinear)
+            protocol.inputs([*arms], splits, replace(CONFIG, batch=16, **options)) for protocol in (finetune, nonlinear)
         ]
         assert found[0] == found[1]
         return found[0]
@@ -281,8 +281,8 @@ def test_rows_held_out_are_not_learned_from(painted, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [2, 9, 17, 22])
 def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp_path, monkeypatch):
     config = replace(CONFIG, strategy="staged,layerwise", lrs="0.01,0.03", epochs=2)
-    parts = painted(27, 0), painted(12, 1)
-    expected = finetune.evaluate(ARM, parts, config, tmp_path / "whole", CPU)
+    splits = painted(27, 0), painted(12, 1)
+    expected = finetune.evaluate(ARM, splits, config, tmp_path / "whole", CPU)
     loss = tuning.crop_loss
     steps = []
 
@@ -296,10 +296,10 @@ def test_killed_and_given_again_it_ends_with_the_same_numbers(stop, painted, tmp
     monkeypatch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tuning, "crop_loss", killed)
-        finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU)
+        finetune.evaluate(ARM, splits, config, tmp_path / "work", CPU)
     again = []
     monkeypatch.setattr(tuning, "crop_loss", lambda *given, **more: again.append(0) or loss(*given, **more))
-    assert finetune.evaluate(ARM, parts, config, tmp_path / "work", CPU) == expected
+    assert finetune.evaluate(ARM, splits, config, tmp_path / "work", CPU) == expected
     assert len(again) == 3 * 2 * 2 * 2 - (stop - 1)  # batches, epochs, rates and strategies; none twice
 
 
@@ -336,18 +336,18 @@ def test_predictions_are_the_mean_over_crops_and_turns_do_not_depend_on_the_batc
 
 def test_rescaled_from_images_that_are_learned_from(painted, tmp_path):
     arm = Arm("random", replace(NETWORK, arch="alexnet"), None)
-    parts = counted(painted(60, 0))[0], painted(12, 1)
+    splits = counted(painted(60, 0))[0], painted(12, 1)
     plain, scaled = (
-        finetune.evaluate(arm, parts, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / str(rescale), CPU)[
+        finetune.evaluate(arm, splits, replace(CONFIG, rescale=rescale, epochs=1), tmp_path / str(rescale), CPU)[
             "scores"
         ]
         for rescale in (False, True)
     )
     assert plain != scaled
-    sample = finetune._sample(parts[0], arm.network, CONFIG)
+    sample = finetune._sample(splits[0], arm.network, CONFIG)
     held = hold_out(60, 0.1, CONFIG.seed)[1]
     assert sample.shape == (54, 3, 35, 35)
-    data = tuning.Labelled(parts[0], arm.network, CONFIG, CPU).images.batch(held)[0][:, :, 2:37, 2:37]
+    data = tuning.Labelled(splits[0], arm.network, CONFIG, CPU).images.batch(held)[0][:, :, 2:37, 2:37]
     for image in networks.normalise(data, "imagenet"):
         assert not any(image.equal(other) for other in sample)
     model, _ = finetune._start(arm, 3, 0, sample)

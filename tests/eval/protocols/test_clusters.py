@@ -23,7 +23,7 @@ NETWORK = Network("alexnet_bn", 0.05, 2, 35)
 
 
 @pytest.fixture(scope="module")
-def parts(painted):
+def splits(painted):
     return painted(90, 1), painted(45, 2)
 
 
@@ -64,8 +64,8 @@ def test_k_means_finds_groups_as_scikit_learn_does():
     assert (again == found[2]).all()
 
 
-def test_visible_classes_are_found(parts, tmp_path):
-    found = clusters.evaluate(Arm("random", NETWORK, None), parts, CONFIG, tmp_path / "work", CPU)
+def test_visible_classes_are_found(splits, tmp_path):
+    found = clusters.evaluate(Arm("random", NETWORK, None), splits, CONFIG, tmp_path / "work", CPU)
     assert list(found["scores"]) == ["conv1", "conv2"]
     assert max(cell["match"] for cell in found["scores"].values()) > 0.8
     for cell in found["scores"].values():
@@ -76,13 +76,13 @@ def test_visible_classes_are_found(parts, tmp_path):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
+def test_labels_change_neither_clusters_nor_stability(splits, tmp_path):
     draws = np.random.default_rng(0)
-    shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
+    shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in splits)
     arm = Arm("random", NETWORK, None)
     mine, other = (
         clusters.evaluate(arm, given, CONFIG, tmp_path / name, CPU)["scores"]
-        for name, given in (("mine", parts), ("other", shuffled))
+        for name, given in (("mine", splits), ("other", shuffled))
     )
     for layer in mine:
         for name in ("sizes", "seeds", "twice", "seeds_interval"):
@@ -91,9 +91,9 @@ def test_labels_change_neither_clusters_nor_stability(parts, tmp_path):
         assert abs(other[layer]["ari"]) < 0.15
 
 
-def test_several_numbers_of_clusters(parts, tmp_path):
+def test_several_numbers_of_clusters(splits, tmp_path):
     config = replace(CONFIG, clusters_k="2, 5", layers="conv1")
-    found = clusters.evaluate(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)["scores"]
+    found = clusters.evaluate(Arm("random", NETWORK, None), splits, config, tmp_path / "work", CPU)["scores"]
     assert list(found) == ["conv1, k = 2", "conv1, k = 5"]
     assert [cell["k"] for cell in found.values()] == [2, 5]
     assert all(cell["sizes"]["met"] <= cell["k"] for cell in found.values())
@@ -104,7 +104,7 @@ TOLD = [(row, (row + row % 2) % 3) for row in range(60)] + [(70, -1)]
 
 @pytest.fixture
 def labelled(tmp_path):
-    """A network whose run labelled 61 images called as those of the training part, one of them broken."""
+    """A network whose run labelled 61 images called as those of the training split, one of them broken."""
     run = tmp_path / "run"
     weights = run / "retrain" / "model.safetensors"
     networks.save(weights, networks.build(NETWORK, 0, "test").state_dict(), NETWORK)
@@ -115,68 +115,68 @@ def labelled(tmp_path):
     return Arm("run", NETWORK, weights)
 
 
-def test_the_pseudo_labels_of_the_run(parts, labelled, tmp_path, monkeypatch):
+def test_the_pseudo_labels_of_the_run(splits, labelled, tmp_path, monkeypatch):
     arm, told = labelled, TOLD
     labels = tmp_path / "run" / "clusters" / "labels.csv"
-    monkeypatch.setattr(clusters, "open_dataset", lambda spec: parts[0])
-    assert list(clusters.inputs([arm, Arm("random", NETWORK, None)], parts, CONFIG)) == ["labels run"]
+    monkeypatch.setattr(clusters, "open_dataset", lambda spec: splits[0])
+    assert list(clusters.inputs([arm, Arm("random", NETWORK, None)], splits, CONFIG)) == ["labels run"]
     config = replace(CONFIG, layers="conv1")
-    cell = clusters.evaluate(arm, parts, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
-    classes = parts[0].targets[:60]
+    cell = clusters.evaluate(arm, splits, config, tmp_path / "work", CPU)["scores"]["pseudo-labels"]
+    classes = splits[0].targets[:60]
     found = [label for _, label in told[:60]]
     assert cell["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(classes, found))
     assert cell["ari"] == pytest.approx(metrics.adjusted_rand_score(classes, found))
     assert "seeds" not in cell
     labels.write_text(labels.read_text() + "elsewhere,1,0.5\n")  # of other images: there is nothing to compare
-    assert list(clusters.evaluate(arm, parts, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
+    assert list(clusters.evaluate(arm, splits, config, tmp_path / "work", CPU)["scores"]) == ["conv1"]
 
 
-def test_pseudo_labels_of_other_images_with_the_same_keys(parts, labelled, painted, tmp_path, monkeypatch, capsys):
+def test_pseudo_labels_of_other_images_with_the_same_keys(splits, labelled, painted, tmp_path, monkeypatch, capsys):
     path = tmp_path / "run" / "clusters" / "labels.csv"
 
     def left_out(data):
         with monkeypatch.context() as patch:
             if data is not None:
                 patch.setattr(clusters, "open_dataset", lambda spec: data)
-            found = clusters.pseudo_labels(path, parts, "mine")
+            found = clusters.pseudo_labels(path, splits, "mine")
         said = capsys.readouterr().err
         assert (found is None) == ("the pseudo-labels of mine are left out: " in said)
         return said.partition(": the pseudo-labels of mine are left out: ")[2].strip()
 
-    assert left_out(parts[0]) == ""
+    assert left_out(splits[0]) == ""
     draws = np.random.default_rng(0)
-    anew = {row: parts[0].read(row, 40) + draws.integers(-2, 3, (40, 40, 3)).clip(0) for row in range(90)}
-    packed = replace(parts[0], fingerprint="of a pack", read=lambda row, side: anew[row].clip(0, 255).astype(np.uint8))
+    anew = {row: splits[0].read(row, 40) + draws.integers(-2, 3, (40, 40, 3)).clip(0) for row in range(90)}
+    packed = replace(splits[0], fingerprint="of a pack", read=lambda row, side: anew[row].clip(0, 255).astype(np.uint8))
     assert left_out(packed) == ""
     assert left_out(painted(90, 9)) == "0 of painted is another image than that of painted"
 
     def one_torn(row, side):
         if row == 59:
             raise BrokenImage("torn")
-        return parts[0].read(row, side)
+        return splits[0].read(row, side)
 
     assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another image")
     assert left_out(None).startswith("painted does not exist")
     (tmp_path / "run" / "clusters" / "stage.json").unlink()
-    assert left_out(parts[0]) == "it is not known which images they are of"
+    assert left_out(splits[0]) == "it is not known which images they are of"
 
 
 @pytest.mark.parametrize("wanted", ["1", "46", "three", "3,", "-4"])
-def test_misuse_is_one_line(parts, tmp_path, wanted):
+def test_misuse_is_one_line(splits, tmp_path, wanted):
     with pytest.raises(
         UsageError, match=f"--clusters-k {wanted}: must be whole numbers from 2 to half of the 90"
     ) as caught:
-        clusters.check([NETWORK], parts, replace(CONFIG, clusters_k=wanted), tmp_path)
+        clusters.check([NETWORK], splits, replace(CONFIG, clusters_k=wanted), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_too_few_images_for_twice_as_many_clusters_as_classes(parts, tmp_path):
-    crowded = replace(parts[0], classes=tuple(f"class{place}" for place in range(46)))
+def test_too_few_images_for_twice_as_many_clusters_as_classes(splits, tmp_path):
+    crowded = replace(splits[0], classes=tuple(f"class{place}" for place in range(46)))
     with pytest.raises(UsageError, match=r"90 training images are too few .* \(46\); .*--clusters-k"):
-        clusters.check([NETWORK], (crowded, parts[1]), CONFIG, tmp_path)
+        clusters.check([NETWORK], (crowded, splits[1]), CONFIG, tmp_path)
 
 
-def test_which_clusterings_are_compared(parts, tmp_path, monkeypatch):
+def test_which_clusterings_are_compared(splits, tmp_path, monkeypatch):
     whole, calls = clusters.clustered, []
 
     def watched(learn, tell, k, seed):
@@ -185,5 +185,5 @@ def test_which_clusterings_are_compared(parts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(clusters, "clustered", watched)
     config = replace(CONFIG, layers="conv1", clusters_k="4", clusters_starts=2, seed=7)
-    clusters.evaluate(Arm("random", NETWORK, None), parts, config, tmp_path / "work", CPU)
+    clusters.evaluate(Arm("random", NETWORK, None), splits, config, tmp_path / "work", CPU)
     assert calls == [(90, 45, 4, 7), (90, 45, 4, 8), (90, 45, 8, 7)]

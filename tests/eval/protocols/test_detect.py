@@ -100,17 +100,17 @@ def test_frozen_trunks_keep_their_weights_and_full_ones_move(tmp_path, monkeypat
         ]
 
     monkeypatch.setattr(detect.loop, "fit", fit)
-    parts = detect.open_data("scenes:images=24,size=64")
+    splits = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "work", CPU)
+    detect.evaluate(arm, splits, config(trunk="frozen,full"), tmp_path / "work", CPU)
     assert kept["detect run frozen"] == []
     assert {"conv1.weight", "conv5.bias", "bn3.running_mean"} <= set(kept["detect run full"])
 
 
 def test_interrupted_between_columns_it_goes_on(tmp_path, monkeypatch):
-    parts = detect.open_data("scenes:images=24,size=64")
+    splits = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    wanted = detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "one", CPU)
+    wanted = detect.evaluate(arm, splits, config(trunk="frozen,full"), tmp_path / "one", CPU)
     real, calls = detect._column, []
 
     def column(arm, name, *arguments):
@@ -121,8 +121,8 @@ def test_interrupted_between_columns_it_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(detect, "_column", column)
     with pytest.raises(KeyboardInterrupt):
-        detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
-    found = detect.evaluate(arm, parts, config(trunk="frozen,full"), tmp_path / "two", CPU)
+        detect.evaluate(arm, splits, config(trunk="frozen,full"), tmp_path / "two", CPU)
+    found = detect.evaluate(arm, splits, config(trunk="frozen,full"), tmp_path / "two", CPU)
     assert calls == ["frozen", "full", "full"] and found == wanted
 
 
@@ -134,16 +134,16 @@ def test_necks():
 
 
 def test_several_scales_are_read_at_test_alone(tmp_path, monkeypatch):
-    parts = detect.open_data("scenes:images=24,size=64")
+    splits = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
     asked = []
     real = ImageLoader.batches
     monkeypatch.setattr(
         ImageLoader, "batches", lambda self, rows: asked.append((self.dataset.name, self.size)) or real(self, rows)
     )
-    found = detect.evaluate(arm, parts, config(test_scales="1,1.5", cache_images="off"), tmp_path / "work", CPU)
+    found = detect.evaluate(arm, splits, config(test_scales="1,1.5", cache_images="off"), tmp_path / "work", CPU)
     assert set(found["scores"]["full"]) >= set(detect.MEASURES)
-    assert [size for name, size in asked if name == parts[1].name] == [64, 64, 96, 96]
-    assert {size for name, size in asked if name == parts[0].name} == {64}
+    assert [size for name, size in asked if name == splits[1].name] == [64, 64, 96, 96]
+    assert {size for name, size in asked if name == splits[0].name} == {64}
     with pytest.raises(UsageError, match="--cache-images device"):
-        detect.evaluate(arm, parts, config(cache_images="device"), tmp_path / "work", CPU)
+        detect.evaluate(arm, splits, config(cache_images="device"), tmp_path / "work", CPU)

@@ -14,7 +14,7 @@ from ktransfer.artifacts.labels import read_labels
 from ktransfer.cli import main
 from ktransfer.data import scenes
 from ktransfer.data.decoding import square
-from ktransfer.data.opening import open_dataset, open_parts
+from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
 from ktransfer.eval.arms import Arm
@@ -39,8 +39,8 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def test_part():
-    return open_parts(SCENES)[1]
+def test_split():
+    return open_splits(SCENES)[1]
 
 
 def arm_of(run):
@@ -62,16 +62,16 @@ def test_labels_are_those_of_assign(run, tmp_path):
     assert len(np.unique(labels)) > 1
 
 
-def test_predictions_are_those_of_the_whole_network_to_centre_squares(run, test_part):
-    predicted = heldout.predictions(arm_of(run), test_part, CONFIG, CPU)
+def test_predictions_are_those_of_the_whole_network_to_centre_squares(run, test_split):
+    predicted = heldout.predictions(arm_of(run), test_split, CONFIG, CPU)
     weights = run / "retrain" / "model.safetensors"
     network = networks.describe(weights)
     model = networks.load(weights, network).eval()
     side = round(network.size * 8 / 7)
     edge = (side - network.size) // 2
     wanted = []
-    for row in range(len(test_part)):
-        image = torch.from_numpy(square(test_part.read(row, side), side).copy()).permute(2, 0, 1)[None]
+    for row in range(len(test_split)):
+        image = torch.from_numpy(square(test_split.read(row, side), side).copy()).permute(2, 0, 1)[None]
         inner = image[..., edge : edge + network.size, edge : edge + network.size]
         with torch.no_grad():
             wanted.append(int(model(networks.normalise(inner, network.normalise)).argmax()))
@@ -138,9 +138,9 @@ def test_shares_by_hand():
         assert (0.8 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 5)
 
 
-def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
+def test_what_there_is_nothing_to_ask_for(run, test_split, tmp_path, capsys):
     with pytest.raises(UsageError, match="learned from these very images"):
-        heldout.find_source(arm_of(run), open_parts(SCENES)[0])
+        heldout.find_source(arm_of(run), open_splits(SCENES)[0])
     copy = shutil.copytree(run, tmp_path / "run")
     labels, centroids = copy / "clusters" / "labels.csv", copy / "clusters" / "clusters.h5"
     kept = {path: path.read_bytes() for path in (labels, centroids, copy / "pretext" / "model.safetensors")}
@@ -151,7 +151,7 @@ def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
     ):
         path.write_bytes(kept[path] + b"\n")
         with pytest.raises(UsageError, match=words):
-            heldout.find_source(arm_of(copy), test_part)
+            heldout.find_source(arm_of(copy), test_split)
         path.write_bytes(kept[path])
     record = copy / "features" / "stage.json"
     made = json.loads(record.read_text())
@@ -159,11 +159,11 @@ def test_what_there_is_nothing_to_ask_for(run, test_part, tmp_path, capsys):
     other["scenes"]["outputs"]["scenes.h5"]["sha256"] = "of another layer"
     record.write_text(json.dumps(other))
     with pytest.raises(UsageError, match="made anew since"):
-        heldout.find_source(arm_of(copy), test_part)
+        heldout.find_source(arm_of(copy), test_split)
     made["scenes"]["config"]["elsewhere"] = True
     record.write_text(json.dumps(made))
     with pytest.raises(UsageError, match="not made in the run"):
-        heldout.find_source(arm_of(copy), test_part)
+        heldout.find_source(arm_of(copy), test_split)
     path = evaluate(copy, protocol="clusters", layers="conv1", clusters_k="4", random=False, overwrite=True)["clusters"]
     assert list(json.loads(path.read_text())["arms"]["run"]["scores"]) == ["conv1", "pseudo-labels"]
     assert "run is not asked for held-out pseudo-labels: the features" in capsys.readouterr().err
@@ -180,8 +180,8 @@ def test_images_that_were_learned_from_are_not_held_out(tmp_path):
     assert heldout._shared(open_dataset(str(listed)), learned) == 4
 
 
-def test_a_run_that_learned_some_of_the_test_images_is_not_asked(run, test_part):
-    some = replace(test_part, fingerprint="of fewer", read=open_parts(SCENES)[0].read)
-    shared = len(set(some.keys) & set(open_parts(SCENES)[0].keys))
+def test_a_run_that_learned_some_of_the_test_images_is_not_asked(run, test_split):
+    some = replace(test_split, fingerprint="of fewer", read=open_splits(SCENES)[0].read)
+    shared = len(set(some.keys) & set(open_splits(SCENES)[0].keys))
     with pytest.raises(UsageError, match=f"learned from {shared} of the {len(some)} test images"):
         heldout.find_source(arm_of(run), some)

@@ -14,7 +14,7 @@ from ktransfer import networks
 from ktransfer.artifacts.features import Features, create_or_resume, open_features
 from ktransfer.data.augment import centre_crop
 from ktransfer.data.decoding import square
-from ktransfer.data.opening import open_parts
+from ktransfer.data.opening import open_splits
 from ktransfer.errors import StageError, UsageError
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
@@ -32,8 +32,8 @@ NAMES = ["conv1", "conv2", "conv3", "conv4", "conv5"]
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return open_parts("scenes:images=48,size=64")
+def splits():
+    return open_splits("scenes:images=48,size=64")
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def counted(data):
     return replace(data, read=read), rows
 
 
-def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
-    train, trained = counted(parts[0])
-    test, tested = counted(parts[1])
+def test_layers_numbers_and_the_test_part_read_once(splits, tmp_path, caught):
+    train, trained = counted(splits[0])
+    test, tested = counted(splits[1])
     found = evaluate(arm(), (train, test), CONFIG, tmp_path / "work", CPU)
     assert found["arch"] == "alexnet_bn"
     assert list(found["scores"]) == NAMES
@@ -85,7 +85,7 @@ def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
         assert 0 <= layer["top1_interval"][0] <= layer["top1"] <= layer["top1_interval"][1] <= 1
         assert layer["numbers"] == layer["grid"] ** 2 * (layer["numbers"] // layer["grid"] ** 2)
     assert json.loads(json.dumps(found)) == found
-    # One pass over the test part; two views of the training part.
+    # One pass over the test split; two views of the training split.
     assert sorted(tested) == list(range(len(test)))
     assert sorted(trained) == sorted(2 * list(range(len(train))))
     (_, held_rows, _), (source, test_rows, _) = caught["predictions"]
@@ -94,8 +94,8 @@ def test_layers_numbers_and_the_test_part_read_once(parts, tmp_path, caught):
     assert len(held_rows) == 5
 
 
-def test_nothing_held_out_is_trained_on(parts, tmp_path, caught):
-    evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU)
+def test_nothing_held_out_is_trained_on(splits, tmp_path, caught):
+    evaluate(arm(), splits, CONFIG, tmp_path / "work", CPU)
     learning, held = hold_out(48, 0.1, CONFIG.seed)
     seen = torch.cat(caught["epochs"]).flatten() // 2
     assert not set(seen.tolist()) & set(held.tolist())
@@ -115,30 +115,30 @@ def test_nothing_held_out_is_trained_on(parts, tmp_path, caught):
         torch.testing.assert_close(probes.shift[part.start : part.stop], wanted)
 
 
-def test_labels_of_test_and_held_out_rows_change_nothing_that_is_trained(parts, tmp_path, caught):
+def test_labels_of_test_and_held_out_rows_change_nothing_that_is_trained(splits, tmp_path, caught):
     def trained(name, train, test):
         found = evaluate(arm(), (train, test), CONFIG, tmp_path / name, CPU)
         return {key: value.clone() for key, value in caught["probes"].state_dict().items()}, found
 
-    weights, first = trained("a", *parts)
+    weights, first = trained("a", *splits)
     held = hold_out(48, 0.1, CONFIG.seed)[1].numpy()
-    targets = parts[0].targets.copy()
+    targets = splits[0].targets.copy()
     # The predictions of conv1's second probe: it shall be the one that is chosen.
     targets[held] = caught["predictions"][0][2][0][1].numpy()
-    other, second = trained("b", replace(parts[0], targets=targets), parts[1])
+    other, second = trained("b", replace(splits[0], targets=targets), splits[1])
     assert all(weights[key].equal(other[key]) for key in weights)
-    wrong = replace(parts[1], targets=(parts[1].targets + 1) % 12)
-    other, third = trained("c", parts[0], wrong)
+    wrong = replace(splits[1], targets=(splits[1].targets + 1) % 12)
+    other, third = trained("c", splits[0], wrong)
     assert all(weights[key].equal(other[key]) for key in weights)
     for name in NAMES:
-        # The rate is chosen without a look at the test part.
+        # The rate is chosen without a look at the test split.
         assert third["scores"][name]["lr"] == first["scores"][name]["lr"]
         assert third["scores"][name]["held_out"] == first["scores"][name]["held_out"]
     assert second["scores"]["conv1"]["held_out"]["0.003"] == 1 != first["scores"]["conv1"]["held_out"]["0.003"]
     assert any(third["scores"][n]["top1"] != first["scores"][n]["top1"] for n in NAMES)
 
 
-def test_the_rate_is_the_best_on_the_held_out_rows_and_its_predictions_are_scored(parts, tmp_path, monkeypatch):
+def test_the_rate_is_the_best_on_the_held_out_rows_and_its_predictions_are_scored(splits, tmp_path, monkeypatch):
     """With predictions planted per probe: the best on held-out rows is chosen, also where another is best on the
     test."""
     config = replace(CONFIG, lrs="0.001,0.002,0.004")
@@ -147,7 +147,7 @@ def test_the_rate_is_the_best_on_the_held_out_rows_and_its_predictions_are_score
     calls = []
 
     def predictions(probes, source, rows, batch, device):
-        data = parts[len(calls)]
+        data = splits[len(calls)]
         calls.append(rows)
         wanted = torch.from_numpy(data.targets)[rows].long()
         if len(calls) == 1:
@@ -160,20 +160,20 @@ def test_the_rate_is_the_best_on_the_held_out_rows_and_its_predictions_are_score
         ), rows
 
     monkeypatch.setattr(linear, "predict", predictions)
-    found = evaluate(arm(), parts, config, tmp_path / "work", CPU)["scores"]
+    found = evaluate(arm(), splits, config, tmp_path / "work", CPU)["scores"]
     best = {"conv1": 1, "conv2": 0, "conv3": 2, "conv4": 1, "conv5": 0}
     for place, name in enumerate(NAMES):
         assert found[name]["lr"] == (0.001, 0.002, 0.004)[best[name]]
-        right = min(14 - (3 * place + best[name]), len(parts[1]))
-        assert found[name]["top1"] == pytest.approx(right / len(parts[1]))
+        right = min(14 - (3 * place + best[name]), len(splits[1]))
+        assert found[name]["top1"] == pytest.approx(right / len(splits[1]))
     assert calls[0].equal(held)
 
 
-def test_cached_maps_are_those_of_the_network(parts, tmp_path, caught):
+def test_cached_maps_are_those_of_the_network(splits, tmp_path, caught):
     network = replace(NETWORK, normalise="picture")
     model = networks.build(network, CONFIG.seed, "eval/random").eval()
-    evaluate(arm(network=network), parts, CONFIG, tmp_path / "work", CPU)
-    pixels = np.stack([square(parts[0].read(row, 64), 64) for row in range(48)])
+    evaluate(arm(network=network), splits, CONFIG, tmp_path / "work", CPU)
+    pixels = np.stack([square(splits[0].read(row, 64), 64) for row in range(48)])
     pixels = centre_crop(torch.from_numpy(pixels).permute(0, 3, 1, 2), 56)
     keep = {}
     for name in NAMES:
@@ -242,14 +242,14 @@ def test_right_rates():
 
 
 @pytest.mark.parametrize("name", ["train-False", "train-True", "test"])
-def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
-    expected = evaluate(arm(), parts, CONFIG, tmp_path / "whole", CPU)
+def test_half_written_cache_goes_on(splits, tmp_path, monkeypatch, name):
+    expected = evaluate(arm(), splits, CONFIG, tmp_path / "whole", CPU)
     work = tmp_path / "work"
     write = Killer(name)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(maps, "FORWARD_BATCH", 7)
         patch.setattr(maps, "create_or_resume", write)
-        evaluate(arm(), parts, CONFIG, work, CPU)
+        evaluate(arm(), splits, CONFIG, work, CPU)
     assert (work / f"{name}.h5.part").is_file()
     resumed = []
 
@@ -259,7 +259,7 @@ def test_half_written_cache_goes_on(parts, tmp_path, monkeypatch, name):
         return writer
 
     monkeypatch.setattr(maps, "create_or_resume", watch)
-    assert evaluate(arm(), parts, CONFIG, work, CPU) == expected
+    assert evaluate(arm(), splits, CONFIG, work, CPU) == expected
     assert resumed[0] == (name, 7)
 
 
@@ -283,8 +283,8 @@ class Killer:
         return writer
 
 
-def test_interrupted_probes_end_with_the_same_numbers(parts, tmp_path, monkeypatch):
-    expected = evaluate(arm(), parts, CONFIG, tmp_path / "whole", CPU)
+def test_interrupted_probes_end_with_the_same_numbers(splits, tmp_path, monkeypatch):
+    expected = evaluate(arm(), splits, CONFIG, tmp_path / "whole", CPU)
     loss = linear.probe_loss
     steps = []
 
@@ -301,25 +301,25 @@ def test_interrupted_probes_end_with_the_same_numbers(parts, tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(linear, "probe_loss", killed)
-        evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU)
-    assert evaluate(arm(), parts, CONFIG, tmp_path / "work", CPU) == expected
+        evaluate(arm(), splits, CONFIG, tmp_path / "work", CPU)
+    assert evaluate(arm(), splits, CONFIG, tmp_path / "work", CPU) == expected
 
 
 def test_maps_that_shall_not_be_kept_are_computed_to_the_same_numbers(folder, tmp_path, caught, capsys):
-    parts = labelled(folder, tmp_path)
+    splits = labelled(folder, tmp_path)
     network = replace(NETWORK, size=40)
     config = replace(CONFIG, max_broken=0.05, epochs=3)
-    kept = evaluate(arm(network=network), parts, config, tmp_path / "kept", CPU)
+    kept = evaluate(arm(network=network), splits, config, tmp_path / "kept", CPU)
     weights = {key: value.clone() for key, value in caught["probes"].state_dict().items()}
     capsys.readouterr()
-    computed = evaluate(arm(network=network), parts, replace(config, cache=0.0), tmp_path / "computed", CPU)
+    computed = evaluate(arm(network=network), splits, replace(config, cache=0.0), tmp_path / "computed", CPU)
     assert "over --cache: each epoch computes them anew" in capsys.readouterr().err
     assert kept == computed and len(kept["broken"]) == 1
     for key, value in caught["probes"].state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)
 
 
-def test_maps_too_large_for_float16_say_what_to_do(parts, tmp_path):
+def test_maps_too_large_for_float16_say_what_to_do(splits, tmp_path):
     def loud(arm, seed):
         model = networks.build(arm.network, seed, "eval/random")
         model.conv1.bias.data.fill_(1e5)
@@ -330,32 +330,32 @@ def test_maps_too_large_for_float16_say_what_to_do(parts, tmp_path):
         patch.setattr(linear, "model_of", loud)
         for cache in (20.0, 0.0):
             with pytest.raises(StageError, match=r"65504, the largest float16: give .*--dtype float32 --overwrite"):
-                evaluate(arm(), parts, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
+                evaluate(arm(), splits, replace(CONFIG, cache=cache), tmp_path / "work", CPU)
         for cache in (20.0, 0.0):
             wide = replace(CONFIG, cache=cache, dtype="float32", epochs=1, layers="conv1")
-            assert evaluate(arm(), parts, wide, tmp_path / f"wide{cache}", CPU)["scores"]["conv1"]["top1"] <= 1
+            assert evaluate(arm(), splits, wide, tmp_path / f"wide{cache}", CPU)["scores"]["conv1"]["top1"] <= 1
 
 
 def labelled(folder, tmp_path):
-    """The folder's images as a training part, its sound ones as a test part."""
+    """The folder's images as a training split, its sound ones as a test split."""
     root = tmp_path / "labelled"
     shutil.copytree(folder, root / "train")
     shutil.copytree(folder, root / "val")
     (root / "train" / "README.txt").unlink()
     (root / "val" / "README.txt").unlink()
     (root / "val" / "a" / "05.jpg").unlink()
-    return open_parts(str(root))
+    return open_splits(str(root))
 
 
 def test_broken_images_are_neither_trained_on_nor_counted(folder, tmp_path, caught):
-    parts = labelled(folder, tmp_path)
+    splits = labelled(folder, tmp_path)
     with pytest.raises(StageError, match=r"1 of 24.*a/05\.jpg"):
-        evaluate(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
+        evaluate(arm(network=replace(NETWORK, size=40)), splits, CONFIG, tmp_path / "work", CPU)
     # Once more: the broken image is not met again, and counts all the same.
     with pytest.raises(StageError, match="1 of 24"):
-        evaluate(arm(network=replace(NETWORK, size=40)), parts, CONFIG, tmp_path / "work", CPU)
+        evaluate(arm(network=replace(NETWORK, size=40)), splits, CONFIG, tmp_path / "work", CPU)
     config = replace(CONFIG, max_broken=0.05)
-    evaluate(arm(network=replace(NETWORK, size=40)), parts, config, tmp_path / "work", CPU)
+    evaluate(arm(network=replace(NETWORK, size=40)), splits, config, tmp_path / "work", CPU)
     assert not caught["views"][0][5].any()
     # Zeros of the broken image would pull the mean.
     learning = [row for row in hold_out(24, 0.1, config.seed)[0].tolist() if row != 5]
@@ -365,8 +365,8 @@ def test_broken_images_are_neither_trained_on_nor_counted(folder, tmp_path, caug
     torch.testing.assert_close(caught["probes"].shift[: part.stop], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_cache_is_used_as_it_is(parts, tmp_path):
-    data, rows = counted(parts[0])
+def test_a_finished_cache_is_used_as_it_is(splits, tmp_path):
+    data, rows = counted(splits[0])
     model = networks.build(NETWORK, 0, "eval/random").eval()
     layers = choose_layers(model, NETWORK, "conv1")
     pooled = partial(maps.pooled_maps, model, NETWORK, layers, {"conv1": "relu1"}, CONFIG, CPU)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestCentroid
 
-from ktransfer.data.opening import open_dataset, open_parts
+from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import UsageError
 from ktransfer.eval import episodes as module
 from ktransfer.eval.config import EvalConfig
@@ -13,7 +13,7 @@ from ktransfer.eval.protocols.lowshot import subsets
 
 
 def test_shares_of_each_class_and_at_least_one():
-    train = open_parts("scenes:images=1200,size=48")[0]
+    train = open_splits("scenes:images=1200,size=48")[0]
     targets = train.targets.copy()
     targets[targets == 3] = np.where(np.arange(100) < 30, 3, 4)  # 30 of one class, 170 of another
     from dataclasses import replace
@@ -43,7 +43,7 @@ def test_a_published_list(tmp_path, folder):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a/03.jpg\nb/03.jpg\n", r"line 2: b/03.jpg: is no image of the training part; give keys such as a/00.jpg"),
+        ("a/03.jpg\nb/03.jpg\n", r"line 2: b/03.jpg: is no image of the training split; give keys such as a/00.jpg"),
         ("", "is empty"),
         ("a/03.jpg\na/04.jpg\n", "of one class"),
         (None, "cannot be read"),

@@ -22,23 +22,25 @@ CONFIG = EvalConfig(precision="float32", layers="conv2", queries="3", dtype="flo
 
 
 @pytest.fixture(scope="module")
-def parts(painted):
+def splits(painted):
     return painted(60, 1), painted(30, 2)
 
 
-def neighbours(parts, tmp_path):
+def neighbours(splits, tmp_path):
     """(queries, gallery) places in order of cosine similarity, by numpy."""
     layers = choose_layers(model_of(ARM, 0), ARM.network, CONFIG.layers, 1)
-    train, test = frozen_maps(ARM, parts, CONFIG, tmp_path / "maps", CPU, layers)
+    train, test = frozen_maps(ARM, splits, CONFIG, tmp_path / "maps", CPU, layers)
     gallery, queries = (part.layer(part.layers[0]).astype(np.float64) for part in (train, test))
     gallery, queries = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (gallery, queries))
     return (queries @ gallery.T).argsort(axis=1)[:, ::-1]
 
 
-def test_precisions_are_those_of_brute_force(parts, tmp_path):
-    cell = retrieve.evaluate(ARM, parts, CONFIG, tmp_path / "eval" / "work-retrieve" / "random", CPU)["scores"]["conv2"]
-    near = neighbours(parts, tmp_path)
-    alike = parts[0].targets[near] == parts[1].targets[:, None]
+def test_precisions_are_those_of_brute_force(splits, tmp_path):
+    cell = retrieve.evaluate(ARM, splits, CONFIG, tmp_path / "eval" / "work-retrieve" / "random", CPU)["scores"][
+        "conv2"
+    ]
+    near = neighbours(splits, tmp_path)
+    alike = splits[0].targets[near] == splits[1].targets[:, None]
     for count in (1, 5, 10):
         assert cell[f"at{count}"] == pytest.approx(alike[:, :count].mean(), abs=2e-3)
         low, high = cell[f"at{count}_interval"]
@@ -46,13 +48,13 @@ def test_precisions_are_those_of_brute_force(parts, tmp_path):
     assert cell["at10"] > 0.6
 
 
-def test_the_sheet_shows_queries_and_their_nearest(parts, tmp_path):
+def test_the_sheet_shows_queries_and_their_nearest(splits, tmp_path):
     config = replace(CONFIG, queries="4,17")
     home = tmp_path / "eval" / "work-retrieve"
-    found = retrieve.evaluate(ARM, parts, config, home / "random", CPU)
+    found = retrieve.evaluate(ARM, splits, config, home / "random", CPU)
     assert found["files"] == ["random-conv2.png"]
     sheet = np.asarray(Image.open(tmp_path / "eval" / "retrieve" / "random-conv2.png"))
-    near = neighbours(parts, tmp_path)
+    near = neighbours(splits, tmp_path)
     step = TEXT + SIDE + MARGIN
     inner = slice(4, SIDE - 4)
     for line, row in enumerate((4, 17)):
@@ -61,15 +63,15 @@ def test_the_sheet_shows_queries_and_their_nearest(parts, tmp_path):
             sheet[top : top + SIDE, left : left + SIDE]
             for left in range(MARGIN, MARGIN + 11 * (SIDE + GAP), SIDE + GAP)
         ]
-        wanted = [parts[1].read(row, SIDE), *(parts[0].read(place, SIDE) for place in near[row, :10])]
+        wanted = [splits[1].read(row, SIDE), *(splits[0].read(place, SIDE) for place in near[row, :10])]
         for cell, image in zip(shown, wanted, strict=True):
             assert (cell[inner, inner] == square(image, SIDE)[inner, inner]).all()
         framed = [tuple(cell[0, 0].tolist()) == FRAME for cell in shown]
-        assert framed == [False, *(parts[0].targets[near[row, :10]] == parts[1].targets[row])]
+        assert framed == [False, *(splits[0].targets[near[row, :10]] == splits[1].targets[row])]
 
 
-def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_images(parts, tmp_path):
-    first, again, other = (retrieve.wanted_rows(replace(CONFIG, seed=seed), parts[1]) for seed in (0, 0, 1))
+def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_images(splits, tmp_path):
+    first, again, other = (retrieve.wanted_rows(replace(CONFIG, seed=seed), splits[1]) for seed in (0, 0, 1))
     assert first == again
     assert first[:3] != other[:3]
     torn = set(first[:2])
@@ -77,30 +79,30 @@ def test_drawn_queries_are_functions_of_the_seed_and_skip_broken_images(parts, t
     def read(row, side):
         if row in torn:
             raise BrokenImage("torn")
-        return parts[1].read(row, side)
+        return splits[1].read(row, side)
 
-    broken = parts[0], replace(parts[1], read=read)
+    broken = splits[0], replace(splits[1], read=read)
     config = replace(CONFIG, max_broken=0.5)
     found = retrieve.evaluate(ARM, broken, config, tmp_path / "eval" / "work-retrieve" / "a", CPU)
     assert len(found["broken"]) == 2
     assert Image.open(tmp_path / "eval" / "retrieve" / "random-conv2.png").height == MARGIN + 3 * (TEXT + SIDE + MARGIN)
     with pytest.raises(StageError, match=f"--queries {first[0]}: this image cannot be read"):
         retrieve.evaluate(
-            ARM, broken, replace(config, queries=str(parts[1].keys[first[0]]) + ",3"), tmp_path / "w", CPU
+            ARM, broken, replace(config, queries=str(splits[1].keys[first[0]]) + ",3"), tmp_path / "w", CPU
         )
 
 
-def test_shuffled_labels_stay_at_chance(parts, tmp_path):
+def test_shuffled_labels_stay_at_chance(splits, tmp_path):
     draws = np.random.default_rng(0)
-    shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in parts)
+    shuffled = tuple(replace(part, targets=draws.permutation(part.targets)) for part in splits)
     cell = retrieve.evaluate(ARM, shuffled, CONFIG, tmp_path / "eval" / "work-retrieve" / "a", CPU)["scores"]["conv2"]
     assert abs(cell["at10"] - 1 / 3) < 0.12
 
 
 @pytest.mark.parametrize("queries", ["-1", "nowhere", "1,x", ""])
-def test_misuse_is_one_line(parts, tmp_path, queries):
+def test_misuse_is_one_line(splits, tmp_path, queries):
     with pytest.raises(UsageError, match=r"--queries .*neither a number above 0 nor a test image") as caught:
-        retrieve.check([ARM.network], parts, replace(CONFIG, queries=queries), tmp_path)
+        retrieve.check([ARM.network], splits, replace(CONFIG, queries=queries), tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -31,13 +31,13 @@ ARM = Arm("random", Network("alexnet_bn", 0.05, 2, 35), None)
 
 
 @pytest.fixture(scope="module")
-def parts(painted):
+def splits(painted):
     return painted(90, 1), painted(45, 2)
 
 
 @pytest.fixture(scope="module")
-def found(parts, tmp_path_factory):
-    return robust.evaluate(ARM, parts, CONFIG, tmp_path_factory.mktemp("robust") / "work", CPU)
+def found(splits, tmp_path_factory):
+    return robust.evaluate(ARM, splits, CONFIG, tmp_path_factory.mktemp("robust") / "work", CPU)
 
 
 def counted(data):
@@ -119,17 +119,17 @@ def test_wrong_labels():
     assert less[wrong].equal(more[wrong])
 
 
-def test_the_test_part_is_read_once_and_only_what_was_drawn(parts, tmp_path):
-    test, rows = counted(parts[1])
+def test_the_test_part_is_read_once_and_only_what_was_drawn(splits, tmp_path):
+    test, rows = counted(splits[1])
     config = replace(CONFIG, epochs=1, robust_images=10, layers="conv1", lrs="0.01", robust_eps="1", robust_noise="0.5")
-    robust.evaluate(ARM, (parts[0], test), config, tmp_path / "a", CPU)
+    robust.evaluate(ARM, (splits[0], test), config, tmp_path / "a", CPU)
     assert len(rows) == len(set(rows)) == 10
-    again, others = counted(parts[1])
-    robust.evaluate(ARM, (parts[0], again), replace(config, seed=1), tmp_path / "b", CPU)
+    again, others = counted(splits[1])
+    robust.evaluate(ARM, (splits[0], again), replace(config, seed=1), tmp_path / "b", CPU)
     assert set(others) != set(rows)
 
 
-def test_the_margin_of_an_image_is_not_looked_at(parts, found, tmp_path):
+def test_the_margin_of_an_image_is_not_looked_at(splits, found, tmp_path):
     """Of squares of 40 pixels a network of 35 sees the centre; what stands in the 2 pixels around it is nothing."""
 
     def framed(part):
@@ -140,28 +140,28 @@ def test_the_margin_of_an_image_is_not_looked_at(parts, found, tmp_path):
 
         return replace(part, read=read)
 
-    again = robust.evaluate(ARM, tuple(framed(part) for part in parts), CONFIG, tmp_path / "work", CPU)
+    again = robust.evaluate(ARM, tuple(framed(part) for part in splits), CONFIG, tmp_path / "work", CPU)
     assert again == found
 
 
-def test_labels_of_the_test_part_choose_nothing(parts, found, tmp_path):
+def test_labels_of_the_test_part_choose_nothing(splits, found, tmp_path):
     """With the test labels moved by one, every right prediction becomes wrong, and what was chosen stays."""
-    moved = replace(parts[1], targets=((parts[1].targets + 1) % 3).astype(np.int32))
-    other = robust.evaluate(ARM, (parts[0], moved), CONFIG, tmp_path / "work", CPU)["scores"]
+    moved = replace(splits[1], targets=((splits[1].targets + 1) % 3).astype(np.int32))
+    other = robust.evaluate(ARM, (splits[0], moved), CONFIG, tmp_path / "work", CPU)["scores"]
     for name in ("layer", "lr", "held_out"):
         assert other["clean"][name] == found["scores"]["clean"][name]
     assert other["clean"]["top1"] <= 1 - found["scores"]["clean"]["top1"]
 
 
-def test_shuffled_labels_stay_at_chance(parts, tmp_path):
+def test_shuffled_labels_stay_at_chance(splits, tmp_path):
     draws = np.random.default_rng(0)
-    shuffled = [replace(part, targets=draws.permutation(part.targets)) for part in parts]
+    shuffled = [replace(part, targets=draws.permutation(part.targets)) for part in splits]
     config = replace(CONFIG, robust_images=0, robust_eps="1", robust_noise="0.5")
     cells = robust.evaluate(ARM, tuple(shuffled), config, tmp_path / "work", CPU)["scores"]
     assert 1 / 3 - 0.25 < cells["clean"]["top1"] < 1 / 3 + 0.25
 
 
-def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
+def test_killed_it_goes_on_to_the_same(splits, found, tmp_path, monkeypatch):
     whole = robust._outcomes
     calls = []
 
@@ -174,9 +174,9 @@ def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(robust, "FORWARD_BATCH", 10)
         patch.setattr(robust, "_outcomes", once)
-        robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
+        robust.evaluate(ARM, splits, CONFIG, tmp_path / "work", CPU)
     monkeypatch.setattr(robust, "FORWARD_BATCH", 10)
-    again = robust.evaluate(ARM, parts, CONFIG, tmp_path / "work", CPU)
+    again = robust.evaluate(ARM, splits, CONFIG, tmp_path / "work", CPU)
     # Batches of another size than in `found`: the same predictions.
     assert again["hits"] == found["hits"]
     for column, cell in found["scores"].items():
@@ -184,26 +184,26 @@ def test_killed_it_goes_on_to_the_same(parts, found, tmp_path, monkeypatch):
             assert again["scores"][column][name] == pytest.approx(value, abs=1e-4), (column, name)
 
 
-def test_broken_images_are_left_out(parts, tmp_path):
+def test_broken_images_are_left_out(splits, tmp_path):
     def read(row, side):
         if row % 15 == 2:
             raise BrokenImage("torn")
-        return parts[1].read(row, side)
+        return splits[1].read(row, side)
 
     config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_images=0, max_broken=0.2, robust_eps="1")
-    found = robust.evaluate(ARM, (parts[0], replace(parts[1], read=read)), config, tmp_path / "work", CPU)
+    found = robust.evaluate(ARM, (splits[0], replace(splits[1], read=read)), config, tmp_path / "work", CPU)
     assert found["scores"]["clean"]["images"] == 42
     assert found["broken"] == [f"painted2/{row}: torn" for row in (2, 17, 32)]
 
 
-def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
+def test_a_batch_without_a_readable_image(splits, tmp_path, monkeypatch):
     """45 images in batches of 11: the third batch and the last, of one image, are broken altogether."""
     torn = {*range(22, 33), 44}
 
     def read(row, side):
         if row in torn:
             raise BrokenImage("torn")
-        return parts[1].read(row, side)
+        return splits[1].read(row, side)
 
     told, calls = robust._outcomes, []
 
@@ -213,16 +213,16 @@ def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
         calls.append(args[3].tolist())
         return told(*args)
 
-    broken = replace(parts[1], read=read)
+    broken = replace(splits[1], read=read)
     config = replace(CONFIG, epochs=1, layers="conv1", lrs="0.01", robust_images=0, max_broken=0.3, robust_eps="1")
     monkeypatch.setattr(robust, "FORWARD_BATCH", 11)
-    whole = robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "whole", CPU)
+    whole = robust.evaluate(ARM, (splits[0], broken), config, tmp_path / "whole", CPU)
     assert whole["scores"]["clean"]["images"] == 33
     assert [line.split(":")[0] for line in whole["broken"]] == [f"painted2/{row}" for row in sorted(torn)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(robust, "_outcomes", killed)
-        robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU)
-    assert robust.evaluate(ARM, (parts[0], broken), config, tmp_path / "work", CPU) == whole
+        robust.evaluate(ARM, (splits[0], broken), config, tmp_path / "work", CPU)
+    assert robust.evaluate(ARM, (splits[0], broken), config, tmp_path / "work", CPU) == whole
     assert calls == [list(range(11)), list(range(11, 22))]
 
 
@@ -237,15 +237,15 @@ def test_a_batch_without_a_readable_image(parts, tmp_path, monkeypatch):
         ({"layers": "conv9"}, "--layers conv9"),
     ],
 )
-def test_misuse_is_one_line(parts, tmp_path, options, words):
+def test_misuse_is_one_line(splits, tmp_path, options, words):
     with pytest.raises(UsageError, match=words) as caught:
-        robust.check([ARM.network], parts, replace(CONFIG, **options), tmp_path)
+        robust.check([ARM.network], splits, replace(CONFIG, **options), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_the_best_layer_and_rate_are_chosen_on_held_out_images(parts, tmp_path):
+def test_the_best_layer_and_rate_are_chosen_on_held_out_images(splits, tmp_path):
     """Shuffled labels, so that luck decides: one by one, the same heads tell as many, and the luckiest was taken."""
-    train = replace(parts[0], targets=np.random.default_rng(3).permutation(parts[0].targets))
+    train = replace(splits[0], targets=np.random.default_rng(3).permutation(splits[0].targets))
     config = replace(CONFIG, epochs=2)
 
     def chosen(name, **options):

@@ -133,7 +133,7 @@ def test_images_of_the_test_part_are_not_labelled(teacher, images, tmp_path, cap
     assert good
     assert not good & listed
     assert listed
-    assert f"pseudo: {len(good)} of the unlabelled images are in the test part" in capsys.readouterr().err
+    assert f"pseudo: {len(good)} of the unlabelled images are in the test split" in capsys.readouterr().err
 
 
 def broken(data, row):
