@@ -215,6 +215,14 @@ def test_a_stratified_fraction_has_its_share_of_every_class(share):
         assert abs((chosen == group).sum() - share * (rarest == group).sum()) <= 1
 
 
+def test_a_class_of_two_images_has_one_in_a_stratified_half():
+    data = opening.open_file("scenes:images=200,size=32")
+    rare = [one._replace(labels=np.full_like(one.labels, row in (60, 150))) for row, one in enumerate(data.objects)]
+    for seed in range(5):
+        chosen = detection.fraction(replace(data, objects=tuple(rare)), 0.5, seed, stratified=True)
+        assert len(chosen) == 100 and len({60, 150} & set(chosen.tolist())) == 1
+
+
 def test_the_least_fraction_is_one_image():
     data = opening.open_file("scenes:images=50,size=32")
     assert [len(detection.fraction(data, share, 0)) for share in (1e-6, 0.02, 0.031)] == [1, 1, 2]

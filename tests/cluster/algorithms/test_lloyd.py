@@ -315,6 +315,12 @@ def test_a_cluster_that_cannot_be_halved_does_not_keep_others_from_it():
     assert found.splits == [2]
 
 
+def test_copies_in_the_heaviest_cluster_do_not_keep_others_from_being_split():
+    data = np.concatenate([np.zeros(50), np.linspace(50, 60, 20)])[:, None].astype(np.float32)
+    found = kmeans(rows_of(data), 3, 1, start=np.array([[0], [55], [900]], np.float32))
+    assert found.splits == [1] and found.counts.min() > 0
+
+
 def test_only_dissolving_helps_against_copies():
     # 40 copies of one point, and two rows: no three clusters of ten can be had.
     data = np.concatenate([np.zeros((40, 2)), [[5, 0], [9, 0]]]).astype(np.float32)
