@@ -173,7 +173,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
         count, columns = int(features.valid.sum()), features.rows.shape[1]
         _refuse_rows(config, count, columns)
         dim = config.pca or columns
-        memory = plan_memory(features, config.k, dim, config.memory, *_extra_bytes(config, count, dim, columns)).budget
+        need = plan_memory(features, config.k, dim, config.memory, *_extra_bytes(config, count, dim, columns))
+        memory = need.fixed + need.engine + need.kept * need.width
     _given_start(config, config.pca or columns)
     reads = () if config.features else ("extract",)
     disk = 4 * config.k * (config.pca or columns)

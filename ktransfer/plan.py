@@ -203,7 +203,7 @@ def described(line: Sequence[Plan]) -> str:
     rows: list[tuple[str, ...]] = [("stage", "step", "disk", "memory", "took before", "")]
     for one in outlooks(line):
         sizes = (f"{size / 1e9:.2g} GB" if size else "-" for size in (one.step.disk, one.step.memory))
-        took = "-" if one.seconds is None else f"{one.seconds:.0f} s"
+        took = "-" if one.seconds is None else f"{one.seconds:.3g} s"
         why = f": {'; '.join(one.why)}" if one.why and one.what in ("is refused", "is made again") else ""
         rows.append((one.plan.stage, one.step.name, *sizes, took, f"{one.what}{why}"))
     rows += [(plan.stage, "-", "-", "-", "-", "runs, and writes nothing") for plan in line if not plan.steps]
