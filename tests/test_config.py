@@ -24,6 +24,7 @@ from ktransfer.config import (
     settings_of,
 )
 from ktransfer.errors import UsageError
+from ktransfer.number_list import number_list
 
 
 @dataclass(frozen=True)
@@ -184,3 +185,18 @@ def test_settings_of_some_parts_alone():
     with pytest.raises(UsageError, match="steps = 10: must be at most 9"):
         build(Parts, {"steps": 10}, "x")
     assert dataclasses.fields(Parts)[0].name == "steps" and Parts().steps == 3
+
+
+def test_numbers_within_their_range():
+    assert number_list("--x", "0.5, 1,2", 0.5, 2, "1,2") == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("given", ["", "1,", "a", "0.4", "2.1", "nan", "inf", "1;2"])
+def test_others_are_one_line(given):
+    with pytest.raises(UsageError, match=rf"^--x {given}: must be numbers from 0.5 to 2 [^\n]+ such as 1,2$"):
+        number_list("--x", given, 0.5, 2, "1,2")
+
+
+def test_nothing_is_above_0_that_is_0():
+    with pytest.raises(UsageError, match=r"^--x 0: must be numbers above 0 and up to 2 "):
+        number_list("--x", "0", 0, 2, "1,2")

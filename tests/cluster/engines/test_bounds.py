@@ -35,7 +35,7 @@ def flat_and_steep(n, d, seed=0):
 def test_centroids_are_centred_and_their_lengths_are_those_of_float64(own):
     centroids = normal(30, 17) + 5
     origin = None if own else normal(17, seed=1)
-    target = bounds.aim(centroids, origin)
+    target = bounds.centre(centroids, origin)
     wide = centroids.astype(np.float64)
     middle = wide.mean(axis=0)
     np.testing.assert_allclose(target.middle, middle, rtol=1e-6)
@@ -90,14 +90,14 @@ def test_the_sample_is_eight_stretches_from_end_to_end(n, size):
 def test_distances_of_the_sample():
     data, centroids = normal(40, 12) + 3, normal(7, 12, seed=1) + 3
     expected = np.linalg.norm(data[:, None].astype(np.float64) - centroids, axis=2)
-    np.testing.assert_allclose(bounds._distances(data, bounds.aim(centroids)), expected, rtol=1e-4)
-    assert np.isfinite(bounds._distances(centroids, bounds.aim(centroids))).all()
+    np.testing.assert_allclose(bounds._distances(data, bounds.centre(centroids)), expected, rtol=1e-4)
+    assert np.isfinite(bounds._distances(centroids, bounds.centre(centroids))).all()
 
 
 def test_the_share_of_pairs_that_directions_leave_open():
     """Against scores in float64: a pair is closed where even the longest rest could not make it the nearest."""
     data, centroids = flat_and_steep(60, 32)[1], flat_and_steep(20, 32, seed=0)[1]
-    target = bounds.aim(centroids)
+    target = bounds.centre(centroids)
     vectors = np.linalg.qr(normal(32, 32).astype(np.float64))[0].astype(np.float32)
     labels = np.linalg.norm(data[:, None] - centroids, axis=2).argmin(axis=1)
     x, c = data.astype(np.float64) - target.origin, target.centred.astype(np.float64)
@@ -147,8 +147,8 @@ def test_a_span_is_not_wider_than_what_spans_it():
 def test_bounds_of_pairs_fit_float16(farthest):
     """Squares of distances up to twice the farthest of the sample, times an even power of two."""
     centroids = normal(4, 3)
-    memory, _ = remembered(normal(10, 3), seen=np.full((2, 4), farthest, np.float32))
-    pairs = bounds.keep_pairs(bounds.aim(centroids), memory, 32)
+    memory, _ = remembered(normal(10, 3), sample_distances=np.full((2, 4), farthest, np.float32))
+    pairs = bounds.keep_pairs(bounds.centre(centroids), memory, 32)
     assert np.log2(pairs.scale) % 2 == 0 and 2.0**-100 <= pairs.scale <= 2.0**100
     farthest = float(np.float32(farthest))
     assert pairs.scale * (2 * farthest) ** 2 <= np.finfo(np.float16).max
@@ -157,7 +157,7 @@ def test_bounds_of_pairs_fit_float16(farthest):
     assert pairs.bounds.shape == (10, 32) and pairs.bounds.dtype == np.uint16
     assert memory.pairs is pairs and not pairs.whole and not pairs.used and pairs.regret == 0
     np.testing.assert_array_equal(pairs.centroids, centroids)
-    assert bounds.keep_pairs(bounds.aim(centroids), memory, 32).bounds is pairs.bounds
+    assert bounds.keep_pairs(bounds.centre(centroids), memory, 32).bounds is pairs.bounds
 
 
 def test_short_rows_and_few_rows_are_not_looked_at(monkeypatch):
@@ -192,7 +192,7 @@ def test_directions_are_taken_where_the_rows_lie_along_some(steep, kind):
         vectors = memory.basis.vectors.astype(np.float64)
         off = np.linalg.norm(vectors.T @ vectors - np.eye(vectors.shape[1]), 2)
         assert off <= memory.basis.error < 1e-3
-        np.testing.assert_array_equal(memory.basis.origin, bounds.aim(centroids).origin)
+        np.testing.assert_array_equal(memory.basis.origin, bounds.centre(centroids).origin)
         assert vectors.shape[1] == bounds.PREFIXES[0]  # four are enough, so the fewest
         assert "pass 1 by bounds in 16 of 256 dimensions" in said[0]
 
@@ -223,21 +223,21 @@ def test_bounds_of_pairs_serve_until_new_ones_would_have_paid():
     centroids = data[:300]
     memory, said = remembered(data, passes=2, labels=np.zeros(20000, np.int32))
     assert bounds.choose(centroids, memory) == "dense"  # nothing is known yet of how far centroids go
-    seen, sample = memory.seen, data[memory.places]
+    seen, sample = memory.sample_distances, data[memory.places]
     np.testing.assert_allclose(seen, np.linalg.norm(sample[:, None] - centroids, axis=2), rtol=1e-4, atol=0.02)
     memory.labels, memory.passes = np.zeros(20000, np.int32), 3
     memory.labels[memory.places] = seen.argmin(axis=1)
     assert bounds.choose(centroids, memory) == "keeping"  # they stood still, so bounds will leave few
-    memory.pairs, memory.passes = pairs_of(memory.seen, centroids), 5
+    memory.pairs, memory.passes = pairs_of(memory.sample_distances, centroids), 5
     assert bounds.choose(centroids, memory) == "pairs" and memory.pairs.used
     assert "pass 6 by bounds of pairs" in said[-1]
     memory.passes = 6
     assert bounds.choose(centroids, memory) == "pairs" and len(said) == 1  # told once
     memory.pairs.whole = False
     assert bounds.choose(centroids, memory) == "keeping"
-    memory.pairs = pairs_of(memory.seen, centroids, regret=1.5)
+    memory.pairs = pairs_of(memory.sample_distances, centroids, regret=1.5)
     assert bounds.choose(centroids, memory) == "keeping"
-    memory.pairs = pairs_of(memory.seen, centroids)
+    memory.pairs = pairs_of(memory.sample_distances, centroids)
     assert bounds.choose(centroids + normal(300, d, seed=5), memory) == "dense"  # all moved by a long way
     assert memory.pairs.regret == 0  # fresh ones would have cost as much
 
@@ -248,9 +248,9 @@ def test_regret_is_what_fresh_bounds_would_have_saved():
     first, now = data[:300], data[:300] + 0.6 * normal(300, 256, seed=3) / 16
     memory, _ = remembered(data, passes=3, labels=np.zeros(20000, np.int32))
     memory.places, memory.sample = bounds._sample(memory.rows)
-    seen = {name: bounds._distances(memory.sample, bounds.aim(of)) for name, of in (("first", first), ("now", now))}
+    seen = {name: bounds._distances(memory.sample, bounds.centre(of)) for name, of in (("first", first), ("now", now))}
     memory.labels[memory.places] = seen["now"].argmin(axis=1)
-    memory.pairs, memory.seen, memory.centroids = pairs_of(seen["first"], first), seen["now"], now
+    memory.pairs, memory.sample_distances, memory.centroids = pairs_of(seen["first"], first), seen["now"], now
     assert bounds.choose(now, memory) in ("pairs", "keeping")
     own = seen["now"].min(axis=1, keepdims=True)
     far = np.linalg.norm(now - first, axis=1)
@@ -266,7 +266,7 @@ def test_pairs_need_room_and_rows():
     for count, room, looked in ((0, needed, True), (0, needed - 1, False), (1, needed, False)):
         memory, _ = remembered(data[count:], passes=3, room=room, labels=np.zeros(len(data), np.int32))
         assert bounds.choose(data[:300], memory) == "dense"
-        assert (memory.seen is not None) == looked
+        assert (memory.sample_distances is not None) == looked
 
 
 def test_costs_rise_with_what_is_left_and_with_width():
