@@ -34,7 +34,7 @@ test-torch:
 MINUTES ?= 30
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
-	nice $(BIN)/python tests/mutants.py --minutes $(MINUTES)
+	nice $(BIN)/python tests/support/mutants.py --minutes $(MINUTES)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -69,7 +69,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """Run a line in `world` processes (launcher.py): their exit codes, and what each said."""
-    script = Path(__file__).parent / "launcher.py"
+    script = Path(__file__).parent / "support" / "launcher.py"
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     launcher = subprocess.Popen(
         [sys.executable, str(script)],

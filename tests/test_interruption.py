@@ -90,7 +90,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def launch(images: Path) -> Iterator[Launch]:
     """Run a command line in a fork, below `images`; the log of the last one is `images / "log"`."""
-    script = Path(__file__).with_name("forker.py")
+    script = Path(__file__).parent / "support" / "forker.py"
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     cache = {"XDG_CACHE_HOME": str(images / "cache")}
     forker = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Killed (kill -9) at any instant and given again, self-training and studies end with the bytes of undisturbed ones.
 
-Commands run in forks (tests/forker.py), which says what the rules mean.
+Commands run in forks (tests/support/forker.py), which says what the rules mean.
 """
 
 import json
@@ -52,7 +52,7 @@ def launch(home):
     """Run a command in a fork within a folder of `home`; its exit code, or minus the signal."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     forker = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[2] / "forker.py")],
+        [sys.executable, str(Path(__file__).parents[2] / "support" / "forker.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

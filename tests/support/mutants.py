@@ -1,7 +1,7 @@
 """Break the files that matter most in one place after the other, and list what their tests do not notice.
 
     make mutants [MINUTES=30]
-    python tests/mutants.py [--minutes 30] [--out runs/mutants] [--again runs/mutants/survived.jsonl] [FILE ...]
+    python tests/support/mutants.py [--minutes 30] [--out runs/mutants] [--again runs/mutants/survived.jsonl] [FILE ...]
 
 cosmic-ray makes the mutants; this script draws them, in an order that is always the same, and runs the tests of each
 file against a copy of the tree that is installed as a wheel is. Nothing is written to the tree but --out. See
@@ -26,7 +26,7 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("pretext", "cluster", "retrain", "eval")
 COPIED = (*ROOMS, "ktransfer", "tests", "recipes", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 ONCE = (  # imported once and not for each mutant
@@ -221,7 +221,7 @@ def main() -> int:
         copy = Path(folder)
         prepare(copy)
         os.chdir(copy)
-        sys.path[:] = [str(copy / "site"), *(entry for entry in sys.path if Path(entry) != ROOT / "tests")]
+        sys.path[:] = [str(copy / "site"), *(entry for entry in sys.path if Path(entry) != ROOT / "tests" / "support")]
         os.environ["PYTHONPATH"] = str(copy / "site")  # for what tests start themselves
         sources = {path: installed(copy, path).read_text(encoding="utf-8") for path in options.files}
         lists = {path: mutants(path, source)[options.skip :] for path, source in sources.items()}
