@@ -109,7 +109,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> As
     if config.balanced and config.engine != AssignConfig.engine:
         raise UsageError(
             f"assign --balanced: looks at all clusters of each row on the CPU, without an engine; "
-            f"leave --engine {config.engine} away"
+            f"leave --engine {config.engine} out"
         )
     check_keys(config.features, config.keys)
     if config.features and is_foreign(config.features):

@@ -135,7 +135,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     teacher = _teacher(run, config, before)
     network = teacher.network
     if not teacher.pooled and config.pool != ExtractConfig.pool:
-        raise UsageError(f"--pool {config.pool}: {network.arch} is not pooled; leave --pool away, --size sets its grid")
+        raise UsageError(f"--pool {config.pool}: {network.arch} is not pooled; leave --pool out, --size sets its grid")
     with networks.fitting(network):  # of a checkpoint made elsewhere nothing is known before it is read
         model = teachers.load(teacher) if teacher.foreign else networks.build(network, 0, "layers").eval()
     shapes = teachers.shapes(network, model)

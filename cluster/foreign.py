@@ -52,7 +52,7 @@ def is_foreign(features: str) -> bool:
 def check_keys(features: str | None, keys: str | None) -> None:
     """UsageError where a list of keys is given with nothing that needs one."""
     if keys and not (features and is_foreign(features)):
-        raise UsageError(f"--keys {keys}: goes with --features FILE.npy or FILE.npz; leave it away")
+        raise UsageError(f"--keys {keys}: goes with --features FILE.npy or FILE.npz; leave it out")
 
 
 def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
@@ -126,8 +126,8 @@ def adopt(run: Path, features: str, keys: str | None, data: str | None, overwrit
     config = AdoptConfig(data, features, keys)
     if not overwrite and (wrong := changes(run, "features", name, config, inputs)):
         raise UsageError(
-            f"{features}: features/{name}.h5 in {run} was made otherwise: {'; '.join(wrong)}; give {stage} --overwrite "
-            "to make it again, or choose another --run"
+            f"{features}: features/{name}.h5 in {run} was made differently: {'; '.join(wrong)}; give {stage} "
+            "--overwrite to make it again, or choose another --run"
         )
     outputs = [f"{name}.h5", f"{name}.h5.part", f"{name}.h5.progress"]
     with begin(run, "features", name, config, inputs, outputs, overwrite, "cpu") as step:
@@ -218,7 +218,7 @@ def _refuse_infinite(path: Path, found: Foreign, dtype: str) -> None:
         if not finite.all():
             row = start + int(np.flatnonzero(~finite)[0])
             raise UsageError(
-                f"{path}: row {row} ({found.keys[row]}) holds NaN, infinity or numbers beyond {dtype}; mend or drop it"
+                f"{path}: row {row} ({found.keys[row]}) holds NaN, infinity or numbers beyond {dtype}; correct it"
             )
 
 

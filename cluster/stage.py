@@ -156,12 +156,12 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
     if config.whiten and not config.pca:
         raise UsageError("--whiten: needs the principal components; give --pca too")
     if config.spherical and not config.normalise:
-        raise UsageError("--spherical: needs rows of length 1; leave --no-normalise away")
+        raise UsageError("--spherical: needs rows of length 1; leave --no-normalise out")
     _refuse_foreign_settings(config)
     if 0 < config.start_sample < config.k:
         raise UsageError(f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give more")
     if config.start not in STARTS and (config.redo > 1 or config.stability):
-        raise UsageError(f"--start {config.start}: --redo and --stability need starts that differ; leave them away")
+        raise UsageError(f"--start {config.start}: --redo and --stability need starts that differ; leave them out")
     coming = None if config.features else latest(before, "extract")
     memory = 0
     if isinstance(coming, ExtractPlan):
@@ -247,7 +247,7 @@ def _refuse_foreign_settings(config: ClusterConfig) -> None:
     for name in foreign[config.algorithm]:
         if getattr(config, name) != getattr(ClusterConfig, name):
             flag = name.replace("_", "-")
-            raise UsageError(f"--algorithm {config.algorithm}: has no --{flag}; leave that away or take another one")
+            raise UsageError(f"--algorithm {config.algorithm}: has no --{flag}; leave that out or take another one")
 
 
 def _evaluate(

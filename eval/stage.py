@@ -1,4 +1,4 @@
-"""The eval stage: networks and labelled images in, tables of what came across out."""
+"""The eval stage: networks and labelled images in, tables of their accuracy out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -62,7 +62,7 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
 
     Raises:
         UsageError: two protocols take networks of different looks, the images have no class each, or the arm is there
-            and was made otherwise, and `--overwrite` was not given.
+            and was made differently, and `--overwrite` was not given.
     """
     looks = {(config.size, config.stride): config.protocol for config in configs}
     if len(looks) > 1:

@@ -1,4 +1,4 @@
-"""Turn what a large network learned without labels into a small one, and measure how much came across."""
+"""Turn what a large network learned without labels into a small one, and measure how much was transferred."""
 
 import os
 

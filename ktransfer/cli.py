@@ -27,24 +27,27 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
-STOPPED = "stopped; nothing is lost. This goes on where it was: ktransfer"
+STOPPED = "stopped; nothing is lost. To continue: ktransfer"
 
 
 @click.group(cls=Door, chain=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="ktransfer")
 @click.option(
-    "--run", "run_folder", type=click.Path(path_type=Path), help="The run folder: all stages read and write it."
+    "--run", "run_folder", type=click.Path(path_type=Path), help="The run folder, which all stages read and write."
 )
 @click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="Settings of any stage, as TOML; flags beat it."
+    "--config",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Settings of any stages, as TOML; options of the command line take precedence.",
 )
 @click.option("--recipe", help="Settings that come with ktransfer: paper or laptop.")
-@click.option("--dry-run", is_flag=True, help="Check the whole line and show what each stage would do; do nothing.")
+@click.option("--dry-run", is_flag=True, help="Check all stages and show what each would do, without doing it.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(run_folder: Path | None, file: Path | None, recipe: str | None, dry_run: bool, debug: bool) -> None:
-    """Turn what a large network learned without labels into a small one, and measure how much came across.
+    """Turn what a large network learned without labels into a small one, and measure how much was transferred.
 
-    Stages chain in one line, each taking from the run what it is not given:
+    Stages are chained in one line, and each takes from the run what it is not given:
 
     \b
       ktransfer --run runs/mine  pretext --data IMAGES  cluster --k 200  retrain --arch alexnet  eval --labelled ROOT
@@ -107,7 +110,7 @@ def _refuse_among_images(line: "list[Plan]", run_folder: Path) -> None:
         images = Path(one.images.spec) if one.images is not None else None
         if images and images.is_dir() and run_folder.resolve().is_relative_to(images.resolve()):
             raise UsageError(
-                f"--run {run_folder}: lies inside the images of {one.stage}, {images}; choose another folder"
+                f"--run {run_folder}: is inside the image folder of {one.stage}, {images}; choose another folder"
             )
 
 
@@ -151,7 +154,7 @@ def _recipe(name: str) -> Path:
     folder = Path(importlib.import_module("ktransfer.recipes").__path__[0])
     names = sorted(path.stem for path in folder.glob("*.toml"))
     if name not in names:
-        raise UsageError(f"--recipe {name}: valid: {', '.join(names)}")
+        raise UsageError(f"--recipe {name}: no such recipe; give one of {', '.join(names)}")
     return folder / f"{name}.toml"
 
 
@@ -159,13 +162,13 @@ add_stages(cli)
 
 
 @cli.command()
-@click.option("--count", default=701, show_default=True, help="How many permutations.")
+@click.option("--count", default=701, show_default=True, help="Number of permutations.")
 @click.option("--min-distance", default=3, show_default=True, help="Smallest Hamming distance between two of them.")
-@click.option("--seed", default=0, show_default=True, help="The set is a function of it.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the set.")
 @click.option(
-    "--read", "source", type=click.Path(path_type=Path), help="Describe this .bin file instead of making a set."
+    "--read", "source", type=click.Path(path_type=Path), help="A .bin file to describe, instead of making a set."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Write the set in the authors' .bin layout.")
+@click.option("--out", type=click.Path(path_type=Path), help="File for the set, in the authors' .bin layout.")
 def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Path | None) -> None:
     """Make or read a set of permutations of nine tiles."""
     from ktransfer.pretext import permutations
@@ -188,14 +191,16 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="An empty or new folder.")
-@click.option("--images", default=2000, show_default=True, help="Images of the training part; val gets a quarter.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write, new or empty.")
+@click.option(
+    "--images", default=2000, show_default=True, help="Training images; the test set (val) gets a quarter as many."
+)
 @click.option("--size", default=128, show_default=True, help="Side of an image in pixels.")
-@click.option("--seed", default=0, show_default=True, help="The images are a function of it.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the images.")
 def scenes(out: Path, images: int, size: int, seed: int) -> None:
-    """Write the embedded data set.
+    """Write the embedded data set of drawn scenes.
 
-    As class folders, and as COCO json with boxes and polygons.
+    It is written as class folders, and as COCO JSON files with boxes and polygons.
     """
     from ktransfer.data.scenes import write_scenes
 
@@ -205,22 +210,29 @@ def scenes(out: Path, images: int, size: int, seed: int) -> None:
 
 @cli.command()
 @click.option("--data", required=True, help="Images: a folder, a list of paths (.txt, .csv), a pack, or scenes:.")
-@click.option("--size", default=256, show_default=True, help="Short side in pixels; nothing is enlarged or cropped.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file, *.h5.")
+@click.option(
+    "--size",
+    default=256,
+    show_default=True,
+    help="Short side of the stored images in pixels; none is enlarged or cropped.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The pack to write, *.h5.")
 @click.option("--raw", is_flag=True, help="Store uint8 pixels instead of JPEGs: larger, but nothing to decode.")
 @click.option("--quality", type=click.IntRange(1, 100), help="Quality of the JPEGs.  [default: 90]")
-@click.option("--workers", default=0, type=click.IntRange(0, 256), show_default=True, help="Processes; 0: one a core.")
+@click.option(
+    "--workers", default=0, type=click.IntRange(0, 256), show_default=True, help="Processes; 0: one per CPU core."
+)
 @click.option(
     "--max-broken",
     default=0.01,
     type=click.FloatRange(0, 1),
     show_default=True,
-    help="Largest share of broken images that is borne; their rows stay.",
+    help="Largest share of broken images that is accepted; they keep their rows.",
 )
 def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, workers: int, max_broken: float) -> None:
-    """Make all images small once, into one file.
+    """Resize all images once, into one file.
 
-    Every --data takes it. Interrupted, it goes on where it was.
+    Every --data option takes that file. Interrupted and called again, it goes on where it stopped.
     """
     from ktransfer.data.pack import pack as make
 
@@ -229,24 +241,32 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
 
 @cli.command(cls=Alone)
 @click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
-@click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; made JPEGs when not given.")
+@click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; if not given, generated JPEGs.")
 @click.option("--arch", help="The network.  [default: vgg16; retrain: alexnet]")
-@click.option("--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Scales all channels.")
-@click.option("--size", default=0, type=click.IntRange(0, 2048), help="Side in pixels; 0: the stage's usual one.")
-@click.option("--batch", default=0, type=click.IntRange(0), help="Images a step; 0: 256, without a GPU 16.")
-@click.option("--task", default="jigsawpp", show_default=True, help="The pretext task of data and step.")
+@click.option(
+    "--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Factor on the number of channels."
+)
+@click.option(
+    "--size", default=0, type=click.IntRange(0, 2048), help="Side of the images in pixels; 0: the stage's default."
+)
+@click.option("--batch", default=0, type=click.IntRange(0), help="Images per step; 0: 256, or 16 without a GPU.")
+@click.option("--task", default="jigsawpp", show_default=True, help="Pretext task, for data and step.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), show_default=True)
-@click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")
-@click.option("--seconds", default=5.0, type=click.FloatRange(0.1), show_default=True, help="For each measurement.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write all numbers here.")
+@click.option(
+    "--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one per CPU core."
+)
+@click.option(
+    "--seconds", default=5.0, type=click.FloatRange(0.1), show_default=True, help="Length of each measurement."
+)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="File for all numbers, as JSON.")
 def bench(part: str, **given: Any) -> None:
-    """Measure the way from images to gradients, part by part.
+    """Measure the speed of decoding, training and feature extraction.
 
-    Each part alone and together, beside what the machine could do.
+    Parts are measured alone and together, and compared with what the machine can do at most.
 
-    decode: images to squares. data: to what the network takes. step: a pretext step. extract: features. retrain: a
-    step of the target network. Nothing is written but --json.
+    decode: images from files to square pixels. data: everything up to the network's input. step: a pretext training
+    step. extract: features. retrain: a training step of the target network. Only the file of --json is written.
     """
     from ktransfer.bench.measure import command
 
@@ -257,11 +277,16 @@ def bench(part: str, **given: Any) -> None:
 @click.option(
     "--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/reference/self-training.md."
 )
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder of the study, which is made if it does not exist.",
+)
 def study(recipe: Path, run: Path) -> None:
-    """Do self-training in every cell of a grid.
+    """Run self-training for every combination of a grid of settings.
 
-    What is done is skipped; one table stands at the end.
+    Combinations that are done are skipped; the result is one table.
     """
     from ktransfer import distributed
     from ktransfer.retrain.selftraining.study import study as carry_out
@@ -279,14 +304,14 @@ def doctor() -> None:
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option(
-    "--images", default=2000, type=click.IntRange(100), show_default=True, help="Images of the training part."
+    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="The folder to write."
 )
+@click.option("--images", default=2000, type=click.IntRange(100), show_default=True, help="Training images.")
 def demo(out: Path, images: int) -> None:
     """Run the whole chain on the embedded data set.
 
-    A table stands at the end, after about ten minutes on two cores.
+    It takes about ten minutes on two cores, and ends with a table of results.
     """
     from ktransfer.demo import run_demo
 
@@ -317,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         show()
         remedy = "make room and give the same command again" if error.errno in FULL else "give the same command again"
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        return _fail(f"{what}; finished stages are whole: {remedy}", 1)
+        return _fail(f"{what}; finished stages are complete: {remedy}", 1)
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)

@@ -11,7 +11,7 @@ from ktransfer.stages import STAGES, settings
 from ktransfer.training.options import MachineOptions, TrainOptions
 
 SECTIONS = {
-    "Stages, in the order in which a line has them": (
+    "Stages, in the order in which they are chained": (
         "pretext",
         "extract",
         "cluster",
@@ -22,9 +22,9 @@ SECTIONS = {
     "Evaluation": ("eval",),
     "Tools": ("study", "demo", "pack", "scenes", "perms", "bench", "doctor"),
 }
-FIRST = "Set most often"
-OWN = "Of this stage"
-PARTS = "Read by a part of it alone, which is named first"
+FIRST = "Most used"
+OWN = "Other options of this stage"
+PARTS = "For the parts of this stage that are named first"
 TRAINING = "Training"
 MACHINE = "Machine"
 GROUPS = (FIRST, OWN, PARTS, TRAINING, MACHINE)

@@ -40,7 +40,7 @@ class PlannedStep(NamedTuple):
         settings: the dataclass that is compared with what the step was made with.
         inputs: name -> SHA-256 of what it reads, as far as that is known before the line starts.
         reads: the stages of the run whose outcome it takes.
-        cheap: whether it is done anew, and not refused, where it was made otherwise.
+        cheap: whether it is done anew, and not refused, where it was made differently.
         disk: bytes that its files take at most, 0 where that is not known.
         memory: bytes that it holds at most, 0 where that is not known.
     """
@@ -133,7 +133,7 @@ def plan_line(wanted: Sequence[Call], run: Path, tables: Mapping[str, Mapping[st
         line.append(module.check(run, given, line))
         if line[-1].alone and len(wanted) > 1:
             raise UsageError(
-                f"{stage} {line[-1].alone}: a self-test, which makes nothing for other stages; give it alone"
+                f"{stage} {line[-1].alone}: a self-test makes nothing for other stages; give it as the only stage"
             )
     return line
 
@@ -171,7 +171,7 @@ def outlooks(line: Sequence[Plan]) -> list[Outlook]:
             old = read_record(plan.run, plan.folder, step.name)
             why = changes(plan.run, plan.folder, step.name, step.settings, step.inputs, partly=True)
             if old and remade:
-                why.append(f"this line makes the {remade} stage anew")
+                why.append(f"this line makes the {remade} stage again")
             if why or remade:
                 anew.add(plan.stage)
             done = bool(old and old["state"] == "done")
@@ -191,7 +191,7 @@ def refuse_changes(line: Sequence[Plan]) -> None:
     """Refuse before the first stage starts what would be refused when a later one's turn comes.
 
     Raises:
-        UsageError: a step of the run was made otherwise, and `--overwrite` was not given.
+        UsageError: a step of the run was made differently, and `--overwrite` was not given.
     """
     for one in outlooks(line):
         if one.what == "is refused":

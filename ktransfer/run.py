@@ -78,7 +78,7 @@ def locked(run: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UsageError(
-                    f"--run {run}: another ktransfer works in it; wait for it or choose another"
+                    f"--run {run}: another ktransfer process is using it; wait for it or choose another folder"
                 ) from error
         _locks[key] = _locks.get(key, 0) + 1
         try:
@@ -119,7 +119,7 @@ def begin(
             old = None
         found = changes(run, stage, name, config, inputs) if old else []
         if found and old and leaves_nothing(folder, old):
-            say(f"{name}: begins anew, as nothing was made yet ({'; '.join(found)})")
+            say(f"{name}: starts over, as it has written nothing yet ({'; '.join(found)})")
             old = None
         elif found:
             raise refusal(run, stage, name, found)
@@ -157,7 +157,7 @@ def begin(
                 step.interrupted(error)
             raise
         if not step.done:
-            raise KTransferError(f"{name} ended without finishing; this is a fault of ktransfer, please report it")
+            raise KTransferError(f"{name} ended without finishing; this is a bug of ktransfer, please report it")
 
 
 def read_record(run: Path, stage: str, name: str) -> dict[str, Any] | None:
@@ -228,7 +228,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a stage record ({error}); remove the folder {folder} to start afresh") from error
+        raise UsageError(f"{path}: not a stage record ({error}); remove the folder {folder} to start over") from error
     return steps
 
 
@@ -273,16 +273,16 @@ def leaves_nothing(folder: Path, old: dict[str, Any]) -> bool:
 
 
 def refusal(run: Path, stage: str, name: str, found: list[str]) -> UsageError:
-    """The error for a step that exists and was made otherwise, as `found` by `changes`."""
+    """The error for a step that exists and was made differently, as `found` by `changes`."""
     old = read_record(run, stage, name)
     command = command_of(stage, name)
     if old and old["state"] != "done":
         why = f" ({' '.join(old['error'].split())})" if old["error"] else ""
         return UsageError(
-            f"{name} in {run} is unfinished{why} and was begun otherwise: {'; '.join(found)}. Give {command} "
-            "--overwrite to drop what it has and begin anew, the old settings to go on, or choose another --run"
+            f"{name} in {run} is unfinished{why} and was begun differently: {'; '.join(found)}. Give {command} "
+            "--overwrite to drop what it has and start over, the old settings to go on, or choose another --run"
         )
     return UsageError(
-        f"{name} in {run} was made otherwise: {'; '.join(found)}. Give {command} --overwrite to make it again, "
+        f"{name} in {run} was made differently: {'; '.join(found)}. Give {command} --overwrite to make it again, "
         "or choose another --run"
     )

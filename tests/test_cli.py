@@ -191,7 +191,7 @@ MISUSES = [
     (["--config", "flat", "--run", "new", "pretext"], "--config flat: Is a directory"),
     (["--config", "note.txt", "--run", "new", "pretext"], "not valid TOML"),
     (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: valid: laptop, paper"),
-    (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: lies inside the images of pretext"),
+    (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: is inside the image folder of pretext"),
     (["--run", "run", "extract", "--data", "flat", "--name", "../x"], "--name ../x: must be a plain file name"),
     (["--run", "new", "pretext", "--data", "flat", "--arch", "alexnet", "--size", "33"], "give a larger --size"),
     (["--run", "new", *PUZZLE, "--data", "flat", "--permutation-file", "four.bin"], "3 permutations of 4 tiles"),
@@ -253,7 +253,11 @@ def test_two_processes(made):
     before = snapshot(made)
     with locked(made / "run"):
         done = ask(*whole(made))
-    assert done.returncode == 2 and "another ktransfer works in it" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "another ktransfer process is using it" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert snapshot(made) == before
 
 
@@ -321,10 +325,10 @@ def test_overwritten_teacher_does_not_pass_for_the_old_one(made, tmp_path, capsy
 
 
 LATER = [
-    ([*TARGET, "--lr", "0.5"], "retrain in run was made otherwise: lr was 0.01, is 0.5. Give retrain --overwrite"),
+    ([*TARGET, "--lr", "0.5"], "retrain in run was made differently: lr was 0.01, is 0.5. Give retrain --overwrite"),
     ([*TARGET, *PROBE, "--epochs", "2"], "epochs was 1, is 2. Give eval --overwrite"),
-    ([*TARGET, *PROBE, "--labelled", "other"], "linear in run was made otherwise: test changed; train changed"),
-    (["cluster", "--k", "3"], "cluster in run was made otherwise: k was 4, is 3"),
+    ([*TARGET, *PROBE, "--labelled", "other"], "linear in run was made differently: test changed; train changed"),
+    (["cluster", "--k", "3"], "cluster in run was made differently: k was 4, is 3"),
 ]
 
 
@@ -341,10 +345,10 @@ def test_changes_of_later_stages_are_refused_before_the_first_one_works(refused,
 
 REMADE = [
     ([*PUZZLE, "--seed", "1", "--data", "images", "--overwrite", "cluster", "--k", "4"],
-     "cluster in run was made otherwise: this line makes the extract stage anew. Give cluster --overwrite"),
-    (["cluster", "--k", "3", "--overwrite", *TARGET], "retrain in run was made otherwise: this line makes the assign"),
-    ([*TARGET, "--lr", "0.5", "--overwrite", *PROBE], "this line makes the retrain stage anew. Give eval --overwrite"),
-    ([*TARGET, "--lr", "0.5", "--overwrite", "eval"], "this line makes the retrain stage anew"),
+     "cluster in run was made differently: this line makes the extract stage again. Give cluster --overwrite"),
+    (["cluster", "--k", "3", "--overwrite", *TARGET], "retrain in run was made differently: this line makes"),
+    ([*TARGET, "--lr", "0.5", "--overwrite", *PROBE], "this line makes the retrain stage again. Give eval --overwrite"),
+    ([*TARGET, "--lr", "0.5", "--overwrite", "eval"], "this line makes the retrain stage again"),
 ]  # fmt: skip
 
 

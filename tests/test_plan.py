@@ -95,8 +95,8 @@ def test_done_again_and_refused(made):
     anew = [("cluster", {"k": 4, "overwrite": True}), *LINE[2:]]
     outlooks = plan.outlooks(plan.plan_line(anew, made))
     assert [one.what for one in outlooks[:3]] == ["is made again", "is made again", "is refused"]
-    assert outlooks[2].why == ["this line makes the assign stage anew"]
-    with pytest.raises(UsageError, match=r"retrain in .* was made otherwise: this line makes the assign stage anew"):
+    assert outlooks[2].why == ["this line makes the assign stage again"]
+    with pytest.raises(UsageError, match=r"retrain in .* was made differently: this line makes the assign stage again"):
         plan.refuse_changes(plan.plan_line(anew, made))
 
 
@@ -139,6 +139,7 @@ def test_help_lists_commands_by_use(capsys):
     assert cli.main(["retrain", "--help"]) == 0
     said = capsys.readouterr().out
     order = [
-        said.index(word) for word in ("Set most often:", "--arch", "--labels", "Of this stage:", "--crop", "Training:")
+        said.index(word)
+        for word in ("Most used:", "--arch", "--labels", "Other options of this stage:", "--crop", "Training:")
     ]
     assert order == sorted(order)

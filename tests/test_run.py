@@ -138,7 +138,7 @@ def test_an_unfinished_step_that_wrote_nothing_takes_other_settings(tmp_path, ca
     with begin(tmp_path, Some(k=3), inputs={"data": "d2"}) as step:
         assert not step.done and record(tmp_path)["config"]["k"] == 3 and record(tmp_path)["inputs"] == {"data": "d2"}
         said = capsys.readouterr().err
-        assert "step: begins anew, as nothing was made yet (k was 5, is 3; data changed)" in said
+        assert "step: starts over, as it has written nothing yet (k was 5, is 3; data changed)" in said
         assert "goes on" not in said
         (step.folder / "out").write_text("")
         step.finish([step.folder / "out"])
@@ -149,14 +149,14 @@ def test_an_unfinished_step_with_something_to_lose_says_why_and_how_to_go_on(tmp
         (step.folder / "work").write_text("half")
         raise ValueError("the disk\nis full")
     said = refusal(tmp_path, config=Some(k=6))
-    assert "step in" in said and "is unfinished (the disk is full) and was begun otherwise: k was 5, is 6" in said
-    assert "--overwrite to drop what it has and begin anew, the old settings to go on" in said
+    assert "step in" in said and "is unfinished (the disk is full) and was begun differently: k was 5, is 6" in said
+    assert "--overwrite to drop what it has and start over, the old settings to go on" in said
     path = tmp_path / "stage/stage.json"
     steps = json.loads(path.read_text())
     del steps["step"]["writes"]  # a record of an older version: what it wrote is not known
     path.write_text(json.dumps(steps))
     (tmp_path / "stage/work").unlink()
-    assert "was begun otherwise" in refusal(tmp_path, config=Some(k=6))
+    assert "was begun differently" in refusal(tmp_path, config=Some(k=6))
 
 
 def test_ctrl_c_is_no_failure_and_seconds_add_up(tmp_path):
@@ -242,7 +242,7 @@ def held(run: Path) -> bool:
         "try:\n  with locked(Path(sys.argv[1])): print('free')\nexcept UsageError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True, check=True).stdout
-    assert said == "free\n" or "another ktransfer works in it" in said
+    assert said == "free\n" or "another ktransfer process is using it" in said
     return said != "free\n"
 
 

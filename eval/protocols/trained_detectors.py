@@ -71,7 +71,7 @@ def check(
     if coming and coming.detector and coming.detector.settings.kind not in detectors.DETECTORS:
         raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
     if config.supervised:
-        raise UsageError("--supervised: finished detectors are evaluated as they are; leave it away")
+        raise UsageError("--supervised: finished detectors are evaluated as they are; leave it out")
     if coming and coming.detector and source != config.labelled:
         _same(splits, coming.detector.classes, config)
     for arm in arms(run, config, coming=coming is not None):

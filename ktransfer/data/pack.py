@@ -209,7 +209,7 @@ def _refuse_another(out: Path, data: Dataset, recipe: Recipe) -> None:
     differing += [name for name in ("key", "target", "class") if not np.array_equal(found.tables[name], tables[name])]
     if differing:
         raise UsageError(
-            f"--out {out}: exists and was packed otherwise ({', '.join(differing)}); remove it or choose another name"
+            f"--out {out}: exists and was packed differently ({', '.join(differing)}); remove it or choose another name"
         )
 
 

@@ -111,7 +111,7 @@ class Unfinished:
         at = _write_head(self._head, *header(self._data, self._recipe, records), length)
         if at != self._data_at:
             raise StageError(
-                f"{self._out}: HDF5 put the data elsewhere than before; remove {self._part} and begin anew"
+                f"{self._out}: HDF5 placed the data differently than before; remove {self._part} and start over"
             )
         _lay_around(self._head, self._data_file, at, length)
         self._data_file.close()
@@ -141,7 +141,7 @@ class Unfinished:
             if len(records) == saved["rows"] and there >= saved["at"] + end:
                 return saved["at"], records
         elif saved is not None:
-            say(f"pack: begins anew, as {self._part} was begun with other images, settings or versions")
+            say(f"pack: starts over, as {self._part} was started with other images, settings or versions")
         self._progress.unlink(missing_ok=True)
         at = _write_head(self._part, *header(self._data, self._recipe, None), _LEAST)
         files.write_json(self._progress, {"rows": 0, "at": at, "spec": self._spec})

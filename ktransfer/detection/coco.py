@@ -51,7 +51,7 @@ def read(path: Path, spec: str) -> Detection:
     _unique(path, "category name", classes)
     if min(min(size) for size in sizes) < 1:
         raise UsageError(
-            f"{path}: {names[[min(size) < 1 for size in sizes].index(True)]} has no width or height; mend it"
+            f"{path}: {names[[min(size) < 1 for size in sizes].index(True)]} has no width or height; correct it"
         )
     folder = _folder(path, names)
     bytes_of = [file_size(str(folder / name)) for name in names]
@@ -108,7 +108,7 @@ def _unique(path: Path, what: str, values: Iterable[Any]) -> None:
     try:
         value, times = max(Counter(values).items(), key=lambda pair: pair[1], default=(None, 0))
     except TypeError as error:
-        raise UsageError(f"{path}: {what}: no number or text; mend it") from error
+        raise UsageError(f"{path}: {what}: no number or text; correct it") from error
     if times > 1:
         raise UsageError(f"{path}: {what} {value} is there {times} times; each must be there once")
 

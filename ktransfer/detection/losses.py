@@ -45,7 +45,7 @@ def check_batches(options: LoopOptions, images: int) -> None:
     if 0 < options.micro_batch < images:
         raise UsageError(
             f"--micro-batch {options.micro_batch}: this loss is normalised over all {images} images of a step, "
-            "which cannot be divided; leave it away, and give a smaller --batch where memory does not suffice"
+            "which cannot be divided; leave it out, and give a smaller --batch where memory does not suffice"
         )
 
 

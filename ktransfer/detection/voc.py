@@ -169,7 +169,9 @@ def _tree(path: Path) -> ElementTree.Element:
 def _text(element: ElementTree.Element, name: str) -> str:
     found = element.findtext(name)
     if not found or not found.strip():
-        raise UsageError(f"an annotation of VOC ({element.findtext('filename') or element.tag}) lacks {name}; mend it")
+        raise UsageError(
+            f"an annotation of VOC ({element.findtext('filename') or element.tag}) lacks {name}; correct it"
+        )
     return found.strip()
 
 

@@ -62,9 +62,9 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     """
     library = given.startswith((TORCHVISION, TIMM))
     if weights and not library:
-        raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it away")
+        raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it out")
     if arch and (library or given in descriptors.MODULES):
-        raise UsageError(f"--arch {arch}: --teacher {given} says what it is; leave --arch away")
+        raise UsageError(f"--arch {arch}: --teacher {given} says what it is; leave --arch out")
     if given in descriptors.MODULES:
         return _sized(Teacher(Network(given, size=descriptors.SIZES[given], normalise=descriptors.UNIT), None), size)
     if given.startswith(TORCHVISION):
@@ -81,7 +81,7 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if arch is None:
         return _sized(Teacher(_described(path), path), size)
     if path.suffix == SAFETENSORS and _says_what_it_is(path):
-        raise UsageError(f"--arch {arch}: {path} says itself that it is of ktransfer, and what; leave --arch away")
+        raise UsageError(f"--arch {arch}: {path} says itself that it is of ktransfer, and what; leave --arch out")
     if arch.startswith(TIMM):
         return _sized(Teacher(_of_timm(arch), path, foreign=True), size)
     networks.check_arch(arch)
@@ -147,7 +147,7 @@ def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
     """
     if networks.tokens_before(model) is None:
         if token:
-            raise UsageError(f"--token {token}: {arch} is no transformer with tokens; leave --token away")
+            raise UsageError(f"--token {token}: {arch} is no transformer with tokens; leave --token out")
         return None
     classed = networks.has_class_token(model)
     if token == "cls" and not classed:
@@ -267,7 +267,7 @@ def _of_timm(arch: str) -> Network:
     try:
         stated = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UsageError(f"{arch}: {' '.join(str(error).split())}; leave away what stands behind the dot") from error
+        raise UsageError(f"{arch}: {' '.join(str(error).split())}; leave out what follows the dot") from error
     states: dict[str, Any] = stated.to_dict() if stated else {}
     mean, deviation = states.get("mean"), states.get("std")
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"

@@ -13,65 +13,67 @@ SEED_LIMIT = 2**32 - 1
 class MachineOptions:
     """Where and how a stage runs; nothing here changes results beyond float rounding, but for the seed."""
 
-    seed: int = option(0, "all randomness is a function of it", low=0, high=SEED_LIMIT)
+    seed: int = option(0, "seed of all random choices", low=0, high=SEED_LIMIT)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", execution=True)
     precision: str = option(
         "auto",
         "arithmetic of convolutions; auto: bfloat16 where the device has it in hardware",
         choices=("auto", "float32", "bfloat16"),
     )
-    workers: int = option(0, "threads that read images; 0: one a core", low=0, high=256, execution=True)
-    max_broken: float = option(0.01, "largest share of broken images that is borne", low=0, high=1, execution=True)
+    workers: int = option(0, "threads that read images; 0: one per CPU core", low=0, high=256, execution=True)
+    max_broken: float = option(0.01, "largest share of broken images that is accepted", low=0, high=1, execution=True)
 
 
 @dataclass(frozen=True)
 class LoopOptions(MachineOptions):
     """The settings of the training loop. Stages inherit them and choose their own defaults."""
 
-    epochs: int = option(90, "passes over the images", low=1)
-    batch: int = option(256, "images a step", low=2)
+    epochs: int = option(90, "passes over the training images", low=1)
+    batch: int = option(256, "images per training step", low=2)
     micro_batch: int = option(
         0,
-        "images of a step that are computed at once, so that any batch fits the device; 0: all. The step stays the "
-        "same, but batch norm sees so many",
+        "images of a step that are computed at once, so that a batch of any size fits into memory; 0: all. Results "
+        "stay the same, except with batch norm, whose statistics are then of so many images",
         low=0,
         execution=True,
     )
     cache_images: str = option(
         "auto",
-        "where decoded images are kept from epoch to epoch; auto: in half of a GPU's free memory, else in a quarter "
-        "of the machine's, if they fit",
+        "where decoded images are kept between epochs; auto: in half of a GPU's free memory, else in a quarter of the "
+        "machine's free memory, if they fit",
         choices=("auto", "device", "ram", "off"),
         execution=True,
     )
     compile: str = option(
         "auto",
-        "compile the network's step; auto: on CUDA, and if it fails go on without",
+        "compile the training step; auto: on CUDA, and if that fails, go on without",
         choices=("auto", "on", "off"),
         execution=True,
     )
     momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
-    weight_decay: float = option(5e-4, "weight decay; none on biases and batch norms", low=0)
+    weight_decay: float = option(5e-4, "weight decay; not applied to biases and batch norms", low=0)
     schedule: str = option(
         "cosine",
-        "cosine to 0; step: x 0.1 at 1/3, 2/3 and 8/9 of the way; he: x 0.1 with 960,000 and 320,000 images left, in "
-        "short trainings at 2/3 and 8/9 of the way; constant",
+        "learning rate after the warm-up. cosine: down to 0; step: x 0.1 after 1/3, 2/3 and 8/9 of the training; he: "
+        "x 0.1 when 960,000 and 320,000 images are left, in short trainings after 2/3 and 8/9; constant",
         choices=("cosine", "step", "he", "constant"),
     )
     tensorboard: bool = option(False, "write TensorBoard events beside metrics.jsonl", execution=True)
-    warmup: float = option(0.05, "share of the steps over which the rate grows from 0", low=0, high=0.5)
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises from 0", low=0, high=0.5)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be, or is not installed, when the command starts."""
+        """Refuse impossible values, and what is not installed, when the command starts."""
         if self.micro_batch == 1:
             raise UsageError("--micro-batch 1: batch norm needs two images; give 0 (all) or at least 2")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UsageError("--tensorboard: is not installed; pip install 'ktransfer[report]'")
+            raise UsageError("--tensorboard: TensorBoard is not installed; pip install 'ktransfer[report]'")
 
 
 @dataclass(frozen=True)
 class TrainOptions(LoopOptions):
-    """Those of a training with one learning rate."""
+    """The settings of a training with one learning rate."""
 
     lr: float = option(0.01, "learning rate after the warm-up", low=0)
-    clip: float = option(0.0, "largest norm of a step's gradient, longer ones are scaled down to it; 0: any", low=0)
+    clip: float = option(
+        0.0, "largest norm of a step's gradient; larger ones are scaled down to it; 0: no limit", low=0
+    )

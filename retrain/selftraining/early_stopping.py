@@ -37,7 +37,7 @@ def rows(labelled: Detection, config: SelftrainConfig) -> NDArray[np.int64]:
         if not any((~labelled.objects[row].crowd).any() for row in own.tolist()):
             raise UsageError(
                 f"--patience: no box among the {len(own)} {what} ones of {len(labelled)} labelled images; "
-                "change --held-out, give more labelled images, or leave --patience away"
+                "change --held-out, give more labelled images, or leave --patience out"
             )
     return held
 

@@ -85,7 +85,7 @@ def need_outlines(data: Detection) -> None:
                         raise ValueError(f"of {outline['size']} pixels, high and wide, in an image of {stated}")
                     masks.decoded(outline)
             except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{data.spec}: {data.keys[row]} has a broken outline ({error}); mend it") from error
+                raise UsageError(f"{data.spec}: {data.keys[row]} has a broken outline ({error}); correct it") from error
 
 
 def read(

@@ -65,7 +65,7 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     """
     scales(config)
     if config.adaptive:
-        raise UsageError("--adaptive: counts boxes, and masks have none; leave it away with --task segment")
+        raise UsageError("--adaptive: counts boxes, and masks have none; leave it out with --task segment")
     if config.head == "deeplab" and config.norm == "bn" and min(labelled, other) < 2:
         raise UsageError("--head deeplab: batch norm of one image's mean has no variance; give --norm gn")
     masks.need_memory(f"--size {config.size}", labelled + other, config.size)
@@ -122,7 +122,7 @@ def read(
             within = not PurePosixPath(name).is_absolute() and (root / name).resolve().is_relative_to(root)
             there = within and (root / name).is_file()
         except (OSError, ValueError) as error:  # too long, or with characters that no name has
-            raise UsageError(f"{path}: its mask {name[:40]!r} is no name of a file ({error}); mend it") from error
+            raise UsageError(f"{path}: its mask {name[:40]!r} is no name of a file ({error}); correct it") from error
         if not within:
             raise UsageError(f"{path}: its mask {name} lies outside of its folder; put masks beside it or below")
         if not there:

@@ -103,7 +103,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
         raise UsageError("selftrain: no images with boxes given; name them with --labelled")
     if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
         raise UsageError(
-            "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter away"
+            "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter out"
         )
     for name in ("teacher", "pseudo", "ids") if config.overwrite else ():
         given = getattr(config, name)
@@ -114,7 +114,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     suited(config)
     whole, test = task.open_data(config.labelled)
     if config.ids and config.fraction < 1:
-        raise UsageError("--ids: says already which images are labelled; leave --fraction away")
+        raise UsageError("--ids: says already which images are labelled; leave --fraction out")
     rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
     if config.fraction < 1:
         rows = fraction(whole, config.fraction, config.seed, config.stratified)

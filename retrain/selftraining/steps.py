@@ -1,4 +1,4 @@
-"""The steps of a self-training: which there are, which were made otherwise, and which `--overwrite` removes."""
+"""The steps of a self-training: which there are, which were made differently, and which `--overwrite` removes."""
 
 import math
 from pathlib import Path
@@ -53,7 +53,7 @@ def otherwise(run: Path, step: PlannedStep) -> list[str]:
 
 
 def remove(run: Path, steps: list[PlannedStep]) -> None:
-    """Make room for `--overwrite`: the steps of this line that were made otherwise go, and what rests on them.
+    """Make room for `--overwrite`: the steps of this line that were made differently go, and what rests on them.
 
     Where none was, all steps of the line go. Those that another line made stay unless they rest on one that goes. The
     records go last, so that a removal that was killed is not taken for a whole stage.

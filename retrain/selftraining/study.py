@@ -35,7 +35,7 @@ def study(recipe: str | Path, run: str | Path) -> Path:
         The path of `study.md`.
 
     Raises:
-        UsageError: the recipe, or a cell of it, is wrong, or a cell was made otherwise; nothing was begun.
+        UsageError: the recipe, or a cell of it, is wrong, or a cell was made differently; nothing was begun.
         StageError: some cells failed, which are named; all others are whole.
     """
     run = Path(run)
@@ -77,7 +77,7 @@ def study(recipe: str | Path, run: str | Path) -> Path:
 
 
 def _check(run: Path, options: dict[str, Any], where: str) -> None:
-    """Find what is wrong with a cell, or was made otherwise, before the first one begins."""
+    """Find what is wrong with a cell, or was made differently, before the first one begins."""
     try:
         planned = stage.check(run, options).steps
     except UsageError as error:
@@ -86,8 +86,8 @@ def _check(run: Path, options: dict[str, Any], where: str) -> None:
         old, found = read_record(run, steps.STAGE, step.name), steps.otherwise(run, step)
         if old and found and not step.cheap and not leaves_nothing(run / steps.STAGE, old):
             raise UsageError(
-                f"{where}: its {step.name} was made otherwise: {'; '.join(found)}. Remove {run} to make the cell anew, "
-                "or choose another --run"
+                f"{where}: its {step.name} was made differently: {'; '.join(found)}. Remove {run} to make the cell "
+                "again, or choose another --run"
             )
 
 

@@ -96,9 +96,9 @@ def suited(config: SelftrainConfig) -> None:
             strange.append(("stratified", "--ids without --patience"))
     for name, where in strange:
         if getattr(config, name) != getattr(usual, name):
-            raise UsageError(f"--{name.replace('_', '-')}: is not for {where}; leave it away")
+            raise UsageError(f"--{name.replace('_', '-')}: is not for {where}; leave it out")
     if joint.NAME in methods and config.task != "detect":
-        raise UsageError(f"--methods joint: is not for --task {config.task}; leave it away")
+        raise UsageError(f"--methods joint: is not for --task {config.task}; leave it out")
 
 
 TASKS: dict[str, Task] = {"detect": detecting, "segment": segmenting, "instance": instances}

@@ -210,10 +210,10 @@ def test_a_teacher_of_its_own(run, tmp_path):
     ("options", "words"),
     [
         ({"layer": "conv9"}, r"--layer conv9: vgg16_bn.*conv1_1, conv1_2.*conv4_3"),
-        ({"token": "cls"}, r"--token cls: vgg16_bn is no transformer with tokens; leave --token away"),
+        ({"token": "cls"}, r"--token cls: vgg16_bn is no transformer with tokens; leave --token out"),
         ({"arch": "resnet18"}, r"--arch resnet18: says what --teacher is, and none is named"),
         ({"weights": "w.pth"}, r"--weights w.pth: says what --teacher is, and none is named"),
-        ({"teacher": "hog", "arch": "resnet18"}, r"--teacher hog says what it is; leave --arch away"),
+        ({"teacher": "hog", "arch": "resnet18"}, r"--teacher hog says what it is; leave --arch out"),
         ({"teacher": "hog", "pool": 2}, r"--pool 2: hog is not pooled"),
         ({"teacher": "hog", "size": 30}, r"--size 30: hog has cells of 8 pixels"),
         ({"teacher": "hog", "layer": "conv1"}, r"--layer conv1: hog has no such layer; valid: hog"),

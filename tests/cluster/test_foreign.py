@@ -82,7 +82,7 @@ def test_the_same_bytes_again_and_a_change_is_refused(tmp_path, rows):
     before = (run / "features" / "mine.h5").read_bytes()
     np.save(path, np.asfortranarray(rows[:, ::-1]))
     with pytest.raises(
-        UsageError, match=r"features/mine.h5 in .* was made otherwise: features changed; give cluster --ov"
+        UsageError, match=r"features/mine.h5 in .* was made differently: features changed; give cluster --ov"
     ):
         cluster(run, features=str(path), keys=keys, k=4)
     assert (run / "features" / "mine.h5").read_bytes() == before

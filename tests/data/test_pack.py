@@ -279,9 +279,9 @@ def test_it_goes_on_and_says_so(many: Path, tmp_path: Path, capsys: pytest.Captu
     pack(str(many / "many"), out, 24, workers=1, max_broken=0.1)
     assert "done before, skipped" in capsys.readouterr().err and out.stat().st_mtime_ns == before
     for options, what in (({"size": 25}, "size"), ({"quality": 80}, "quality"), ({"raw": True}, "encoding, quality")):
-        with pytest.raises(UsageError, match=rf"was packed otherwise \({what}\)"):
+        with pytest.raises(UsageError, match=rf"was packed differently \({what}\)"):
             pack(str(many / "many"), out, **{"size": 24, "workers": 1, "max_broken": 0.1} | options)
-    with pytest.raises(UsageError, match=r"was packed otherwise \(source, key, target, class\)"):
+    with pytest.raises(UsageError, match=r"was packed differently \(source, key, target, class\)"):
         pack("scenes:images=14,size=32", out, 24, workers=1)
 
 
@@ -289,7 +289,7 @@ def test_other_settings_begin_anew(many: Path, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(StageError):
         pack(str(many / "many"), tmp_path / "a.h5", 20, raw=True, workers=1)
     pack(str(many / "many"), tmp_path / "a.h5", 24, workers=1, max_broken=0.1)
-    assert "begins anew" in capsys.readouterr().err
+    assert "starts over" in capsys.readouterr().err
     assert bytes_of(tmp_path) == {"a.h5": (many / "whole.h5").read_bytes()}
 
 

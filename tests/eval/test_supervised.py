@@ -94,7 +94,9 @@ def test_it_is_trained_once_and_evaluated_by_all(runs, trainings):
     trainings.clear()
     evaluate(run, protocol="linear", overwrite=True, **LEARN, **(FAST | {"epochs": 2}))
     assert "supervised" not in trainings
-    with pytest.raises(UsageError, match=r"supervised in .* was made otherwise: epochs was 2, is 3.*eval --overwrite"):
+    with pytest.raises(
+        UsageError, match=r"supervised in .* was made differently: epochs was 2, is 3.*eval --overwrite"
+    ):
         evaluate(run, protocol="linear", **(LEARN | {"supervised_epochs": 3}), **(FAST | {"epochs": 2}))
     evaluate(run, protocol="linear", overwrite=True, **(LEARN | {"supervised_epochs": 3}), **FAST)
     assert trainings.count("supervised") == 1
@@ -178,7 +180,7 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(r
 
     supervised.train(run, EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1), torch.device("cpu"))
     trainings.clear()
-    fails("supervised in .* was made otherwise: epochs was 1, is 2", protocol="knn", layers="conv1")
+    fails("supervised in .* was made differently: epochs was 1, is 2", protocol="knn", layers="conv1")
     (planned,) = stage.check(run, {"protocol": "knn", "overwrite": True} | LEARN).evaluations
     assert planned.config.protocol == "knn" and planned.config.overwrite
 
@@ -210,7 +212,7 @@ def test_trainings_in_pieces_are_not_mixed(runs):
     options = {"protocol": "finetune", "random": False, **TRAIN, **TUNED}
     shutil.copytree(runs / "target", runs / "other")
     evaluate(runs / "target", micro_batch=8, **options)
-    with pytest.raises(UsageError, match=r"finetune in .* was made otherwise: micro-batch changed"):
+    with pytest.raises(UsageError, match=r"finetune in .* was made differently: micro-batch changed"):
         evaluate(runs / "target", micro_batch=6, **options)
     evaluate(runs / "other", micro_batch=16, **options)  # the whole batch
     with pytest.raises(UsageError, match=r"finetune: micro-batch is '8' in .*target and None in .*other"):

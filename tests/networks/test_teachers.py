@@ -113,7 +113,7 @@ def test_options_that_do_not_belong_are_refused(weights, tmp_path):
     assert "--arch resnet81: no such network" in refused(str(weights), "resnet81", None, 0)
     network = Network("alexnet", 0.05, 2, 48)
     networks.save(tmp_path / "ours.safetensors", networks.build(network, 0, "t").state_dict(), network)
-    assert "leave --arch away" in refused(str(tmp_path / "ours.safetensors"), "alexnet", None, 0)
+    assert "leave --arch out" in refused(str(tmp_path / "ours.safetensors"), "alexnet", None, 0)
     assert teachers.find(str(tmp_path / "ours.safetensors"), None, None, 0).network == network
 
 

@@ -144,7 +144,7 @@ def test_balanced_labels(tmp_path, features, capsys):
     assert step["assign"]["result"]["engine"].startswith(step["cluster"]["result"]["engine"].partition(", ")[0])
     with pytest.raises(UsageError, match="balanced was False, is True"):
         assign(run, balanced=True)
-    with pytest.raises(UsageError, match=r"--balanced: .* without an engine; leave --engine exact away"):
+    with pytest.raises(UsageError, match=r"--balanced: .* without an engine; leave --engine exact out"):
         assign(run, balanced=True, engine="exact", overwrite=True)
     capsys.readouterr()
     labels = read_labels(assign(run, balanced=True, overwrite=True)).labels

@@ -60,7 +60,7 @@ def test_given_again_it_is_done_and_what_changed_is_refused_before_the_line_begi
     assert "detect: done before" in capsys.readouterr().err
     assert (copy / "eval" / "detect.json").read_bytes() == before
     anew = [("selftrain", SMALL | {"lr": 0.2, "overwrite": True}), ("eval", {"protocol": "detect"})]
-    with pytest.raises(UsageError, match="this line makes the selftrain stage anew"):
+    with pytest.raises(UsageError, match="this line makes the selftrain stage again"):
         plan.refuse_changes(plan.plan_line(anew, copy))
 
 

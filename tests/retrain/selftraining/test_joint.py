@@ -232,7 +232,7 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
     selftrain(tmp_path / "run", **options)
     rows[0] = rows[0][:-1] + "b"
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
-    with pytest.raises(UsageError, match=r"joint in .* was made otherwise: classes changed"):
+    with pytest.raises(UsageError, match=r"joint in .* was made differently: classes changed"):
         selftrain(tmp_path / "run", **options)
 
 
@@ -240,7 +240,7 @@ def test_a_list_with_other_classes_is_refused(tmp_path):
     ("options", "words"),
     [
         ({"methods": "jointly"}, "--methods jointly: no such method; did you mean 'joint'"),
-        (ALONE | {"rounds": 2}, "--rounds: is not for --methods joint alone; leave it away"),
+        (ALONE | {"rounds": 2}, "--rounds: is not for --methods joint alone; leave it out"),
         (ALONE | {"empty": "drop"}, "--empty: is not for --methods joint alone"),
         ({"methods": "joint"}, "--threshold: is not for --methods joint alone"),
         ({"unlabelled": None}, "the images without boxes have no classes for --methods joint"),

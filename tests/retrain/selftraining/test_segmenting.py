@@ -166,7 +166,7 @@ def test_a_killed_student_ends_with_the_same_bytes(made, copy, monkeypatch):
 
 def test_overwrite_makes_masks_anew(made, copy):
     changed = SMALL | {"threshold": 1.0}
-    with pytest.raises(UsageError, match=r"pseudo in .* was made otherwise: threshold"):
+    with pytest.raises(UsageError, match=r"pseudo in .* was made differently: threshold"):
         selftrain(copy, **changed)
     with pytest.raises(StageError, match=r"no pseudo-pixel of a class reaches the score 1.0"):
         selftrain(copy, **changed, overwrite=True)
@@ -348,7 +348,7 @@ def test_a_teacher_and_masks_of_another_run(made, tmp_path):
         ({"held_out": 0.2}, "--held-out: is not for --task segment"),
         ({"head": "fcn"}, "--channels: is not for --head fcn"),
         ({"methods": "self,joint"}, "--methods joint: is not for --task segment"),
-        ({"anchor": 2.0}, "--anchor: is not for --task segment; leave it away"),
+        ({"anchor": 2.0}, "--anchor: is not for --task segment; leave it out"),
         ({"test_threshold": 0.1}, "--test-threshold: is not for --task segment"),
         ({"adaptive": True}, "--adaptive: counts boxes"),
         ({"scales": "1,x"}, "--scales 1,x: must be numbers"),

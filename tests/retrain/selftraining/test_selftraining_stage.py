@@ -142,7 +142,7 @@ def test_killed_while_it_looks_at_images_it_goes_on(made, copy, monkeypatch, ste
 
 def test_a_later_setting_leaves_the_steps_before_as_they_are(copy, capsys):
     run = copy
-    with pytest.raises(UsageError, match=r"student in .* was made otherwise: alpha was 1.0, is 0.5"):
+    with pytest.raises(UsageError, match=r"student in .* was made differently: alpha was 1.0, is 0.5"):
         selftrain(run, **SMALL, alpha=0.5)
     capsys.readouterr()
     path = selftrain(run, **(SMALL | {"test_threshold": 0.5}))
@@ -173,7 +173,7 @@ def test_a_line_is_refused_before_its_first_stage(copy):
     def line(**options):
         plan.refuse_changes(plan.plan_line([("selftrain", SMALL | options)], copy))
 
-    with pytest.raises(UsageError, match=r"teacher in .* was made otherwise: lr was 0\.1, is 0\.2. Give selftrain"):
+    with pytest.raises(UsageError, match=r"teacher in .* was made differently: lr was 0\.1, is 0\.2. Give selftrain"):
         line(lr=0.2)
     line(test_threshold=0.5)
     line(lr=0.2, overwrite=True)
@@ -269,7 +269,7 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"micro_batch": 4}, "--micro-batch 4: .* all 8 images"),
         ({"cache_images": "device", "device": "cpu"}, "--cache-images device"),
         ({"ema": 1.0}, "must be at most 0.9999"),
-        ({"head": "fpn"}, "--head: is not for --task detect; leave it away"),
+        ({"head": "fpn"}, "--head: is not for --task detect; leave it out"),
         ({"scales": "0.5,1"}, "--scales: is not for --task detect"),
         ({"detector": "fasterrcnn", "focal_gamma": 2.0}, "--focal-gamma: is not for --detector fasterrcnn"),
         ({"held_out": 0.2}, "--held-out: is not for trainings without --patience"),

@@ -216,14 +216,16 @@ def test_more_seeds_run_alone(tmp_path, capsys):
     assert {path: path.read_bytes() for path in before} == before
     assert {row["seeds"] for row in table(out / "study.csv")} == {"3"}
     recipe.write_text(TINY.replace("lr = 0.1", "lr = 0.2"))
-    with pytest.raises(UsageError, match=r"cell seed-0: its teacher was made otherwise: lr was 0\.1, is 0\.2\. Remove"):
+    with pytest.raises(
+        UsageError, match=r"cell seed-0: its teacher was made differently: lr was 0\.1, is 0\.2\. Remove"
+    ):
         study.study(recipe, out)
     recipe.write_text(TINY)
     path = out / "cells" / "seed-1" / "selftrain" / "stage.json"
     records = json.loads(path.read_text())
     records["teacher"]["inputs"]["init"] = "of weights"  # and now none are given
     path.write_text(json.dumps(records))
-    with pytest.raises(UsageError, match="cell seed-1: its teacher was made otherwise: init changed"):
+    with pytest.raises(UsageError, match="cell seed-1: its teacher was made differently: init changed"):
         study.study(recipe, out)
 
 
