@@ -82,7 +82,10 @@ def carry_out(plan: AssignPlan) -> Path:
             even = assign_balanced(rows, centroids.centroids)
             labels, distances, by = even.labels, even.distances, f"balanced, products by numpy {np.__version__}"
             more = {"cost": even.cost, "least cost possible": even.bound}
-            say(f"assign: equal sizes; cost {even.cost:.8g}, the least possible is at least {even.bound:.8g}")
+            say(
+                f"assign: clusters of equal size; cost {even.cost:.8g}, of which the least possible is at least "
+                f"{even.bound:.8g}"
+            )
         else:
             rows, engine = open_rows(*prepared, config.engine, config.memory, "assign")
             labels, distances = assign_rows(rows, centroids.centroids, engine)
@@ -108,14 +111,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> As
     config = build(AssignConfig, options, "assign")
     if config.balanced and config.engine != AssignConfig.engine:
         raise UsageError(
-            f"assign --balanced: looks at all clusters of each row on the CPU, without an engine; "
+            f"assign --balanced: compares each row with all clusters on the CPU, without an engine; "
             f"leave --engine {config.engine} out"
         )
     check_keys(config.features, config.keys)
     if config.features and is_foreign(config.features):
         open_foreign(config.features, config.keys, config.data)
     elif config.features and config.data:
-        raise UsageError("assign: both --features and --data given; give the one that is to be labelled")
+        raise UsageError("assign: both --features and --data were given; give only what is to be labelled")
     elif config.features:
         open_features(Path(config.features))
     if latest(before, "cluster") is None:

@@ -70,7 +70,10 @@ def read_start(path: Path, k: int, dim: int | None, normalise: bool) -> NDArray[
     if path.suffix == ".h5":
         found = read_centroids(path)
         if found.projection is not None:
-            raise UsageError(f"--start {path}: its centroids lie along the axes of its own PCA; give one without --pca")
+            raise UsageError(
+                f"--start {path}: its centroids are coordinates of its own PCA; give centroids that were made without "
+                "--pca"
+            )
         if found.normalise != normalise:
             raise UsageError(
                 f"--start {path}: made {'with' if found.normalise else 'without'} --normalise; do the same"

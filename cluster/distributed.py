@@ -116,7 +116,7 @@ def over_ranks(engine: Engine, rows: Rows) -> Engine:
             distributed.gather_rows(distances, rows.count)
         except MemoryError as error:  # the others are waiting for numbers, not for the end
             raise distributed.PeerLost(
-                "torchrun: the first process has no memory for the sums of all; give it more"
+                "torchrun: the first process lacks memory for the sums of all processes; give it more"
             ) from error
         return Pass(labels, distances, np.ascontiguousarray(sums[:, :-1]), sums[:, -1].astype(np.int64))
 
@@ -129,7 +129,7 @@ def open_share(order: dict[str, Any]) -> None:
     with distributed.opening():
         features = open_features(Path(order["features"]))
         if _facts(features) != order["facts"]:
-            raise StageError(f"{features.path}: is another file here than where the first process runs; give it a copy")
+            raise StageError(f"{features.path}: differs from the file that the first process reads; copy that one here")
         projection = Projection(*order["arrays"]) if order["arrays"] else None
         dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
         plan = plan_memory(features, order["k"], dim, order["memory"])

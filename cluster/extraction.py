@@ -104,7 +104,9 @@ def extract_share(order: dict[str, Any]) -> None:
         data = same_data(order)
         teacher = _teacher(Path(order["run"]), config)
         if teachers.identity(teacher) != order["teacher"]:
-            raise StageError(f"{teacher.weights}: is another file here than where the first process runs; copy it")
+            raise StageError(
+                f"{teacher.weights}: differs from the file that the first process reads; copy that one here"
+            )
         device = choose_device(config)
         compute = _reader(teacher, config, device)
         images = ImageLoader(data, config.size, config.workers, cache="off", device=device)
@@ -127,7 +129,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     made = read_record(run, "pretext", "pretext")
     spec = config.data or (made and made["config"]["data"])
     if not spec:
-        raise UsageError("extract: no images given, and the run has none; name them with --data")
+        raise UsageError("extract: no images were given, and the run has none; name them with --data")
     data = open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
@@ -135,7 +137,10 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     teacher = _teacher(run, config, before)
     network = teacher.network
     if not teacher.pooled and config.pool != ExtractConfig.pool:
-        raise UsageError(f"--pool {config.pool}: {network.arch} is not pooled; leave --pool out, --size sets its grid")
+        raise UsageError(
+            f"--pool {config.pool}: the features of {network.arch} are not pooled; leave --pool out, --size sets "
+            "their grid"
+        )
     with networks.fitting(network):  # of a checkpoint made elsewhere nothing is known before it is read
         model = teachers.load(teacher) if teacher.foreign else networks.build(network, 0, "layers").eval()
     shapes = teachers.shapes(network, model)
@@ -170,7 +175,7 @@ def _teacher(run: Path, config: ExtractConfig, before: Sequence[Plan] = ()) -> T
         return teachers.find(config.teacher, config.arch, config.weights, config.size)
     for flag, value in (("arch", config.arch), ("weights", config.weights)):
         if value:
-            raise UsageError(f"--{flag} {value}: says what --teacher is, and none is named; give --teacher too")
+            raise UsageError(f"--{flag} {value}: belongs to --teacher, which was not given; give --teacher too")
     path = run / "pretext" / "model.safetensors"
     coming = latest(before, "pretext")
     if coming is None:

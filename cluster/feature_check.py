@@ -30,7 +30,7 @@ def check_features(features: Features, k: int) -> Findings:
     """
     places = np.flatnonzero(features.valid)
     if not len(places):
-        raise UsageError(f"{features.path}: not one image is valid; see the broken images that extract listed")
+        raise UsageError(f"{features.path}: no image is valid; see the broken images that extract listed")
     columns = features.rows.shape[1]
     first = np.asarray(features.rows[places[0]])
     constant = np.ones(columns, bool)

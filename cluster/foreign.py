@@ -52,7 +52,7 @@ def is_foreign(features: str) -> bool:
 def check_keys(features: str | None, keys: str | None) -> None:
     """UsageError where a list of keys is given with nothing that needs one."""
     if keys and not (features and is_foreign(features)):
-        raise UsageError(f"--keys {keys}: goes with --features FILE.npy or FILE.npz; leave it out")
+        raise UsageError(f"--keys {keys}: is for --features FILE.npy or FILE.npz only; leave it out")
 
 
 def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
@@ -79,13 +79,15 @@ def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
     elif held is not None:
         names, where = _strings(path, held), f"{path}, keys"
     else:
-        raise UsageError(f"{path}: has no keys; give --keys FILE with one image's path a line, row by row")
+        raise UsageError(
+            f"{path}: has no keys; give --keys FILE with the path of one image per line, in the order of the rows"
+        )
     if len(names) != len(rows):
         raise UsageError(f"{where}: {len(names)} keys for {len(rows)} rows of {path}; give one for each row")
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UsageError(f"{where}: key {name} comes twice; give each row its own")
+            raise UsageError(f"{where}: key {name} occurs twice; give each row its own")
         seen.add(name)
     if data:
         known = set(open_dataset(data).keys)
@@ -159,7 +161,7 @@ def _write(file: Path, found: Foreign, source: Dataset | None, digest: str, dtyp
         "fingerprint": fingerprint,
     }
     writer = create_or_resume(file, names, targets, dim, dtype, attributes)
-    with bar(len(places), "take features", "rows", done=writer.rows_done) as shown:
+    with bar(len(places), "copy features", "rows", done=writer.rows_done) as shown:
         for start in range(writer.rows_done, len(places), max(1, BLOCK // dim)):
             chosen = places[start : start + max(1, BLOCK // dim)]
             writer.write(start, found.rows[chosen].astype(dtype), chosen >= 0)

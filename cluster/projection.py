@@ -53,7 +53,7 @@ def fit_projection(features: Features, dim: int, whiten: bool = False) -> Projec
     varied = int((variances > FLAT * variances[0]).sum())
     if whiten and varied < dim:
         raise UsageError(
-            f"--whiten: only {varied} of {dim} components vary: give --pca {max(varied, 1)} or no --whiten"
+            f"--whiten: only {varied} of {dim} components vary; give --pca {max(varied, 1)} or no --whiten"
         )
     scale = 1 / np.sqrt(variances) if whiten else np.ones(dim)
     return Projection(

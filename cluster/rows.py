@@ -75,7 +75,7 @@ def plan_memory(features: Features, k: int, dim: int, memory: float, extra: int 
         given = f"--memory {memory:g}" if memory else f"{free / 1e9:.2f} GB of memory are free"
         raise UsageError(
             f"{given}: {k} centroids of {dim} numbers and {count} rows need {fixed / 1e9:.2f} GB even if all rows are "
-            "read from the file again and again; give more by --memory GB, or a smaller --k or --pca"
+            "read from the file in each pass; give more by --memory GB, or a smaller --k or --pca"
         )
     engine = min(ENGINE_BYTES, budget - fixed, max((budget - fixed) // 2, PROJECTED_BYTES * (last - first)))
     kept = min(last - first, (budget - fixed - engine) // (4 * dim))

@@ -44,7 +44,7 @@ def nearest_members(
 def images_of(spec: str | None, features: Features) -> Dataset | None:
     """The images behind the features, row for row; None where they cannot be had: a line says why."""
     if not spec:
-        reason = "it is not known which images the features were made of; --data names them"
+        reason = "it is not known which images the features were made of; name them with --data"
     else:
         try:
             data = open_dataset(spec)

@@ -39,7 +39,7 @@ def features_path(run: Path, config: ClusterConfig) -> Path | None:
         own = made is not None and not made["config"]["teacher"] and teacher.is_file()
         if own and features.attributes["teacher"] != input_hash(teacher):
             raise UsageError(
-                f"{path}: comes from an older teacher; make it again: ktransfer --run {run} extract --overwrite"
+                f"{path}: was made with an older teacher; make it again: ktransfer --run {run} extract --overwrite"
             )
         return path
     return None
@@ -75,7 +75,7 @@ def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
     if record is None:
         raise UsageError(
             f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
-            "known; extract these images alike and give the file with --features"
+            "known; extract these images in the same way and give the file with --features"
         )
     if record["config"].get("elsewhere"):
         raise UsageError(
@@ -103,4 +103,6 @@ def refuse_mismatch(features: Features, path: Path, centroids: Centroids, file: 
         if features.attributes.get(name) != value
     ]
     if wrong:
-        raise UsageError(f"{path}: not made as the features behind {file}: {'; '.join(wrong)}; extract them alike")
+        raise UsageError(
+            f"{path}: not made like the features behind {file}: {'; '.join(wrong)}; extract them in the same way"
+        )

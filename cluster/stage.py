@@ -159,9 +159,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
         raise UsageError("--spherical: needs rows of length 1; leave --no-normalise out")
     _refuse_foreign_settings(config)
     if 0 < config.start_sample < config.k:
-        raise UsageError(f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give more")
+        raise UsageError(
+            f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give at least {config.k}"
+        )
     if config.start not in STARTS and (config.redo > 1 or config.stability):
-        raise UsageError(f"--start {config.start}: --redo and --stability need starts that differ; leave them out")
+        raise UsageError(
+            f"--start {config.start}: --redo and --stability need different starts, and a file gives one; leave them "
+            "out"
+        )
     coming = None if config.features else latest(before, "extract")
     memory = 0
     if isinstance(coming, ExtractPlan):
@@ -247,7 +252,9 @@ def _refuse_foreign_settings(config: ClusterConfig) -> None:
     for name in foreign[config.algorithm]:
         if getattr(config, name) != getattr(ClusterConfig, name):
             flag = name.replace("_", "-")
-            raise UsageError(f"--algorithm {config.algorithm}: has no --{flag}; leave that out or take another one")
+            raise UsageError(
+                f"--algorithm {config.algorithm}: has no --{flag}; leave it out or choose another algorithm"
+            )
 
 
 def _evaluate(
@@ -265,7 +272,7 @@ def _evaluate(
     write_record(written[0], record)
     say(f"cluster: {record_summary(record)}; {written[0]}")
     if sys.stderr.isatty():
-        say(f"cluster: sizes by doublings: {sparkline(record['sizes']['histogram'])}")
+        say(f"cluster: sizes in powers of two: {sparkline(record['sizes']['histogram'])}")
     images = images_of(config.data, features) if config.sheet else None
     if images is not None:
         written.append(folder / "clusters.png")

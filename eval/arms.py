@@ -85,7 +85,7 @@ def final_network(run: Path) -> Path:
         if read_record(run, stage, name):
             done_record(run, stage, name, stage)
             return run / stage / "model.safetensors"
-    raise UsageError(f"--run {run}: holds no finished network; make one first: ktransfer --run {run} pretext")
+    raise UsageError(f"--run {run}: holds no trained network; make one first: ktransfer --run {run} pretext")
 
 
 def coming_network(run: Path, before: Sequence[Plan]) -> Network | None:

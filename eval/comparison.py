@@ -22,7 +22,8 @@ IMAGES = ("train", "test", "subset")
 """Inputs that are images, or lists of them."""
 LEGEND = (
     "±: half of the 95 % interval over the test images; (seeds S): the standard deviation between the seeds. "
-    "Bold: the best of a column. ≈: not told from the best at the 95 % level: the two differ by less than 1.96 "
+    "Bold: the best of a column. ≈: not significantly different from the best at the 95 % level: the two differ by "
+    "less than 1.96 "
     "standard errors of a difference, taken from both intervals and, with several seeds, from the deviations between "
     "these. The test takes the images as drawn for each network anew, which is cautious, and does not allow for the "
     "number of rows."
@@ -54,7 +55,7 @@ def compare(runs: list[str | Path], show_published: bool = False) -> str:
     differing = [line for name in names for line in _differences(name, by_name[name])]
     if differing:
         raise UsageError(
-            f"--compare: these were not made alike: {'; '.join(differing)}; evaluate them alike, or leave one out"
+            f"--compare: evaluated differently: {'; '.join(differing)}; evaluate them in the same way, or leave one out"
         )
     parts: list[str] = []
     for name in names:
@@ -94,7 +95,7 @@ def _results(run: Path) -> dict[str, dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: not a result of ktransfer eval ({error}); evaluate {run} again") from error
         if schema != SCHEMA or "inputs" not in result:
-            raise UsageError(f"{path}: of another version of ktransfer; evaluate it again, with eval --overwrite")
+            raise UsageError(f"{path}: made by another version of ktransfer; evaluate it again, with eval --overwrite")
         found[name] = result
     if not found:
         raise UsageError(f"--compare {run}: holds no results; make some first: ktransfer --run {run} eval")

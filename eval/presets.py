@@ -75,7 +75,7 @@ def check_preset(config: EvalConfig) -> None:
     """
     for name in ("schedule", "warmup"):
         if PRESETS[config.preset].schedule and getattr(config, name) != getattr(EvalConfig(), name):
-            raise UsageError(f"--{name}: --preset {config.preset} has its own; leave --{name} out")
+            raise UsageError(f"--{name}: --preset {config.preset} sets it; leave --{name} out")
 
 
 def with_schedule(config: EvalConfig) -> EvalConfig:

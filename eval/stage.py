@@ -208,7 +208,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
         as_it_is = ready and name == "detect"
         spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
         if not spec:
-            raise UsageError("eval: no labelled images given; name a root with train/ and val/ with --labelled")
+            raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
         splits = protocols.open_data(name, spec)
         if as_it_is:
             config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
@@ -262,7 +262,7 @@ def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
 
 
 def _refuse_unread(given: EvalConfig, read: dict[str, set[str]], ready: bool) -> None:
-    """Refuse what was given in vain.
+    """Refuse options that nothing would read.
 
     Raises:
         UsageError: one line.

@@ -68,7 +68,7 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
     if len(looks) > 1:
         uses = ", ".join(f"{name} --size {size} --stride {stride}" for (size, stride), name in looks.items())
         raise UsageError(
-            f"--supervised: one network is trained for all protocols, and these take several ({uses}); name --size and "
+            f"--supervised: one network is trained for all protocols, and these need several ({uses}); give --size and "
             "--stride, or evaluate them in runs of their own"
         )
     try:

@@ -64,4 +64,4 @@ def _times(done: list[Plan]) -> list[str]:
         total += seconds
         files = ", ".join(str(folder / name) for record in records if record for name in record["outputs"])
         rows.append(f"{plan.run.name + ' ' + plan.stage:24} {seconds:8.1f}  {files}")
-    return [*rows, f"{'together':24} {total:8.1f}"]
+    return [*rows, f"{'total':24} {total:8.1f}"]

@@ -99,8 +99,9 @@ def joined() -> Iterator[None]:
         _group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise StageError(
-            f"torchrun: the {world} processes did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0]}); see that all were started, and that this address can be reached"
+            f"torchrun: the {world} processes could not connect at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0]}); check that all were started, and that this address can be reached"
         ) from error
     yield
     _group = None
@@ -332,7 +333,7 @@ def _connection() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerLost(
-            "torchrun: another process of this command ended in the middle of the work (killed, or out of memory?); "
+            "torchrun: another process of this command ended unexpectedly (killed, or out of memory?); "
             "nothing is lost: give the same command again"
         ) from error
 

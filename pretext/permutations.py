@@ -52,7 +52,7 @@ def generate(count: int = 701, min_distance: int = 3, seed: int = 0, tiles: int 
         if score[best] < 0:
             raise UsageError(
                 f"{count} permutations of {tiles} tiles were asked for, but the search ends at {len(chosen)} with "
-                f"Hamming distance >= {min_distance}: ask for fewer or for a smaller distance"
+                f"Hamming distance >= {min_distance}: give a smaller count or distance"
             )
         chosen.append(best)
         distance.fill(0)
@@ -137,7 +137,7 @@ def from_file(path: Path) -> NDArray[np.uint8]:
     count, tiles = int(header[0]), int(header[1])
     if count < 1 or not 2 <= tiles <= 255 or len(data) != 8 + 4 * count * tiles:
         raise UsageError(
-            f"{path}: no permutation file: {len(data)} bytes are not int32 count, int32 tiles, count x tiles int32; "
+            f"{path}: not a permutation file: {len(data)} bytes are not int32 count, int32 tiles, count x tiles int32; "
             f"`ktransfer perms --out FILE` writes one"
         )
     rows = np.frombuffer(data, dtype="<i4", offset=8).reshape(count, tiles)
@@ -147,5 +147,5 @@ def from_file(path: Path) -> NDArray[np.uint8]:
             f"{path}: row {int(wrong.argmax()) + 1} does not hold each of 1..{tiles} once: use another file"
         )
     if len(np.unique(rows, axis=0)) < count:
-        raise UsageError(f"{path}: a permutation occurs twice, so two labels mean the same: use another file")
+        raise UsageError(f"{path}: a permutation occurs twice, so that two labels mean the same: use another file")
     return (rows - 1).astype(np.uint8)

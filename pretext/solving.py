@@ -126,7 +126,7 @@ def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tenso
             f"overfit: not all {task.noun} solved in {OVERFIT_STEPS} steps; try another --lr or --arch vgg16_bn"
         )
     seconds = time.monotonic() - started
-    say(f"overfit: all {len(made.label)} {task.noun} solved after {seconds:.0f} s: it can learn")
+    say(f"overfit: all {len(made.label)} {task.noun} solved after {seconds:.0f} s: the network can learn")
 
 
 def _own(valid: Tensor, task: Task) -> Tensor:

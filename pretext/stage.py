@@ -105,7 +105,9 @@ def train_along(order: dict[str, Any]) -> None:
         device = choose_device(config)
         task = open_task(config, device)
         if task.inputs != order["inputs"]:
-            raise StageError(f"{config.permutation_file}: is another file here than where the first process runs")
+            raise StageError(
+                f"{config.permutation_file}: differs from the file that the first process reads; copy that one here"
+            )
         images = kept_images(order)
         model = solving.new_network(config, solving.network_of(config, task), task)
     rows = torch.from_numpy(order["arrays"][0])
@@ -147,7 +149,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Pr
     refuse_foreign(config.task, options)
     networks.check_arch(config.arch, trunk=True)
     if config.data is None:
-        raise UsageError("pretext: no images given; name them with --data")
+        raise UsageError("pretext: no images were given; name them with --data")
     data = open_dataset(config.data)
     if len(data) < 4 or (config.overfit and len(data) < config.overfit):
         raise UsageError(

@@ -97,7 +97,7 @@ def refuse_foreign(task: str, given: Mapping[str, Any]) -> None:
         having = [other for other, names in SETTINGS.items() if name in names]
         if value is not None and having and task not in having:
             raise UsageError(
-                f"--{name.replace('_', '-')} {value}: --task {task} has no such setting ({', '.join(having)} have); "
+                f"--{name.replace('_', '-')} {value}: --task {task} has no such option (only {', '.join(having)}); "
                 "leave it out"
             )
 

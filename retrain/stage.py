@@ -199,7 +199,7 @@ def _data_spec(run: Path, config: RetrainConfig) -> str:
         record = read_record(run, stage, name)
         if record and record["config"].get("data"):
             return str(record["config"]["data"])
-    raise UsageError("retrain: no images given, and the run has none; name them with --data")
+    raise UsageError("retrain: no images were given, and the run has none; name them with --data")
 
 
 def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str]:
@@ -211,7 +211,9 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         made = done_record(run, "clusters", "assign", "assign")
         centroids = run / "clusters" / "clusters.h5"
         if centroids.is_file() and made["inputs"]["centroids"] != input_hash(centroids):
-            raise UsageError(f"{path}: of older clusters; make it again: ktransfer --run {run} assign --overwrite")
+            raise UsageError(
+                f"{path}: belongs to older clusters; make it again: ktransfer --run {run} assign --overwrite"
+            )
     found = read_labels(path)
     digest = input_hash(path)
     if found.keys is None:
@@ -229,7 +231,7 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         labels = torch.full((len(data),), -1)
         labels[torch.tensor([place[key] for key in found.keys])] = torch.from_numpy(found.labels.astype(np.int64))
     if len(labels.unique()[labels.unique() >= 0]) < 2:
-        raise UsageError(f"{path}: fewer than two different labels; there is nothing to learn")
+        raise UsageError(f"{path}: fewer than two different labels; give at least two")
     return labels, digest
 
 

@@ -72,8 +72,8 @@ def refused(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         assert cli.main([str(word) for word in words]) == code
         said = capsys.readouterr()
         ours = [line for line in said.err.splitlines() if line.startswith("ktransfer: ")]
-        # What a folder turned out to hold may be told before; nothing else may.
-        others = [line for line in said.err.splitlines() if line not in ours and ": taking " not in line]
+        # What a folder turned out to hold may be said before; nothing else may.
+        others = [line for line in said.err.splitlines() if line not in ours and ": using " not in line]
         assert len(ours) == lines and not others and not said.out, said
         assert snapshot(made) == before
         assert sorted(path for path in made.rglob("*") if path.is_dir()) == folders
@@ -113,11 +113,11 @@ def test_help_lists_every_setting(capsys):
 
 
 MISUSES = [
-    (["--run", "new", "pretext"], "no images given; name them with --data"),
+    (["--run", "new", "pretext"], "no images were given; name them with --data"),
     (["--run", "new", "extract"], "no images given"),
     (["--run", "new", "extract", "--data", "flat"], "pretext is missing; make it first"),
     (["--run", "new", "retrain"], "cluster is missing; make it first"),
-    (["--run", "new", "eval"], "no labelled images given"),
+    (["--run", "new", "eval"], "no labelled images were given"),
     (["--run", "new", "cluster"], "no images given"),
     (["--run", "new", "assign"], "cluster is missing; make it first"),
     (["pretext", "--data", "flat"], "no run folder given; name one: ktransfer --run"),

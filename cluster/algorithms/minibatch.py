@@ -127,7 +127,7 @@ def minibatch_kmeans(
     if k < 1 or iterations < 1 or batch_rows < 1:
         raise UsageError(f"k = {k}, iterations = {iterations} and batch_rows = {batch_rows} must be at least 1")
     if rows.weights is not None:
-        raise UsageError("mini-batch k-means takes no weights: cluster by lloyd")
+        raise UsageError("mini-batch k-means takes no weights: use lloyd")
     if state is None:
         state = first_state(rows, random_rows(rows, k, seed) if start is None else start)
     elif state.centroids.shape != (k, rows.dim) or state.labels.shape != (rows.count,):

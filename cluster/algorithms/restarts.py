@@ -71,7 +71,7 @@ def best_of(
 
         found = lloyd(seed=derived, state=state, on_iteration=keep)
         if redo > 1:
-            say(f"k-means: start {attempt + 1} of {redo} ends at {found.final_objective:.8g}")
+            say(f"k-means: start {attempt + 1} of {redo} reached the objective {found.final_objective:.8g}")
         if best is None or found.final_objective < best.final_objective:
             best, won = found, attempt
             if attempt + 1 < redo:

@@ -37,11 +37,11 @@ def choose_engine(name: str, room: int | None = None, tell: Callable[[str], obje
         if gpus:
             engine = device_engine("cuda", tell=tell)
             if gpus > 1 and distributed.world_size() == 1:
-                reason += f"; one of {gpus} here: torchrun --nproc-per-node {gpus} -m -- ktransfer ... takes all"
+                reason += f"; on one of {gpus} GPUs: torchrun --nproc-per-node {gpus} -m -- ktransfer ... uses all"
         else:
             engine = exact_engine(room=room, tell=tell)
             if native.library() is None:
-                reason = "; its extension was not built, or this processor has no AVX2: a dense product"
+                reason = "; slower, as its extension was not built or this processor has no AVX2"
     else:
         engine = faiss_engine(float16=_float16(chosen))
     tell(f"k-means engine: {engine.name}{reason}")
@@ -70,7 +70,7 @@ def device_of(name: str) -> str:
 
 def _auto(gpus: int) -> tuple[str, str]:
     if gpus:
-        return "exact", ", as rows stay on the GPU from pass to pass, and faiss copies them there each time"
+        return "exact", ", as it keeps the rows on the GPU, to which faiss copies them in each pass"
     if native.library() is None:
         return "faiss", ", as the exact engine's extension was not built or this processor has no AVX2"
     return "exact", ", as it is faster than faiss without a GPU"

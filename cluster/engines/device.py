@@ -130,7 +130,7 @@ def _stock(rows: Rows, centroids: Tensor, budget: int | None, tell: Tell) -> Sto
     if kept < rows.count:
         tell(
             f"k-means, exact engine: {kept} of {rows.count} rows stay on the GPU ({budget / 1e9:.1f} GB free), "
-            "the others are copied to it in each pass"
+            "the others are copied there in each pass"
         )
     origin = centroids.mean(dim=0, dtype=torch.float64).float()
     return Stock(rows, origin, kept)

@@ -85,7 +85,7 @@ def choose_layers(model: nn.Module, network: Network, names: str | None, grid: i
     else:
         chosen = list(known)[:: max(1, len(known) // 5)][-5:]
     if not chosen:
-        raise UsageError(f"--size {network.size}: no layer of {network.arch} leaves a map; give a larger --size")
+        raise UsageError(f"--size {network.size}: no layer of {network.arch} has an output; give a larger --size")
     wrong = [name for name in chosen if name not in known]
     if wrong:
         raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")
@@ -221,7 +221,7 @@ def cached_maps(
         distributed.send_order(work | facts | hashes | {"config": asdict(config)})
         distributed.agree(None)
     images = ImageLoader(data, side, config.workers, cache="off")
-    with bar(len(data), f"maps {path.parent.name} {path.stem}", done=first) as shown:
+    with bar(len(data), _label(arm.name, split, mirror), done=first) as shown:
 
         def take(start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
             writer.write(start, features, valid)
@@ -233,6 +233,10 @@ def cached_maps(
     return open_features(path)
 
 
+def _label(name: str, split: int, mirror: bool) -> str:
+    return f"features of {name}, {('training set', 'test set')[split]}{', mirrored' if mirror else ''}"
+
+
 def map_share(order: dict[str, Any]) -> None:
     """What the other processes do for the leader's maps (ktransfer/distributed.py)."""
     with distributed.opening():
@@ -242,7 +246,9 @@ def map_share(order: dict[str, Any]) -> None:
         data = open_splits(str(config.labelled))[order["split"]]
         known = input_hash(arm.weights) if arm.weights else None, data.fingerprint
         if known != (order["sha256"], order["fingerprint"]):
-            raise StageError(f"{arm.weights} or {config.labelled}: differ here from the first process's; copy them")
+            raise StageError(
+                f"{arm.weights} or {config.labelled}: differ from those of the first process; copy those here"
+            )
         device = choose_device(config)
         layers = [Layer(**one | {"pool": one["pool"] and tuple(one["pool"])}) for one in order["layers"]]
         pooled = reading(model_of(arm, config.seed).to(device).eval(), arm, layers, config, device)

@@ -165,7 +165,7 @@ def evaluate_columns(
     learning, held = learning[sound[learning]], held[sound[held]]
     if not len(held) or (train.several and not (train.labels.cpu()[held] == 1).any()):
         raise StageError(
-            f"{splits[0].spec}: a tenth of it says nothing about learning rates; give more labelled images"
+            f"{splits[0].spec}: a tenth of it is too small to choose a learning rate by; give more labelled images"
         )
     tested = readable(test.images, torch.arange(len(splits[1])), config.max_broken)
     tried, found = rates(config), dict[str, dict[str, Any]]()
@@ -213,7 +213,7 @@ def _reached(
         try:
             tune(model, before, column.phases, rate, train, learning, arm.network, config, place, device, label)
         except Diverged:
-            say(f"{label}: the loss is not finite; the rate is left out")
+            say(f"{label}: the loss is not finite; this rate is left out")
             value = -1.0
         else:
             networks.save(weights, model.state_dict(), arm.network)

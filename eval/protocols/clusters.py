@@ -133,7 +133,7 @@ def _heldout(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) 
     try:
         source = find_source(arm, test)
     except UsageError as why:
-        say(f"eval clusters: {arm.name} is not asked for held-out pseudo-labels: {why}")
+        say(f"eval clusters: {arm.name} is not evaluated on held-out pseudo-labels: {why}")
         return {}
     labels = heldout_labels(source, test, config, device)
     known = labels >= 0
@@ -277,7 +277,7 @@ def _others(path: Path, keys: list[str], split: Dataset) -> str:
     record = read_record(path.parent.parent, "clusters", "assign")
     spec = record["config"].get("data") if record else None
     if not spec:
-        return "it is not known which images they are of"
+        return "it is not known which images they belong to"
     try:
         data = open_dataset(spec)
     except UsageError as error:
@@ -287,7 +287,7 @@ def _others(path: Path, keys: list[str], split: Dataset) -> str:
     mine, theirs = ({key: row for row, key in enumerate(one.keys)} for one in (data, split))
     for key in keys[:: -(-len(keys) // COMPARED) or 1]:
         if key not in mine or not _alike(data, mine[key], split, theirs[key]):
-            return f"{key} of {spec} is another image than that of {split.spec}"
+            return f"{key} of {spec} and of {split.spec} are different images"
     return ""
 
 

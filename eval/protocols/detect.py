@@ -127,7 +127,7 @@ def scales(config: EvalConfig) -> tuple[float, float]:
     """
     found = number_list("--jitter", config.jitter, 0.05, 10, "0.8,1.2")
     if len(found) != 2 or found[0] > found[1]:
-        raise UsageError(f"--jitter {config.jitter}: must be two numbers, the lower first, such as 0.8,1.2")
+        raise UsageError(f"--jitter {config.jitter}: must be two numbers, the smaller first, such as 0.8,1.2")
     return found[0], found[1]
 
 

@@ -55,7 +55,7 @@ def first_filters(model: nn.Module, network: Network) -> tuple[str, Tensor]:
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
             named = next(iter(networks.layers(network, model))) if network.arch.startswith(("alexnet", "vgg")) else path
             return named, module.weight.detach().float().cpu()
-    raise UsageError(f"--protocol filters: {network.arch} has no convolution of colours; choose another protocol")
+    raise UsageError(f"--protocol filters: {network.arch} has no convolution of colour images; choose another protocol")
 
 
 def evaluate(arm: Arm, splits: Any, config: EvalConfig, folder: Path, device: torch.device) -> Result:

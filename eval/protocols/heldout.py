@@ -63,18 +63,18 @@ def find_source(arm: Arm, test: Dataset) -> Source:
     labels, centroids_path = (clusters_path(arm, name) for name in ("labels.csv", "clusters.h5"))
     learned, assigned, clustered = records
     if not (learned and assigned and clustered and labels and centroids_path):
-        raise UsageError("the run does not hold the clusters that they come from")
+        raise UsageError("the run no longer has the clusters that they come from")
     if learned["inputs"].get("labels") != input_hash(labels):
-        raise UsageError("the network learned other labels than those in clusters/labels.csv")
+        raise UsageError("the network did not learn the labels in clusters/labels.csv")
     if assigned["inputs"].get("centroids") != input_hash(centroids_path):
-        raise UsageError("the clusters were made anew since the labels")
+        raise UsageError("the clusters were made again after the labels")
     made = read_record(run, "features", (stem := Path(clustered["config"]["features"]).stem))
     hashes = made["outputs"].get(f"{stem}.h5", {}) if made else {}
     if not made or made["config"].get("elsewhere") or hashes.get("sha256") != clustered["inputs"]["features"]:
-        raise UsageError("the features that were clustered were not made in the run, or made anew since")
+        raise UsageError("the features that were clustered were not made in the run, or were made again since")
     for what, step in (("network learned from", learned), ("clusters hold", made)):
         if step["inputs"].get("data") == test.fingerprint:
-            raise UsageError(f"the {what} these very images")
+            raise UsageError(f"the {what} these same images")
         if shared := _shared(open_dataset(step["config"]["data"]), test):
             raise UsageError(f"the {what} {shared} of the {len(test)} test images")
     extracted, centroids = made["config"], read_centroids(centroids_path)
@@ -84,7 +84,7 @@ def find_source(arm: Arm, test: Dataset) -> Source:
         path = run / "pretext" / "model.safetensors"
         teacher = teachers.find(str(path), None, None, extracted["size"])
     if teachers.identity(teacher) != centroids.source["teacher"]:
-        raise UsageError("its teacher is another one now")
+        raise UsageError("the run has another teacher now")
     return Source(centroids, teacher, extracted)
 
 
@@ -114,7 +114,7 @@ def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: to
         return torch.from_numpy(nearest(source.centroids, stored))
 
     images = ImageLoader(test, source.teacher.network.size, config.workers, cache="off", device=device)
-    return _of_each(images, label, "pseudo-labels")
+    return _of_each(images, label, "pseudo-labels of the test set")
 
 
 def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
@@ -129,7 +129,7 @@ def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.devic
             return model(squares).argmax(1).cpu()  # type: ignore[no-any-return]
 
     images = ImageLoader(test, stored_side(network.size), config.workers, cache="off", device=device)
-    return _of_each(images, predicted, f"predictions {arm.name}")
+    return _of_each(images, predicted, f"predictions of {arm.name}")
 
 
 def compared(labels: Numbers, predicted: Numbers, k: int) -> dict[str, dict[str, Any]]:

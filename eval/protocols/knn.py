@@ -76,7 +76,7 @@ def _one_layer(
     read = valid_rows(train.features)
 
     def nearest(queries: NDArray[Any], k: int, name: str) -> Neighbours:
-        with bar(count, f"knn {label} {layer.name} {name}") as shown:
+        with bar(count, f"knn of {label}, {layer.name}, {name}") as shown:
             return search(queries, lambda a, b: read(a, b)[:, layer.start : layer.stop], count, k, shown.update)
 
     chosen = rng.words(config.seed, "eval/knn", 0, torch.arange(count), 1)[:, 0].argsort(stable=True)[:SAMPLE].numpy()

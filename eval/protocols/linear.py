@@ -95,7 +95,8 @@ def evaluate(
         else:
             gigabytes = map_bytes(layers, splits, config) / 1e9
             say(
-                f"probe {arm.name}: its maps would take {gigabytes:.2g} GB, over --cache: each epoch computes them anew"
+                f"probe {arm.name}: its feature maps take {gigabytes:.2g} GB, more than --cache: each epoch computes "
+                "them again"
             )
             source = Computed(pooled, images[0], 2, config.dtype)
             plain, tested = (Computed(pooled, split, 1, config.dtype) for split in images)

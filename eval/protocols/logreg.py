@@ -54,7 +54,7 @@ def _one_layer(train: Frozen, test: Frozen, layer: Layer, config: EvalConfig, la
     vectors, labels = train.layer(layer), labels_of(train)
     held = np.zeros(len(labels), np.bool_)
     held[hold_out(len(labels), HELD_OUT, config.seed)[1].numpy()] = True
-    with bar(2 * len(DECAYS), f"logreg {label} {layer.name}", "fits") as shown:
+    with bar(2 * len(DECAYS), f"logreg of {label}, {layer.name}", "fits") as shown:
         right = right_by_decay(vectors, labels, held, DECAYS, shown.update)
         best = last_best(right)
         model = fitted(vectors, labels, DECAYS[: best + 1], shown.update)

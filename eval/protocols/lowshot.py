@@ -91,7 +91,7 @@ def subsets(train: Dataset, config: EvalConfig) -> dict[str, NDArray[np.int64]]:
         return {name: np.flatnonzero(place < quota[labels]) for name, quota in quotas.items()}
     rows = _listed(Path(config.subset), train)
     if len(np.unique(labels[rows])) < 2:
-        raise UsageError(f"--subset {config.subset}: its images are of one class; list images of two at least")
+        raise UsageError(f"--subset {config.subset}: all its images are of one class; list images of at least two")
     return {"subset": rows}
 
 
@@ -99,7 +99,9 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--subset {path}: cannot be read ({error}); give a text file, one image a line") from error
+        raise UsageError(
+            f"--subset {path}: cannot be read ({error}); give a text file with one image per line"
+        ) from error
     places: dict[str, list[int]] = {}
     for row, key in enumerate(train.keys):
         for name in {key, key.rpartition("/")[2]}:
@@ -110,13 +112,15 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
             continue
         found = places.get(line.strip(), [])
         if len(found) != 1:
-            why = f"{len(found)} training images are called so" if found else "is no image of the training split"
+            why = (
+                f"it is the name of {len(found)} training images" if found else "it is not an image of the training set"
+            )
             raise UsageError(
                 f"--subset {path}, line {number}: {line.strip()}: {why}; give keys such as {train.keys[0]}"
             )
         chosen += found
     if not chosen:
-        raise UsageError(f"--subset {path}: is empty; write one image a line, such as {train.keys[0]}")
+        raise UsageError(f"--subset {path}: is empty; write one image per line, such as {train.keys[0]}")
     return np.unique(np.array(chosen, np.int64))
 
 
@@ -135,7 +139,7 @@ def _one_layer(
     shift, scale = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     vectors, asked = (((rows - shift) / np.maximum(scale, 1e-6)).astype(np.float32) for rows in (vectors, asked))
     readable = train.features.valid.cumsum() - 1  # row of the split -> row of `vectors`
-    with bar(len(chosen) * (FOLDS + 1) * len(DECAYS), f"lowshot {label} {layer.name}", "fits") as shown:
+    with bar(len(chosen) * (FOLDS + 1) * len(DECAYS), f"lowshot of {label}, {layer.name}", "fits") as shown:
         for name, rows in chosen.items():
             own = readable[rows[train.features.valid[rows]]]
             cell |= _few(name, vectors[own], labels[own], asked, wanted, config.seed, shown.update)

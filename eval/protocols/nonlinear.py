@@ -55,8 +55,8 @@ def check_arms(arms: list[Arm], config: EvalConfig) -> None:
     asked = [name.strip() for name in config.layers.split(",")] if config.layers else []
     if asked and set(asked) <= set(FULLY_CONNECTED) and not any(arm.whole for arm in arms):
         raise UsageError(
-            f"--layers {config.layers}: no network here holds them for images of {config.size} pixels and stride "
-            f"{config.stride}; name convolutions too, or leave --size and --stride as in its training"
+            f"--layers {config.layers}: no network here has them for images of {config.size} pixels and stride "
+            f"{config.stride}; name convolutions too, or leave out --size and --stride"
         )
 
 
@@ -68,7 +68,7 @@ def evaluate(
     for name in _layers(arm.network, config):
         if name in FULLY_CONNECTED and arm.whole is None:
             if config.layers:
-                say(f"nonlinear {arm.name}: no {name} of this size and stride in its weights; left out")
+                say(f"nonlinear {arm.name}: its weights have no {name} of this size and stride; it is left out")
             continue
         start = partial(_start, arm, name, len(splits[0].classes), config.seed)
         columns.append(tuning.Column(name, start, (tuning.Phase(1.0, 0.0),)))

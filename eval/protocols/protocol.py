@@ -61,5 +61,7 @@ def open_data(name: str, spec: str) -> Any:
     splits = getattr(load(name), "open_data", open_splits)(spec)
     if getattr(splits[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
         able = ", ".join(other for other in PROTOCOLS if getattr(load(other), "MULTI_LABEL", False))
-        raise UsageError(f"--protocol {name}: {spec} has images with several labels; these take them: {able}")
+        raise UsageError(
+            f"--protocol {name}: {spec} has images with several labels; choose a protocol that takes them: {able}"
+        )
     return splits

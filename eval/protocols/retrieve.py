@@ -47,7 +47,9 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
     check_frozen(evaluated, splits, config, run)
     wanted_rows(config, splits[1])
     if len(splits[0]) < SHOWN:
-        raise UsageError(f"--protocol retrieve: {len(splits[0])} training images; it needs {SHOWN}, give other images")
+        raise UsageError(
+            f"--protocol retrieve: {len(splits[0])} training images, but {SHOWN} are needed; give more images"
+        )
 
 
 def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:
@@ -92,7 +94,7 @@ def _of_layer(
 ) -> dict[str, Any]:
     """One cell of the table; its sheet is drawn."""
     references, classes = train.layer(layer), labels_of(train)
-    with bar(len(references), f"neighbours {arm} {layer.name}") as shown:
+    with bar(len(references), f"neighbours of {arm}, {layer.name}") as shown:
         found = search(
             test.layer(layer), lambda start, stop: references[start:stop], len(references), SHOWN, shown.update
         )

@@ -75,7 +75,8 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
         needed = map_bytes(layers, (splits[0], splits[0]), config) // 3 * 2
         if needed > config.cache * 1e9:
             raise UsageError(
-                f"--cache {config.cache:g}: robust keeps the maps of {len(layers)} layers, {needed / 1e9:.3g} GB; "
+                f"--cache {config.cache:g}: robust keeps the feature maps of {len(layers)} layers, {needed / 1e9:.3g} "
+                "GB; "
                 "name fewer with --layers, or give a larger --cache"
             )
         need_disk(run, needed, "eval")
@@ -107,7 +108,7 @@ def evaluate(
     outcomes: list[dict[str, Any]] = []
     sweep = number_list("--robust-eps", config.robust_eps, 0, 255, "0.5,1,2")
     work = 1 + len(KINDS) * SEVERITIES + len(sweep) * 3 * config.robust_steps
-    with bar(len(rows) * work, f"robust {arm.name}", "views") as shown:
+    with bar(len(rows) * work, f"robustness of {arm.name}", "views") as shown:
         batches = images.batches(iter(rows.split(FORWARD_BATCH)))
         for number, (part, pixels, valid, _) in enumerate(batches):
             kept = folder / f"outcomes-{number:06d}.json"

@@ -87,7 +87,7 @@ def _one_layer(
     of_train, of_test = labels
     several = of_train.ndim == 2
     learn: Any = _several if several else _single
-    with bar(1 + len(SHOTS) * DRAWS, f"svm {label} {layer.name}", "fits") as shown:
+    with bar(1 + len(SHOTS) * DRAWS, f"svm of {label}, {layer.name}", "fits") as shown:
         predictions, cost = learn(vectors, of_train, asked, config.seed, shown.update)
         cell: dict[str, Any] = {"cost": cost}
         if several:

@@ -69,9 +69,11 @@ def check(
     detect.test_scales(config)
     coming = latest(before, STAGE)
     if coming and coming.detector and coming.detector.settings.kind not in detectors.DETECTORS:
-        raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval away")
+        raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval out")
     if config.supervised:
-        raise UsageError("--supervised: finished detectors are evaluated as they are; leave it out")
+        raise UsageError(
+            "--supervised: is not for the detectors of selftrain, which are evaluated as they are; leave it out"
+        )
     if coming and coming.detector and source != config.labelled:
         _same(splits, coming.detector.classes, config)
     for arm in arms(run, config, coming=coming is not None):
@@ -85,8 +87,8 @@ def check(
 def _same(splits: tuple[Detection, Detection], classes: tuple[str, ...], config: EvalConfig) -> None:
     if splits[1].classes != classes:
         raise UsageError(
-            f"--labelled {config.labelled}: has other classes than the detectors tell ({', '.join(classes[:5])}, ...); "
-            "name images with the same"
+            f"--labelled {config.labelled}: has other classes than the detectors ({', '.join(classes[:5])}, ...); "
+            "name images with these classes"
         )
 
 
@@ -124,7 +126,7 @@ def _weights(run: Path, name: str, digest: str, record: dict[str, Any]) -> Path:
     for path in places:
         if path.suffix == SAFETENSORS and path.is_file() and files.sha256(path) == digest:
             return path
-    raise UsageError(f"--run {run}: its {name} is gone or was changed; make it again: ktransfer --run {run} {STAGE}")
+    raise UsageError(f"--run {run}: its {name} is missing or was changed; make it again: ktransfer --run {run} {STAGE}")
 
 
 def evaluate(

@@ -89,14 +89,14 @@ def read_labels(path: Path) -> Labels:
     if found.labels.max() >= found.k:
         _wrong(path, f"label {found.labels.max()} is not below k = {found.k}")
     if found.k == 0:
-        _wrong(path, "every label is -1, so there is nothing to learn from")
+        _wrong(path, "every label is -1, so there is nothing to learn")
     if found.keys is not None:
         if len(found.keys) != len(found.labels):
             _wrong(path, f"{len(found.keys)} keys for {len(found.labels)} labels")
         seen: set[str] = set()
         for key in found.keys:
             if key in seen:
-                _wrong(path, f"key {key!r} comes twice")
+                _wrong(path, f"key {key!r} occurs twice")
             seen.add(key)
     return found
 
@@ -177,7 +177,7 @@ def _read_bin(path: Path) -> Labels:
         _wrong(path, f"{len(data)} bytes are not an int32 count and int32 labels")
     numbers: NDArray[Any] = np.frombuffer(data, dtype="<i4")
     if numbers[0] != len(numbers) - 1:
-        _wrong(path, f"it announces {numbers[0]} labels and holds {len(numbers) - 1}")
+        _wrong(path, f"it states {numbers[0]} labels and holds {len(numbers) - 1}")
     labels = numbers[1:].astype(np.int32)
     return Labels(None, labels, int(labels.max(initial=-1)) + 1)
 

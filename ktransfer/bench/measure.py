@@ -137,7 +137,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
         UsageError: it cannot be done.
     """
     if out is not None and not out.parent.is_dir():
-        raise UsageError(f"--json {out}: there is no folder {out.parent}; make it first")
+        raise UsageError(f"--json {out}: the folder {out.parent} does not exist; make it first")
     device = wanted.device
     stage = "step" if part in ("decode", "data") else part
     with ExitStack() as stack:
@@ -318,7 +318,7 @@ def _machine(device: torch.device) -> str:
 
 def _table(result: dict[str, Any]) -> str:
     facts, ceilings = result["facts"], result["ceilings"]
-    network = f"{facts['arch'] or 'the usual network'}, width {facts['width']:g}"
+    network = f"{facts['arch'] or 'the default network'}, width {facts['width']:g}"
     lines = [
         f"{result['part']}: {facts['machine']}, {facts['threads']} threads, {facts['workers']} readers; {network}, "
         f"{facts['arithmetic']}, batch {facts['batch']}; {facts['images']:,} images ({facts['data']}), squares of "

@@ -28,7 +28,7 @@ def photograph(seed: int, height: int = 375, width: int = 500) -> Image.Image:
 def write_photographs(folder: Path, count: int) -> Path:
     """`count` JPEGs in a folder; those that are there stay."""
     folder.mkdir(exist_ok=True)
-    for number in track(range(count), count, "make"):
+    for number in track(range(count), count, "generate images"):
         path = folder / f"{number:05d}.jpg"
         if not path.exists():
             photograph(number).save(path, quality=QUALITY)

@@ -57,7 +57,7 @@ def check_broken(broken: Mapping[int, str], total: int, max_broken: float, datas
 
     Args:
         broken: row to reason, as `ImageLoader.broken`.
-        total: images that were looked at.
+        total: images that were read.
         max_broken: the largest share that is accepted.
         dataset: gives the keys for the message.
     """
@@ -67,7 +67,7 @@ def check_broken(broken: Mapping[int, str], total: int, max_broken: float, datas
     share = len(broken) / max(total, 1)
     raise StageError(
         f"{len(broken):,} of {total:,} images of {dataset.spec} are broken ({share:.2%}, more than the "
-        f"{max_broken:.2%} that are allowed), for example {examples}; mend or remove them, or raise --max-broken"
+        f"{max_broken:.2%} that are allowed), for example {examples}; repair or remove them, or raise --max-broken"
     )
 
 
@@ -84,7 +84,7 @@ def same_images(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]])
             return False
 
     found: list[bool] = []
-    with bar(len(pairs), "compare") as shown, ThreadPoolExecutor(cores()) as pool:
+    with bar(len(pairs), "compare images") as shown, ThreadPoolExecutor(cores()) as pool:
         for one in pool.map(same, pairs):
             found.append(one)
             shown.update(1)

@@ -124,14 +124,14 @@ def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
     if not files:
-        raise UsageError(f"{path} names no images; give one that does")
+        raise UsageError(f"{path} lists no images; give a file that does")
     split = path.stem.removeprefix("instances_")
     places = [root, root / "images", root / split, root / "images" / split]
     first = next(iter(files.values()))
     place = next((place for place in places if (place / first).is_file()), None)
     if place is None:
         looked = ", ".join(str(place / first) for place in places)
-        raise UsageError(f"{path}: its images are not there (looked for {looked}); put them in one of these places")
+        raise UsageError(f"{path}: its images do not exist (looked for {looked}); put them in one of these places")
     columns = sorted(classes)
     row, column = ({key: number for number, key in enumerate(keys)} for keys in (files, columns))
     tags = np.zeros((len(row), len(column)), np.int8)
@@ -149,7 +149,7 @@ def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         if lone is None or (root / "train").is_dir() or any((root / f"train{end}").is_file() for end in PACKS):
             return None
         words = "train" if paths[0] is None else " or ".join(VAL_NAMES)
-        raise UsageError(f"{root} has {lone.name}, but no {words} with the ending .csv or .tsv; put it beside")
+        raise UsageError(f"{root} has {lone.name}, but no {words} with the ending .csv or .tsv; put it beside that one")
     tables = [_labels_of(path) for path in paths if path]
     names = [path.stem for path in paths if path]
     several = any(len(labels) != 1 for table in tables for labels in table.values())
@@ -158,7 +158,7 @@ def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
     if unknown:
         raise UsageError(f"{paths[1]}: labels that {paths[0]} does not have: {', '.join(sorted(unknown)[:5])}")
     if len(classes) < 2:
-        raise UsageError(f"{paths[0]}: fewer than two different labels; there is nothing to tell apart")
+        raise UsageError(f"{paths[0]}: fewer than two different labels; give a list with at least two")
     say_once(f"{spec}: {'several labels an image' if several else 'one label an image'}, of {' and '.join(names)}")
     train, val = (
         (_several if several else _one)(spec, root, name, table, classes)
@@ -212,7 +212,7 @@ def _files(spec: str, root: Path, name: str, names: Sequence[str], labels: Seque
     sizes = [file_size(os.path.join(root, file)) for file in names]  # noqa: PTH118 -- Path objects cost more
     if max(sizes) < 0:
         raise UsageError(
-            f"{spec}: none of the {len(names)} images of its split {name} is there, such as {root / names[0]}"
+            f"{spec}: none of the {len(names)} images of its split {name} exists, such as {root / names[0]}"
         )
     return of_files(spec, root, name, names, sizes, labels)
 

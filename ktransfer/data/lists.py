@@ -21,7 +21,7 @@ def read_list(path: Path) -> tuple[list[str], list[str]]:
         raise UsageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise UsageError(f"{path}, line {line}: a NUL character; a list is plain text with one path a line")
+        raise UsageError(f"{path}, line {line}: a NUL character; a list is plain text with one path per line")
     if path.suffix.lower() == ".txt":
         # Not splitlines(): a path may hold any of the other characters that Unicode counts as line ends.
         names = [line.removesuffix("\r") for line in text.split("\n")]

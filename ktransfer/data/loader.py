@@ -235,7 +235,7 @@ def typical_short_side(dataset: Dataset, sample: int = 64) -> int:
     """
     count = min(sample, len(dataset))
     sides: list[int] = []
-    reason = "there are none"
+    reason = "there are no images"
     for row in (index * len(dataset) // count for index in range(count)):
         try:
             if dataset.short_side is not None:
@@ -281,14 +281,14 @@ def readable(images: ImageLoader, rows: Tensor, max_broken: float) -> Tensor:
         StageError: more are broken, or fewer than two are left.
     """
     kept: list[Tensor] = []
-    with bar(len(rows), "read") as shown:
+    with bar(len(rows), "check images") as shown:
         for chosen, _, valid, _ in images.batches(iter(rows.split(256))):
             kept.append(chosen[valid])
             shown.update(len(chosen))
     check_broken(images.broken, len(rows), max_broken, images.dataset)
     found = torch.cat(kept)
     if len(found) < 2:
-        raise StageError(f"{images.dataset.spec}: only {len(found)} images can be read; there is nothing to learn")
+        raise StageError(f"{images.dataset.spec}: only {len(found)} images can be read; give more images")
     return found
 
 

@@ -34,7 +34,7 @@ def open_dataset(spec: str) -> Dataset:
     path = _existing(spec)
     if path.is_dir():
         if (train := _split_place(path, ("train",))) and (val := _split_place(path, VAL_NAMES)):
-            say_once(f"{spec} holds {train.name} and {val.name}: taking {train}")
+            say_once(f"{spec} has {train.name} and {val.name}: using {train}")
             path = train
         return _folder_or_pack(spec, path)
     if path.suffix.lower() in PACKS:
@@ -73,7 +73,7 @@ def open_splits(spec: str) -> tuple[Dataset, Dataset]:
     for path, split in zip((train, val), splits, strict=True):
         if not split.classes or (split.targets == UNKNOWN).any():
             outside = next((key for key in split.keys if "/" not in key), None)
-            why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
+            why = f"{outside} is outside of the class folders" if outside else "there is only one class folder"
             if split.classes:
                 why = f"{split.keys[int(np.argmin(split.targets))]} has no class"
             raise UsageError(f"{path}: {why}; every image needs a folder that names its class, at least two of them")
@@ -124,10 +124,10 @@ def _folder(spec: str, root: Path) -> Dataset:
     if found.ignored or found.repeated:
         say_once(
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
-            f"{found.repeated:,} links to folders that are already in are not followed"
+            f"{found.repeated:,} links to folders that are already included are not followed"
         )
     if not found.names:
-        raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has some")
+        raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has images")
     keys = escaped(found.names)
     labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if "" in labels or len(set(labels)) < 2:
@@ -138,7 +138,7 @@ def _folder(spec: str, root: Path) -> Dataset:
 def _list(spec: str, path: Path) -> Dataset:
     names, labels = read_list(path)
     if not names:
-        raise UsageError(f"{spec} lists no images; write one path a line, relative to the folder of the list")
+        raise UsageError(f"{spec} lists no images; write one path per line, relative to the folder of the list")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{spec} lists {name} {times} times; name each image once")

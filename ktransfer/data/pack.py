@@ -98,7 +98,7 @@ def pack(
 
 def _recipe(out: Path, size: int, raw: bool, quality: int | None, workers: int, max_broken: float) -> Recipe:
     if out.suffix.lower() not in PACKS:
-        raise UsageError(f"--out {out}: a pack is known by its ending; name it {out.with_suffix(PACKS[0]).name}")
+        raise UsageError(f"--out {out}: the name of a pack ends with .h5; name it {out.with_suffix(PACKS[0]).name}")
     if not 1 <= size <= LARGEST:
         raise UsageError(f"--size {size}: give the short side in pixels, 1 to {LARGEST}")
     if raw and quality is not None:
@@ -106,7 +106,7 @@ def _recipe(out: Path, size: int, raw: bool, quality: int | None, workers: int, 
     if quality is not None and not 1 <= quality <= 100:
         raise UsageError(f"--quality {quality}: give 1 to 100")
     if not 0 <= workers <= 256:
-        raise UsageError(f"--workers {workers}: give 1 to 256, or 0 for one a core")
+        raise UsageError(f"--workers {workers}: give 1 to 256, or 0 for one per CPU core")
     if not 0 <= max_broken <= 1:
         raise UsageError(f"--max-broken {max_broken}: give a share from 0 to 1")
     return Recipe(size, 0 if raw else quality or QUALITY)
@@ -175,8 +175,8 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
             yield done
     except BrokenProcessPool as error:
         raise StageError(
-            "pack: a worker process was killed, perhaps for want of memory; give the same command again with fewer "
-            "--workers: it goes on where it was"
+            "pack: a worker process was killed, perhaps because memory ran out; give the same command again with fewer "
+            "--workers: it goes on where it stopped"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -201,7 +201,9 @@ def _refuse_another(out: Path, data: Dataset, recipe: Recipe) -> None:
     try:
         found = packs.read_pack(out)
     except UsageError as error:
-        raise UsageError(f"--out {out}: exists, and is not a whole pack; remove it or choose another name") from error
+        raise UsageError(
+            f"--out {out}: exists, and is not a complete pack; remove it or choose another name"
+        ) from error
     tables, attributes = header(data, recipe, None)
     differing = [
         name for name in ("source", "encoding", "size", "quality") if found.attributes[name] != attributes[name]

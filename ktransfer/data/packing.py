@@ -70,7 +70,9 @@ class Unfinished:
             try:
                 fcntl.flock(self._row_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UsageError(f"--out {out}: another ktransfer packs into it; wait or choose another") from error
+                raise UsageError(
+                    f"--out {out}: another ktransfer process is writing it; wait, or choose another file"
+                ) from error
             self._spec = _spec(data, recipe)
             self._data_at, records = self._saved()
             self.rows_done = len(records)

@@ -148,7 +148,9 @@ def read_image(
         finally:
             os.close(handle)
     except OSError as error:
-        raise StageError(f"{place.path}: cannot be read ({error.strerror}); see that it stays where it is") from error
+        raise StageError(
+            f"{place.path}: cannot be read ({error.strerror}); the file must stay in place while it is used"
+        ) from error
     if len(data) != place.length:
         raise StageError(f"{place.path}: was cut off while it was read; make it again with `ktransfer pack`")
     if check and digest_of(data) != place.digest:

@@ -154,7 +154,7 @@ def _write_split(out: Path, split: str, count: int, size: int, seed: int) -> Non
         (out / split / name).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
-    for index in track(range(count), count, f"scenes {split}"):
+    for index in track(range(count), count, f"draw {split}"):
         pixels, objects = render(seed, split, index, size)
         name = f"{split}/{objects[0].name}/{index:06d}.jpg"
         Image.fromarray(pixels).save(out / name, quality=90)
@@ -179,7 +179,7 @@ def _write_split(out: Path, split: str, count: int, size: int, seed: int) -> Non
 
 def _check(spec: SceneSpec, fewest: int) -> None:
     if spec.images < fewest:
-        raise UsageError(f"images={spec.images}: fewer than {fewest}; ask for {fewest} images or more")
+        raise UsageError(f"images={spec.images}: fewer than {fewest}; give at least {fewest}")
     if not MIN_SIZE <= spec.size <= MAX_SIZE:
         raise UsageError(f"size={spec.size}: not between {MIN_SIZE} and {MAX_SIZE} pixels; choose a size in that range")
     if not 0 <= spec.seed < 2**32:

@@ -64,13 +64,15 @@ def read(path: Path, spec: str) -> Detection:
     repeated = sum(times - 1 for times in Counter(repr(note.get("id")) for note in notes).values())
     used = {int(label) for one in objects for label in one.labels}
     more = {
-        "annotation ids that are there again": repeated,
-        "images that are not there": sum(size < 0 for size in bytes_of),
+        "repeated annotation ids": repeated,
+        "images that do not exist": sum(size < 0 for size in bytes_of),
         f"of {len(classes)} categories without a box": len(classes) - len(used),
     }
     counts |= {words: number for words, number in more.items() if number}
-    if counts.get("images that are not there") == len(names):
-        raise UsageError(f"{path}: none of its images is there, for example {folder / names[0]}; put them beside it")
+    if counts.get("images that do not exist") == len(names):
+        raise UsageError(
+            f"{path}: none of its images exists, for example {folder / names[0]}; put them beside the file"
+        )
     summary(path, counts)
     digest = hashlib.sha256(path.read_bytes())
     digest.update(repr(bytes_of).encode())
@@ -99,7 +101,7 @@ def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file") from error
     lacking = [part for part in PARTS if not isinstance(held, dict) or not isinstance(held.get(part), list)]
     if lacking or not all(isinstance(one, dict) for part in PARTS for one in held[part]):
-        what = f"no list '{lacking[0]}'" if lacking else "a list that holds other things than objects"
+        what = f"no list '{lacking[0]}'" if lacking else "a list with entries that are not objects"
         raise UsageError(f"{path}: {what}; a COCO file of instances has the lists {', '.join(PARTS)}")
     return {part: held[part] for part in PARTS}
 
@@ -108,9 +110,9 @@ def _unique(path: Path, what: str, values: Iterable[Any]) -> None:
     try:
         value, times = max(Counter(values).items(), key=lambda pair: pair[1], default=(None, 0))
     except TypeError as error:
-        raise UsageError(f"{path}: {what}: no number or text; correct it") from error
+        raise UsageError(f"{path}: {what}: not a number or text; correct it") from error
     if times > 1:
-        raise UsageError(f"{path}: {what} {value} is there {times} times; each must be there once")
+        raise UsageError(f"{path}: {what} {value} occurs {times} times; each must occur once")
 
 
 def _folder(path: Path, names: list[str]) -> Path:
@@ -118,7 +120,7 @@ def _folder(path: Path, names: list[str]) -> Path:
     for name in names:
         parts = PurePosixPath(name.replace("\\", "/"))
         if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in name or ":" in parts.parts[0]:
-            raise UsageError(f"{path}: {name!r} leads out of the folder; names must be relative and stay below it")
+            raise UsageError(f"{path}: {name!r} leads out of the folder; names must be relative and stay inside")
     split = path.stem.removeprefix("instances_")
     roots = [path.parent, path.parent.parent] if path.parent.name == "annotations" else [path.parent]
     tried = [root / inner for root in roots for inner in ("", "images", split, f"images/{split}")]
@@ -136,7 +138,8 @@ def _by_image(
         strange = [value for value in values if not isinstance(value, int | str) or value not in known]
         if strange:
             raise UsageError(
-                f"{path}: {len(strange)} annotations name a {key} that is not listed, such as {strange[0]}; drop these"
+                f"{path}: {len(strange)} annotations name a {key} that is not listed, such as {strange[0]}; remove "
+                "these"
             )
     for note in notes:
         found[note["image_id"]].append((numbers[note["category_id"]], note))

@@ -108,10 +108,10 @@ def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
         raise UsageError(f"{path}: not a JSON list of image ids ({error})") from error
     known = {number: row for row, number in enumerate(data.ids)}
     if not isinstance(listed, list) or not listed or any(isinstance(one, list | dict) for one in listed):
-        raise UsageError(f"{path}: not a JSON list of image ids; write such as [17, 42]")
+        raise UsageError(f"{path}: not a JSON list of image ids; write it like [17, 42]")
     unknown = [number for number in listed if number not in known]
     if unknown or len(set(listed)) < len(listed):
-        which = f"{unknown[0]!r} is no image of {data.spec}" if unknown else "it names an image twice"
+        which = f"{unknown[0]!r} is not an image of {data.spec}" if unknown else "it lists an image twice"
         raise UsageError(f"{path}: {which}; list ids of that data, each once")
     return np.array([known[number] for number in listed], np.int64)
 

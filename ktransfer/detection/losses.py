@@ -45,7 +45,7 @@ def check_batches(options: LoopOptions, images: int) -> None:
     if 0 < options.micro_batch < images:
         raise UsageError(
             f"--micro-batch {options.micro_batch}: this loss is normalised over all {images} images of a step, "
-            "which cannot be divided; leave it out, and give a smaller --batch where memory does not suffice"
+            "which cannot be divided; leave it out, and give a smaller --batch if memory runs out"
         )
 
 
@@ -116,7 +116,9 @@ def _outlines(data: Detection, factors: Tensor) -> list[list[list[Tensor]]]:
     for row, one in enumerate(data.objects):
         kept = [outline for outline, crowd in zip(one.outlines, one.crowd, strict=True) if not crowd]
         if any(not isinstance(outline, list) for outline in kept):
-            raise UsageError(f"{data.spec}: {data.keys[row]} has an object without polygons; masks need them of all")
+            raise UsageError(
+                f"{data.spec}: {data.keys[row]} has an object without polygons; masks need polygons of all objects"
+            )
         polygons = [cast(list[list[float]], outline) for outline in kept]
         found.append([[torch.tensor(one).view(-1, 2) * factors[row, :2] for one in outline] for outline in polygons])
     return found

@@ -105,7 +105,7 @@ def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
         try:
             inside = filled(outline, size)
         except (TypeError, ValueError) as error:
-            raise BrokenImage(f"an outline of it is broken: {error}") from error
+            raise BrokenImage(f"one of its outlines is broken: {error}") from error
         if outline is None:
             inside[window] = True
         found[inside] = IGNORE if objects.crowd[place] or outline is None else objects.labels[place] + 1
@@ -120,7 +120,7 @@ def map_canvases(data: Detection, size: int) -> tuple[Tensor, dict[int, str]]:
     """
     broken: dict[int, str] = {}
     found = torch.full((len(data), size, size), IGNORE, dtype=torch.uint8)
-    for row in track(range(len(data)), len(data), f"masks {data.name}"):
+    for row in track(range(len(data)), len(data), f"read masks of {data.name}"):
         width, height = (int(side) for side in canvas.extent((int(data.sizes[row, 0]), int(data.sizes[row, 1])), size))
         try:
             whole = Image.fromarray(classes_of_pixels(data, row))
@@ -141,7 +141,7 @@ def read_map(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.mode != "P":
-                raise BrokenImage(f"{path.name}: no palette image of classes")
+                raise BrokenImage(f"{path.name}: not a palette image of classes")
             return np.asarray(image)
     except (BrokenImage, MemoryError):
         raise
@@ -191,7 +191,7 @@ def need_memory(flag: str, images: int, size: int) -> None:
     if needed > free // 2:
         raise UsageError(
             f"{flag}: the masks of {images:,} images take {needed / 1e9:.1f} GB of memory, of which "
-            f"{free / 1e9:.1f} are free; give a smaller one"
+            f"{free / 1e9:.1f} are free; give a smaller size"
         )
 
 
@@ -201,7 +201,7 @@ def need_masks(data: Detection) -> None:
         raise UsageError(f"{data.spec}: {len(data.classes)} categories; a map of classes holds at most {IGNORE - 1}")
     outlines = (outline for one in data.objects for outline in one.outlines)
     if data.label_map is None and not any(outline is not None for outline in outlines):
-        raise UsageError(f"{data.spec}: its objects have boxes alone; segment needs outlines or maps of classes")
+        raise UsageError(f"{data.spec}: its objects have only boxes; segment needs outlines or maps of classes")
 
 
 def _packed(runs: list[int]) -> str:

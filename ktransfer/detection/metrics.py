@@ -97,9 +97,7 @@ def _coco(
 ) -> dict[str, Any]:
     """COCO's measures, and the intervals of AP, AP50 and AP75."""
     if all(_ignored(data.objects[row]).all() for row in predictions):
-        raise StageError(
-            f"{data.spec}: no object in the {len(predictions)} images that could be read to test; add some"
-        )
+        raise StageError(f"{data.spec}: no object in the {len(predictions)} test images that can be read; add some")
     found: dict[str, Any] = coco_scores(data, predictions, outlines)
     matched = match_all(data, predictions, COCO_IOUS, voc=False, outlines=outlines)
     # (classes, t, 1 + resamplings)

@@ -48,7 +48,7 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
             missing = "instances_train.json" if found[0] is None else "instances_val.json"
             raise UsageError(
                 f"{spec}: no {missing} in it or in annotations/, and no VOCdevkit (VOC2007/ImageSets/Main); give a "
-                "root that holds one of both, one COCO file, or scenes:"
+                "root that has one of these, one COCO file, or scenes:"
             )
         splits = coco.read(found[0], spec), coco.read(found[1], spec)
     if splits[0].classes != splits[1].classes:
@@ -58,7 +58,7 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
         )
     for split, words in zip(splits, ("training", "test"), strict=True):
         if not any(len(one.boxes) for one in split.objects):
-            raise UsageError(f"{spec}: no box in the {words} split; there is nothing to learn or to evaluate by")
+            raise UsageError(f"{spec}: no box in the {words} split; give images with boxes")
     return splits
 
 
@@ -86,9 +86,7 @@ def _coco_file(root: Path, name: str) -> Path | None:
             sorted(path for path in folder.glob("*.json") if pattern.fullmatch(path.name)) if folder.is_dir() else []
         )
         if len(found) > 1:
-            raise UsageError(
-                f"{folder}: {found[0].name} and {found[1].name} may both be meant as {name}; name one COCO file"
-            )
+            raise UsageError(f"{folder}: {found[0].name} and {found[1].name} could both be {name}; name one COCO file")
         if found:
             return found[0]
     return None

@@ -98,7 +98,7 @@ def build(
     if norm not in NORMS:
         raise UsageError(f"norm {norm}: no such normalisation; valid: {', '.join(NORMS)}")
     if norm == "frozen" and weights is None and not filled_later:
-        raise UsageError("norm frozen: fresh weights have no statistics to keep; give bn or gn")
+        raise UsageError("norm frozen: random weights have no statistics to keep; give bn or gn")
     if weights is None:
         model = networks.build(network, seed, "detection/trunk")
     else:
@@ -144,7 +144,7 @@ def split(network: Network, model: nn.Module) -> tuple[nn.Sequential, dict[int, 
         candidates = [name for name, module in body.named_children() if isinstance(module, nn.ReLU)]
     else:
         raise UsageError(
-            f"{network.arch}: no trunk of detectors; there are alexnet, alexnet_bn, vgg16, vgg16_bn, and torchvision's "
+            f"{network.arch}: no backbone of detectors; give alexnet, alexnet_bn, vgg16, vgg16_bn, and torchvision's "
             "ResNets, EfficientNets and VGGs"
         )
     return body, _levels(body, candidates)
@@ -229,7 +229,7 @@ def _neck(
     lowest = 3 if neck == "p3-p7" else 2
     taps = [level for level in sorted(levels) if lowest <= level <= _DEEPEST]
     if not taps:
-        raise UsageError(f"{arch}: has no map from stride {2**lowest} on for {neck}; give --neck single")
+        raise UsageError(f"{arch}: has no feature map of stride {2**lowest} or more for {neck}; give --neck single")
     coarser: Any = LastLevelP6P7(channels, channels) if neck == "p3-p7" else LastLevelMaxPool()
     layer = norm_layer(norm)
     return FeaturePyramidNetwork([levels[level][1] for level in taps], channels, coarser, layer), taps, channels

@@ -87,9 +87,9 @@ def read(spec: str, split: str, listed: list[tuple[Path, list[str]]], masked: bo
     places = [year / "JPEGImages" / f"{name}.jpg" for year, name in rows]
     bytes_of = [file_size(str(place)) for place in places]
     if missing := sum(size < 0 for size in bytes_of):
-        counts["images that are not there"] = missing
+        counts["images that do not exist"] = missing
     if missing == len(places):
-        raise UsageError(f"{spec}: none of its images is there, for example {places[0]}; unpack them")
+        raise UsageError(f"{spec}: none of its images exists, for example {places[0]}; unpack them")
     summary(f"{spec} {split}", counts)
     keys = tuple(f"{year.name}/{name}" for year, name in rows)
     digest = hashlib.sha256(repr((keys, bytes_of, sizes, classes)).encode())
@@ -144,9 +144,9 @@ def _listed(year: Path, lists: str, split: str) -> list[str]:
     )
     wrong = next((name for name in names if "/" in name or "\\" in name or name.startswith(".")), None)
     if wrong is not None:
-        raise UsageError(f"{path}: {wrong!r} leads out of the folder; a list of VOC has plain names")
+        raise UsageError(f"{path}: {wrong!r} leads out of the folder; the names in a list of VOC have no folders")
     if len(set(names)) < len(names):
-        raise UsageError(f"{path}: names an image twice; each must be there once")
+        raise UsageError(f"{path}: lists an image twice; list each once")
     return names
 
 
@@ -157,13 +157,17 @@ def _xml(year: Path, name: str) -> Path:
 def _tree(path: Path) -> ElementTree.Element:
     try:
         if path.stat().st_size > _LARGEST_XML:
-            raise UsageError(f"{path}: over {_LARGEST_XML:,} bytes; no annotation of VOC is so large")
+            raise UsageError(
+                f"{path}: over {_LARGEST_XML:,} bytes; annotations of VOC are smaller; unpack the archive again"
+            )
         text = path.read_text(encoding="utf-8")
         if "<!DOCTYPE" in text:
-            raise UsageError(f"{path}: declares entities; an annotation of VOC has none")
+            raise UsageError(
+                f"{path}: declares XML entities, which annotations of VOC do not have; unpack the archive again"
+            )
         return ElementTree.fromstring(text)
     except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); every image of a list has its annotation") from error
+        raise UsageError(f"{path}: cannot be read ({error}); every listed image needs its annotation") from error
 
 
 def _text(element: ElementTree.Element, name: str) -> str:
@@ -182,7 +186,9 @@ def _objects(
     try:
         corners = [[float(_text(one, f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")] for one in found]
     except ValueError as error:
-        raise UsageError(f"{tree.findtext('filename')}: a box is no number ({error}); mend its annotation") from error
+        raise UsageError(
+            f"{tree.findtext('filename')}: a box has a value that is not a number ({error}); correct its annotation"
+        ) from error
     return objects_of(
         [(x0 - 1, y0 - 1, x1, y1) for x0, y0, x1, y1 in corners],
         [classes.index(_text(one, "name")) for one in found],

@@ -67,15 +67,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); fetch it again") from error
+        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); download it again") from error
     except Exception as error:  # what unpickling a damaged file ends in, nobody can list
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise UsageError(
-                f"{path}: holds more than tensors ({foreign[1]}), and nothing else is unpickled; where it was made, "
+                f"{path}: has more than tensors ({foreign[1]}), and nothing else is unpickled; where it was made, "
                 "save its tensors alone: torch.save(model.state_dict(), FILE)"
             ) from error
-        raise UsageError(f"{path}: not a whole checkpoint ({_one_line(error)[:100]}); fetch it again") from error
+        raise UsageError(f"{path}: not a complete checkpoint ({_one_line(error)[:100]}); download it again") from error
     found = dict(_flat(held))
     if not found:
         raise UsageError(f"{path}: holds no tensors by name; give a checkpoint with a state_dict")
@@ -99,9 +99,7 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
             if best is None or score > best[0]:
                 best = score, prefix, theirs
     if best is None:
-        raise UsageError(
-            f"{path}: nothing in it is named as in {arch}, but such as {next(iter(tensors))}; give its --arch"
-        )
+        raise UsageError(f"{path}: its names, such as {next(iter(tensors))}, are not those of {arch}; give its --arch")
     _, prefix, theirs = best
     found = {theirs[key.removeprefix(prefix)]: key for key in tensors if _below(key, prefix) in theirs}
     needed = [name for name in own if not name.startswith(CLASSIFIERS) and not name.endswith(_COUNTER)]

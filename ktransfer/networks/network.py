@@ -370,7 +370,7 @@ def describe(path: Path) -> Network:
     try:
         return Network(**json.loads(found["network"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: does not say what network it is; give a model.safetensors of ktransfer") from error
+        raise UsageError(f"{path}: does not say which network it is; give a model.safetensors of ktransfer") from error
 
 
 def load(path: Path, network: Network) -> nn.Module:

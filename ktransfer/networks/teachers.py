@@ -64,7 +64,7 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if weights and not library:
         raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it out")
     if arch and (library or given in descriptors.MODULES):
-        raise UsageError(f"--arch {arch}: --teacher {given} says what it is; leave --arch out")
+        raise UsageError(f"--arch {arch}: --teacher {given} already names the network; leave --arch out")
     if given in descriptors.MODULES:
         return _sized(Teacher(Network(given, size=descriptors.SIZES[given], normalise=descriptors.UNIT), None), size)
     if given.startswith(TORCHVISION):
@@ -72,7 +72,7 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if given.startswith(TIMM):
         if not weights:
             raise UsageError(
-                f"--teacher {given}: nothing is downloaded; fetch its weights and name them with --weights"
+                f"--teacher {given}: nothing is downloaded; download its weights and name the file with --weights"
             )
         return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
     path = Path(given)
@@ -81,7 +81,9 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if arch is None:
         return _sized(Teacher(_described(path), path), size)
     if path.suffix == SAFETENSORS and _says_what_it_is(path):
-        raise UsageError(f"--arch {arch}: {path} says itself that it is of ktransfer, and what; leave --arch out")
+        raise UsageError(
+            f"--arch {arch}: {path} is a file of ktransfer, which says which network it is; leave --arch out"
+        )
     if arch.startswith(TIMM):
         return _sized(Teacher(_of_timm(arch), path, foreign=True), size)
     networks.check_arch(arch)
@@ -147,7 +149,7 @@ def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
     """
     if networks.tokens_before(model) is None:
         if token:
-            raise UsageError(f"--token {token}: {arch} is no transformer with tokens; leave --token out")
+            raise UsageError(f"--token {token}: {arch} is not a transformer with tokens; leave --token out")
         return None
     classed = networks.has_class_token(model)
     if token == "cls" and not classed:
@@ -238,7 +240,8 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
         path = cache / _file(entry)
     if not path.is_file():
         raise UsageError(
-            f"--teacher {given}: {path} is not there, and nothing is downloaded; fetch {_file(entry)} from the url of "
+            f"--teacher {given}: {path} does not exist, and nothing is downloaded; download {_file(entry)} from the "
+            "url of "
             f"torchvision's {entry} and put it into {cache}, or name the file with --weights"
         )
     states = entry.transforms.keywords if isinstance(entry.transforms, partial) else {}

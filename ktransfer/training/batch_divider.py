@@ -163,7 +163,7 @@ class BatchDivider:
         if share and not total:
             self._known = True
             raise (StageError if distributed.is_leader() else distributed.PeerFailed)(
-                "none of the images of a batch can be read; check the data and give the same command again"
+                "none of the images of a batch can be read; check the data, and give the same command again"
             )
         for place, batch in enumerate(share.batches if share else []):
             for who, row in enumerate(rows_of_all):

@@ -32,7 +32,7 @@ class Compiled:
         if options.compile == "off" or (device.type != "cuda" and not self._forced):
             return
         if shared and has_batch_norm(model):
-            say(f"{label}: not compiled, as batch norm is shared by several processes")
+            say(f"{label}: not compiled, as several processes share the statistics of batch norm")
             return
         say(f"{label}: compiling the step; the first one takes a minute")
         self._fast = torch.compile(model, backend=BACKEND)

@@ -52,7 +52,7 @@ class Log:
         count = values.pop("count")
         means = {name: value / max(1.0, count) for name, value in values.items()}
         if not math.isfinite(means["loss"]):
-            raise Diverged(f"the loss is {means['loss']} at step {step}; try a lower learning rate, with --overwrite")
+            raise Diverged(f"the loss is {means['loss']} at step {step}; give a lower --lr, with --overwrite")
         speed = {
             "lr": lr,
             "images_per_second": round(count / seconds, 1),

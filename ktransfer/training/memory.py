@@ -100,7 +100,7 @@ def tell_plan(
     if total > free:
         fits = (free - need.fixed) // need.each * distributed.world_size()
         way = f"--micro-batch {fits}" if fits >= 2 else "a smaller --width or --size"
-        say(f"{label}: that may not suffice; if it fails, give {way}{_caution(model) if fits >= 2 else ''}")
+        say(f"{label}: memory may not suffice; if it runs out, give {way}{_caution(model) if fits >= 2 else ''}")
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def explained(model: nn.Module, device: torch.device, label: str, options: LoopO
         if not known and "can't allocate memory" not in said and "not enough memory" not in said:
             raise
         now = options.micro_batch or options.batch
-        anew = " --overwrite, as batch norm sees so many" if has_batch_norm(model) else ""
+        anew = " --overwrite, as statistics of batch norm are then of so many images" if has_batch_norm(model) else ""
         raise StageError(
             f"{label}: out of memory on {device} with {now} images at once; give the same command with "
             f"--micro-batch {max(2, now // 2)}{anew}"
@@ -126,4 +126,4 @@ def explained(model: nn.Module, device: torch.device, label: str, options: LoopO
 
 
 def _caution(model: nn.Module) -> str:
-    return " (batch norm will see so many)" if has_batch_norm(model) else ""
+    return " (batch norm will use statistics of so many images)" if has_batch_norm(model) else ""

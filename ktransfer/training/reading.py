@@ -71,7 +71,7 @@ def same_data(order: dict[str, Any]) -> Dataset:
     """
     data = open_dataset(order["data"])
     if data.fingerprint != order["fingerprint"]:
-        raise StageError(f"{order['data']}: holds other images here than where the first process runs; copy them")
+        raise StageError(f"{order['data']}: has other images here than for the first process; copy those here")
     return data
 
 
@@ -79,7 +79,7 @@ def _valid(images: ImageLoader, rows: Tensor, shown: int) -> np.ndarray[Any, np.
     """(n,) whether each of the rows can be read; the bar runs to `shown`, as if all processes were equally far."""
     found = [np.zeros(0, np.uint8)]
     done = 0
-    with bar(shown, "read") as progress:
+    with bar(shown, "check images") as progress:
         for chosen, _, valid, _ in images.batches(iter(rows.split(256))):
             found.append(valid.numpy().astype(np.uint8))
             done += len(chosen)

@@ -68,7 +68,7 @@ def spreads(
     rows = torch.tensor(
         [row for row, prediction in sorted(predictions.items()) if len(prediction.scores)], dtype=torch.int64
     )
-    with bar(len(rows), "jitter") as shown:
+    with bar(len(rows), "predict jittered images") as shown:
         for chosen, pixels, valid, _ in source.batches(iter(rows.split(batch))):
             kept, pixels = chosen[valid].to(device), pixels[valid].to(device)
             boxes = [predictions[row].boxes.to(device) * scaled[row] for row in kept.tolist()]

@@ -75,7 +75,7 @@ def kept_sizes(path: Path, data: Dataset) -> NDArray[np.int32]:
 
 @lru_cache(maxsize=1)
 def _decoded_sizes(data: Dataset) -> NDArray[np.int32]:
-    with bar(len(data), "sizes") as shown, ThreadPoolExecutor(cores()) as pool:
+    with bar(len(data), "read image sizes") as shown, ThreadPoolExecutor(cores()) as pool:
         found: list[tuple[int, int]] = []
         for size in pool.map(lambda row: _size(data, row), range(len(data))):
             found.append(size)
@@ -180,7 +180,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         if strange:
             raise UsageError(
                 f"{path}: {len(strange)} of its {what} are not those of {data.spec}, such as {strange[0]}; give the "
-                "file that was made for these"
+                "file that was made for these images"
             )
     least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
     found: dict[int, list[tuple[list[float], int, Outline]]] = {place[name]: [] for name in by_id.values()}

@@ -70,7 +70,9 @@ def stopping(
     if not config.patience:
         return None
     if not any((~(one.crowd | one.difficult)).any() for one in (labelled.objects[row] for row in evaluating.tolist())):
-        raise StageError("--patience: no box in the held-out images that can be read; mend them or change --held-out")
+        raise StageError(
+            "--patience: no box in the held-out images that can be read; repair them, or change --held-out"
+        )
     save_ids(folder / IDS, labelled, evaluating.numpy())
     settings = Settings(config.detector)
 

@@ -76,7 +76,8 @@ def need_outlines(data: Detection) -> None:
                 continue
             if outline is None:
                 raise UsageError(
-                    f"{data.spec}: {data.keys[row]} has an object without outline; --task instance needs them of all"
+                    f"{data.spec}: {data.keys[row]} has an object without outline; --task instance needs outlines of "
+                    "all objects"
                 )
             try:
                 if isinstance(outline, dict):

@@ -65,9 +65,9 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     """
     scales(config)
     if config.adaptive:
-        raise UsageError("--adaptive: counts boxes, and masks have none; leave it out with --task segment")
+        raise UsageError("--adaptive: counts boxes, which --task segment does not have; leave it out")
     if config.head == "deeplab" and config.norm == "bn" and min(labelled, other) < 2:
-        raise UsageError("--head deeplab: batch norm of one image's mean has no variance; give --norm gn")
+        raise UsageError("--head deeplab: batch norm needs two images, and there is one; give --norm gn")
     masks.need_memory(f"--size {config.size}", labelled + other, config.size)
 
 
@@ -112,17 +112,17 @@ def read(
         if strange:
             raise UsageError(
                 f"{path}: {len(strange)} of its {what} are not those of {other.spec}, such as {strange[0]}; give the "
-                "file that was made for these"
+                "file that was made for these images"
             )
     if len(set(names)) < len(names):
-        raise UsageError(f"{path}: names a class twice; each has one number")
+        raise UsageError(f"{path}: names a class twice; name each once")
     root = path.parent.resolve()
     for name, _ in listed.values():
         try:
             within = not PurePosixPath(name).is_absolute() and (root / name).resolve().is_relative_to(root)
             there = within and (root / name).is_file()
         except (OSError, ValueError) as error:  # too long, or with characters that no name has
-            raise UsageError(f"{path}: its mask {name[:40]!r} is no name of a file ({error}); correct it") from error
+            raise UsageError(f"{path}: its mask {name[:40]!r} is not a file name ({error}); correct it") from error
         if not within:
             raise UsageError(f"{path}: its mask {name} lies outside of its folder; put masks beside it or below")
         if not there:
@@ -141,7 +141,7 @@ def read(
             raise StageError(f"{path}: {error}; make this mask again") from error
         size = int(other.sizes[row, 0]), int(other.sizes[row, 1])
         if digest is not None and files.sha256(root / name) != digest:
-            raise StageError(f"{path}: its mask {name} was changed since; make it again with --overwrite")
+            raise StageError(f"{path}: its mask {name} was changed afterwards; make it again with --overwrite")
         if found.shape != size[::-1] or (numbers[found] < 0).any():
             raise StageError(
                 f"{path}: its mask {name} must have {size[0]} x {size[1]} pixels and the numbers of {len(names)} "
@@ -242,7 +242,7 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
             "mask": f"{folder.name}/{place.name}",
             "sha256": files.sha256(place),
         }
-        for row, place in track(masked.items(), len(masked), "list")
+        for row, place in track(masked.items(), len(masked), "check masks")
         if row not in source.broken
     ]
     files.write_json(path, {"info": about | {"scales": scales(config)}, "classes": data.classes, "images": listed})

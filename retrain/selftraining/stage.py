@@ -100,10 +100,11 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     config = replace(config, lr=config.lr or RATES[config.task] * config.batch / 256)
     device = choose_device(config)
     if not config.labelled:
-        raise UsageError("selftrain: no images with boxes given; name them with --labelled")
+        raise UsageError("selftrain: no images with boxes were given; name them with --labelled")
     if config.pseudo and (config.rounds > 1 or config.adaptive or config.jitter_filter):
         raise UsageError(
-            "--pseudo: boxes of others serve one round as they are; leave --rounds, --adaptive and --jitter-filter out"
+            "--pseudo: given boxes are used as they are, for one round; leave --rounds, --adaptive and "
+            "--jitter-filter out"
         )
     for name in ("teacher", "pseudo", "ids") if config.overwrite else ():
         given = getattr(config, name)
@@ -114,7 +115,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     suited(config)
     whole, test = task.open_data(config.labelled)
     if config.ids and config.fraction < 1:
-        raise UsageError("--ids: says already which images are labelled; leave --fraction out")
+        raise UsageError("--ids: already chooses the labelled images; leave --fraction out")
     rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
     if config.fraction < 1:
         rows = fraction(whole, config.fraction, config.seed, config.stratified)
@@ -122,7 +123,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     labelled = subset(whole, rows)
     if not any((~one.crowd).any() for one in labelled.objects):
         given = "ids" if config.ids else "fraction" if config.fraction < 1 else "labelled"
-        raise UsageError(f"--{given} {getattr(config, given)}: no box among {len(rows)} images; take more")
+        raise UsageError(f"--{given} {getattr(config, given)}: no box in {len(rows)} images; give more images")
     early_stopping.rows(labelled, config)
     if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no images for pseudo-boxes; name some with --unlabelled, or give --fraction")
@@ -140,7 +141,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
                 f"{', '.join(task.NECKS)}"
             )
         if held.classes != whole.classes:
-            raise UsageError(f"--teacher {config.teacher}: tells other classes than {config.labelled} has")
+            raise UsageError(f"--teacher {config.teacher}: has other classes than {config.labelled}")
     if config.pseudo:
         # The file is what is checked, and images are not read.
         any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
@@ -149,8 +150,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     evaluating = boxes.shared(labelled, test)
     if len(evaluating):
         raise UsageError(
-            f"--labelled {config.labelled}: {len(evaluating)} of its images would be learned and evaluate too, such as "
-            f"{labelled.keys[evaluating[0]]}; give a training and a test part that share none, or leave them out by "
+            f"--labelled {config.labelled}: {len(evaluating)} of its training images are test images too, such as "
+            f"{labelled.keys[evaluating[0]]}; give a training and a test set that share none, or leave them out by "
             "--ids"
         )
     data = Data(labelled, unlabelled, test)
@@ -198,7 +199,7 @@ def _train(
         rows, evaluating = early_stopping.divided(rows, early_stopping.rows(data.labelled, config))
         if not len(rows) or (pseudo and not len(added)):
             which = "pseudo-labelled" if len(rows) else "labelled"
-            raise StageError(f"{name}: none of the {which} images can be read; mend them")
+            raise StageError(f"{name}: none of the {which} images can be read; repair them")
         weighing = student.Weighing(config.balance, config.alpha, config.decay) if pseudo else None
         known, unknown = task.known(images, config, device)
         check_broken(source.broken | unknown, len(images), config.max_broken, images)
@@ -233,7 +234,7 @@ def _with_pseudo(
     if config.pseudo:  # a teacher of ours was not shown them
         listed = np.setdiff1d(listed, tested(data, name))
     listed = np.setdiff1d(listed, held_out(config, data, name))
-    each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count")}
+    each = {row: task.count(other, row) for row in track(listed.tolist(), len(listed), "count pseudo-labels")}
     if config.empty == "drop":
         listed = listed[[each[row].any() for row in listed.tolist()]]
     counted = sum(each.values(), np.zeros(len(other.classes), np.int64))
@@ -250,8 +251,9 @@ def _with_pseudo(
     made, usual = counted.sum() / len(listed), own.sum() / len(data.labelled)
     if config.task != "segment" and made < FEW * usual:  # of masks, what is not sure is ignored, not background
         say(
-            f"{name}: {made:.2g} an image, where labelled ones have {usual:.2g}: all others are background then, "
-            "so train the teacher longer, lower --threshold, or give --empty drop"
+            f"{name}: only {made:.2g} per image, where labelled images have {usual:.2g}: the student learns all "
+            "others as "
+            "background; train the teacher longer, lower --threshold, or give --empty drop"
         )
     facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
     by_class = {f"{several} by class, labelled and pseudo": pairs}

@@ -59,8 +59,8 @@ def study(recipe: str | Path, run: str | Path) -> Path:
         scores.append({"cell": cell, "scores": files.read_json(path)["scores"]})
     if failed:
         raise StageError(
-            f"study: {len(failed)} of {len(wanted)} cells failed: {'; '.join(failed)}; the others are whole: mend the "
-            "cause, or take the values out of the recipe, and give the same command again"
+            f"study: {len(failed)} of {len(wanted)} cells failed: {'; '.join(failed)}; the others are complete: remove "
+            "the cause, or take the values out of the recipe, and give the same command again"
         )
     lines = tables.lines_of(plan, scores)
     held = {"schema": 1, "measure": tables.measure_of(lines), "common": plan.common, "cells": scores}
@@ -107,30 +107,30 @@ def read(path: Path) -> Recipe:
     wrong = [name for name in held if name not in TABLES]
     if wrong or not all(isinstance(held.get(name, {}), dict) for name in TABLES):
         raise UsageError(
-            f"--recipe {path}: '{(wrong or TABLES)[0]}' is no table of a study; it has {', '.join(TABLES)}"
+            f"--recipe {path}: '{(wrong or TABLES)[0]}' is not a table of a study, which has {', '.join(TABLES)}"
         )
     grid, common = held.get("grid", {}), held.get("selftrain", {})
     if not grid or not all(isinstance(values, list) and values for values in grid.values()):
         raise UsageError(f"--recipe {path}: [grid] needs a list of values for each setting that is varied")
     twice = [axis for axis in grid if axis in common]
     if twice:
-        raise UsageError(f"--recipe {path}: '{twice[0]}' stands in [selftrain] and in [grid]; leave it in one")
+        raise UsageError(f"--recipe {path}: '{twice[0]}' is in [selftrain] and in [grid]; leave it in one of them")
     if "overwrite" in common | grid:
         raise UsageError(
-            f"--recipe {path}: overwrite is no setting of a study; remove the folders of its cells instead"
+            f"--recipe {path}: overwrite is not a setting of a study; remove the folders of its cells instead"
         )
     for axis, values in grid.items():
         again = [value for place, value in enumerate(values) if value in values[:place]]
         if again:
             raise UsageError(f"--recipe {path}: {axis} lists {again[0]!r} twice; each value makes a cell of its own")
     if "segment" in grid.get("task", []) and len(grid["task"]) > 1:
-        raise UsageError(f"--recipe {path}: [grid] task: masks have no AP, which boxes have; make a study of each")
+        raise UsageError(f"--recipe {path}: [grid] task: boxes and masks have different measures; make a study of each")
     named: dict[str, Cell] = {}
     for cell in cells(Recipe(common, grid, {})):
         build(SelftrainConfig, common | cell, f"--recipe {path}")
         if named.setdefault(slug(cell), cell) is not cell:
             raise UsageError(
-                f"--recipe {path}: two cells would be made in cells/{slug(cell)}; rename a file that differs"
+                f"--recipe {path}: two cells would be written to cells/{slug(cell)}; rename a file that differs"
             )
     recipe = Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
     for axis, values in grid.items():

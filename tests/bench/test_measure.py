@@ -120,7 +120,7 @@ def test_made_images_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["bench", "decode", *SMALL]) == 0
     assert "of jpeg" in capsys.readouterr().out
     for words, message in (
-        (["decode", "--json", str(tmp_path / "no" / "b.json")], "there is no folder"),
+        (["decode", "--json", str(tmp_path / "no" / "b.json")], "does not exist; make it first"),
         (["step", "--batch", "1"], "--batch 1: batch norm needs two images"),
         (["retrain", "--arch", "vgg17"], "no such network"),
         (["step", "--task", "chess"], "chess"),

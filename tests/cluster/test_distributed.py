@@ -100,7 +100,7 @@ def test_an_error_ends_all_and_another_number_of_processes_goes_on(tmp_path, fil
 def test_another_file_elsewhere_is_noticed(tmp_path, file, launch):
     status, said = launch(2, *line(tmp_path / "run", file), fault={"rank": 1, "kind": "file"})
     assert status == [1, 1] and said[1] == ""
-    assert f"process 1: {file}: is another file here" in said[0].splitlines()[-1]
+    assert f"process 1: {file}: differs from the file that the first process reads" in said[0].splitlines()[-1]
 
 
 @pytest.mark.parametrize(

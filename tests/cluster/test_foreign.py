@@ -165,6 +165,6 @@ def test_files_that_cannot_be_read(tmp_path, rows, capsys):
             cluster(tmp_path / "run", features=str(tmp_path / "good.npy"), keys=str(tmp_path / keys_file), k=4)
     with pytest.raises(UsageError, match="no such feature file"):
         cluster(tmp_path / "run", features=str(tmp_path / "nowhere.npy"), k=4)
-    with pytest.raises(UsageError, match=r"--keys k.txt: goes with --features FILE.npy"):
+    with pytest.raises(UsageError, match=r"--keys k.txt: is for --features FILE.npy"):
         cluster(tmp_path / "run", features=str(tmp_path / "mine.h5"), keys="k.txt", k=4)
     assert not (tmp_path / "run").exists()

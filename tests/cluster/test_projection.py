@@ -90,7 +90,7 @@ def test_whitened_columns_have_variance_1(offset, dtype):
 def test_what_does_not_vary_is_not_whitened():
     data = sample()
     data[:, 3:] = data[:, :1]
-    with pytest.raises(UsageError, match=r"--whiten: only 3 of 5 components vary: give --pca 3"):
+    with pytest.raises(UsageError, match=r"--whiten: only 3 of 5 components vary; give --pca 3"):
         fit_projection(features_of(data), 5, whiten=True)
     assert np.isfinite(fit_projection(features_of(data), 3, whiten=True).scale).all()
     with pytest.raises(UsageError, match="only 0 of 2"):

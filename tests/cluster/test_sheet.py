@@ -132,7 +132,7 @@ def test_without_the_images_there_is_a_line_and_no_sheet(tmp_path, kind, capsys)
     writer.write(0, np.random.default_rng(0).random((20, 4)).astype(np.float32), np.ones(20, bool))
     writer.finish()
     options = {"unknown": {}, "gone": {"data": str(tmp_path / "gone")}, "others": {"data": SCENES}}[kind]
-    words = {"unknown": "--data names them", "gone": "does not exist", "others": "was not made of the images"}[kind]
+    words = {"unknown": "name them with --data", "gone": "does not exist", "others": "was not made of the images"}[kind]
     cluster(tmp_path / "run", features=str(path), k=3, **options)
     lines = [line for line in capsys.readouterr().err.splitlines() if "no image sheet" in line]
     assert len(lines) == 1 and words in lines[0]

@@ -310,7 +310,7 @@ def test_leftovers_of_no_use_begin_anew(many: Path, tmp_path: Path) -> None:
 def test_two_do_not_write_one_file(many: Path, tmp_path: Path) -> None:
     data = open_dataset(str(many / "many"))
     first = packing.Unfinished(tmp_path / "a.h5", data, packing.Recipe(24, 90))
-    with pytest.raises(UsageError, match="another ktransfer packs into it"):
+    with pytest.raises(UsageError, match="another ktransfer process is writing it"):
         pack(str(many / "many"), tmp_path / "a.h5", 24, workers=1, max_broken=0.1)
     first.close()
     pack(str(many / "many"), tmp_path / "a.h5", 24, workers=1, max_broken=0.1)

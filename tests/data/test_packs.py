@@ -129,7 +129,7 @@ def test_parts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     train, val = open_splits(str(root / "jpeg"))
     assert (len(train), len(val)) == (24, 8) and train.classes == val.classes == ("class0", "class1")
     assert open_dataset(str(root / "jpeg")).fingerprint == train.fingerprint
-    assert "holds train.h5 and val.h5: taking" in capsys.readouterr().err
+    assert "has train.h5 and val.h5: using" in capsys.readouterr().err
     shutil.copy(root / "jpeg/train.h5", tmp_path / "train.h5")
     with pytest.raises(UsageError, match=r"has no folder val or valid .* train.h5 and val.h5"):
         open_splits(str(tmp_path))

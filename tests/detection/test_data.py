@@ -91,7 +91,7 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
         ),
         ({"annotations": [note(1, 10, 4, [0, 0, 1, 1])]}, "category_id that is not listed, such as 4"),
         ({"annotations": [note(1, [10], 3, [0, 0, 1, 1])]}, "image_id that is not listed"),
-        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "image id: no number or text"),
+        ({"images": [{"id": [1], "file_name": "1.png", "width": 6, "height": 6}]}, "image id: not a number or text"),
         ({"images": [{"id": 1, "file_name": "1.png", "width": 1e400, "height": 6}]}, "COCO's have id"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3}]}, "an annotation is not as COCO's are"),
         ({"annotations": [{"id": 1, "image_id": 10, "category_id": 3, "bbox": [1, 2]}]}, "an annotation is not as"),
@@ -114,13 +114,13 @@ def test_missing_images_and_repeated_annotation_ids_are_counted(tmp_path):
     path = coco(tmp_path, annotations=[note(1, 10, 3, [0, 0, 9, 9]), note(1, 20, 3, [0, 0, 9, 9])])
     (tmp_path / "images" / "1.png").unlink()
     data = read(path, "x")
-    assert data.counts["images that are not there"] == 1 and data.counts["annotation ids that are there again"] == 1
+    assert data.counts["images that do not exist"] == 1 and data.counts["repeated annotation ids"] == 1
     assert data.counts["of 2 categories without a box"] == 1
     with pytest.raises(BrokenImage):
         data.read(0, None)
     for name in ("2.png", "3.png"):
         (tmp_path / "images" / name).unlink()
-    with pytest.raises(UsageError, match="none of its images is there"):
+    with pytest.raises(UsageError, match="none of its images exists"):
         read(path, "x")
 
 
@@ -249,7 +249,7 @@ def test_id_lists_come_back(tmp_path):
     assert json.loads((tmp_path / "ids.json").read_text()) == (rows + 1).tolist()
     assert detection.load_ids(tmp_path / "ids.json", data).tolist() == rows.tolist()
     for text, words in (
-        ("[1, 99]", "99 is no image"),
+        ("[1, 99]", "99 is not an image"),
         ("[1, 1]", "twice"),
         ("{}", "not a JSON list"),
         ("[", "not a JSON"),

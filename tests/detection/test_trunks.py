@@ -97,7 +97,7 @@ def test_groups_divide_the_channels():
 
 
 def test_frozen_norms_keep_statistics_and_need_weights(tmp_path):
-    with pytest.raises(UsageError, match="fresh weights have no statistics"):
+    with pytest.raises(UsageError, match="random weights have no statistics"):
         trunks.build(Network("resnet18"), None, "single", "frozen", 0)
     with pytest.raises(UsageError, match=r"^norm syncbn: [^\n]+ valid: bn, gn, frozen$"):
         trunks.build(Network("resnet18"), None, "single", "syncbn", 0)
@@ -123,7 +123,7 @@ def test_a_still_trunk_keeps_weights_and_statistics():
 
 def test_unknown_trunks_are_one_line():
     for arch in ("vit_b_32", "torchvision:alexnet", "densenet121"):
-        with pytest.raises(UsageError, match="no trunk of detectors"):
+        with pytest.raises(UsageError, match="no backbone of detectors"):
             trunks.build(Network(arch), None, "single", "bn", 0)
     with pytest.raises(UsageError, match="no map"):
         trunks.build(Network("alexnet", 0.1, 1), None, "p3-p7", "bn", 0)

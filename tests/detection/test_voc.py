@@ -162,7 +162,7 @@ def test_lists_stay_in_their_folder(devkit):
         with pytest.raises(UsageError, match=words):
             open_detection(str(devkit))
     path.write_text("000001\n000009\n")
-    with pytest.raises(UsageError, match="every image of a list has its annotation"):
+    with pytest.raises(UsageError, match="every listed image needs its annotation"):
         open_detection(str(devkit))
 
 

@@ -126,7 +126,7 @@ def test_protocols_that_only_some_were_evaluated_by(tmp_path):
 )
 def test_what_was_made_otherwise_is_refused_in_one_line(tmp_path, changed, words):
     one, two = run(tmp_path, "one", {"one": RANDOM}), run(tmp_path, "two", {"two": RANDOM}, **changed)
-    with pytest.raises(UsageError, match=f"--compare: these were not made alike: {words}") as caught:
+    with pytest.raises(UsageError, match=f"--compare: evaluated differently: {words}") as caught:
         compare([one, two])
     assert "\n" not in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_what_is_no_result(tmp_path):
     one = run(tmp_path, "one", {"one": RANDOM})
     with pytest.raises(UsageError, match=r"--compare .*none: holds no results; make some first: ktransfer --run"):
         compare([one, tmp_path / "none"])
-    for text, words in (("{", "not a result"), ("[]", "not a result"), ('{"schema": 1}', "of another version")):
+    for text, words in (("{", "not a result"), ("[]", "not a result"), ('{"schema": 1}', "by another version")):
         (one / "eval" / "linear.json").write_text(text)
         with pytest.raises(UsageError, match=words) as caught:
             compare([one])

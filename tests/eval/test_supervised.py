@@ -161,7 +161,7 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(r
     run = runs / "vgg"
     networks.save(run / "pretext" / "model.safetensors", {}, Network("alexnet_bn", 0.05, 2, 40, 0, task="jigsawpp"))
     both = {"protocol": "linear,knn", "preset": "fair", "size": 96, "layers": "conv1"}
-    fails(r"\(linear --size 96 --stride 2, knn --size 96 --stride 4\); name --size and --stride, or", **both)
+    fails(r"\(linear --size 96 --stride 2, knn --size 96 --stride 4\); give --size and --stride, or", **both)
     assert [one.config.stride for one in stage.check(run, both | LEARN | {"stride": 2}).evaluations] == [2, 2]
 
     # Boxes that a detector learns from need not be class folders.
@@ -254,10 +254,10 @@ def test_nonlinear_has_columns_for_the_fully_connected_layers(runs, capsys):
     assert len(columns["vgg"]) == 5 and columns["vgg"][-1] == "conv4_2"
     capsys.readouterr()
     evaluate(runs / "target", protocol="nonlinear", size=48, overwrite=True, **fast)
-    assert "no fc7 of this size and stride in its weights; left out" in capsys.readouterr().err
+    assert "its weights have no fc7 of this size and stride; it is left out" in capsys.readouterr().err
     assert list(result(runs / "target", "nonlinear")["arms"]["target"]["scores"]) == ["conv5"]
     before = (runs / "target" / "eval" / "nonlinear.json").read_bytes()
-    with pytest.raises(UsageError, match="--layers fc6,fc7: no network here holds them for images of 48 pixels") as e:
+    with pytest.raises(UsageError, match="--layers fc6,fc7: no network here has them for images of 48 pixels") as e:
         evaluate(runs / "target", protocol="nonlinear", size=48, overwrite=True, **(fast | {"layers": "fc6,fc7"}))
     assert "\n" not in str(e.value)
     assert (runs / "target" / "eval" / "nonlinear.json").read_bytes() == before
@@ -301,7 +301,7 @@ def test_images_with_several_labels(runs, several):
     assert "fine-tuned, VOC07 11-point mAP %" in text and "top-1" not in text
     assert "finetune/2,random" in (run / "eval" / "finetune.csv").read_text()
     with pytest.raises(
-        UsageError, match=r"--protocol linear: .* has images with several labels; these take them: "
+        UsageError, match=r"--protocol linear: .* has images with several labels; choose a protocol that takes them: "
     ) as e:
         evaluate(run, protocol="linear", labelled=str(several), **FAST)
     assert "finetune" in str(e.value) and "\n" not in str(e.value)

@@ -351,7 +351,7 @@ def test_permutations_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": None}, "no images given; name them with --data"),
+        ({"data": None}, "no images were given; name them with --data"),
         ({"data": "scenes:images=40,size=48,shape=1"}, "scenes"),
         ({"data": "/no/such/folder"}, "does not exist"),
         ({"arch": "resnet18"}, "--arch resnet18: no such network"),

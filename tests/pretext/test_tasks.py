@@ -222,7 +222,7 @@ def test_colours_of_context():
     [
         (
             {"task": "rotation", "permutations": 701},
-            "--permutations 701: --task rotation has no such setting (jigsawpp",
+            "--permutations 701: --task rotation has no such option (only jigsawpp",
         ),
         ({"task": "rotation", "colour": "paper"}, "no such setting (jigsawpp, jigsaw, context have); leave it out"),
         ({"task": "context", "min-distance": 3}, "--min-distance 3: --task context has no such setting"),

@@ -262,7 +262,7 @@ def test_labels_that_do_not_fit_are_one_line_and_write_nothing(tmp_path):
         ({"labels": str(tmp_path / "labels.npy")}, "labels are read from .csv, .h5, .bin"),
         ({"labels": None}, "assign is missing; make it first"),
         ({"data": str(flat)}, "has no class folders"),
-        ({"data": None}, "no images given, and the run has none"),
+        ({"data": None}, "no images were given, and the run has none"),
         ({"arch": "resnet81"}, "--arch resnet81: no such network"),
         ({"arch": "resnet18", "width": 0.5}, "only alexnet and alexnet_bn can be scaled"),
         ({"arch": "alexnet", "size": 8}, "--size 8: alexnet does not take images so small"),

@@ -64,13 +64,13 @@ def test_the_plan_is_told_with_the_flag_that_helps(monkeypatch, capsys):
     assert len(lines) == 1 and "for 1000 images at once; 1 GB are free on cpu" in lines[0]
     assert "0.017 GB for 1000 images" in lines[0]
     _, second = told(monkeypatch, capsys, 2 * 10**6)
-    assert second == "pretext: that may not suffice; if it fails, give --micro-batch 103"
+    assert second == "pretext: memory may not suffice; if it runs out, give --micro-batch 103"
     (line,) = told(monkeypatch, capsys, 2 * 10**6, micro_batch=103)
     assert "for 100 images at once" in line
     _, second = told(monkeypatch, capsys, 10**3)
     assert "a smaller --width or --size" in second
     _, second = told(monkeypatch, capsys, 2 * 10**6, nn.Sequential(network(), nn.BatchNorm1d(2)))
-    assert second.endswith("(batch norm will see so many)")
+    assert second.endswith("(batch norm will use statistics of so many images)")
     memory.tell_plan(network(), loss, Rows(), torch.arange(2), TrainOptions(), CPU, "pretext")
     assert capsys.readouterr().err == ""
 

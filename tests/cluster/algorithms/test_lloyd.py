@@ -253,7 +253,7 @@ def test_check_names_rows_that_are_not_finite():
     valid[20] = False
     with pytest.raises(UsageError, match=r"2 rows hold NaN, infinity or numbers beyond 1e18, first 'p3.jpg', 'p9.jpg'"):
         check_features(features_of(data, valid), 2)
-    with pytest.raises(UsageError, match="not one image is valid"):
+    with pytest.raises(UsageError, match="no image is valid"):
         check_features(features_of(data, np.zeros(40, bool)), 2)
 
 

@@ -60,7 +60,7 @@ def test_streamed_rows_give_the_same_bytes(monkeypatch, capsys, weights):
         same(expected, found)
         assert ticks == [
             f"k-means, exact engine: {number} of 333 rows stay on the GPU (4611686018.4 GB free), "
-            "the others are copied to it in each pass"
+            "the others are copied there in each pass"
         ]
     peer = kmeans(rows_of(data, weights), 20, 6, engine=faiss_engine())
     np.testing.assert_array_equal(found.labels, peer.labels)

@@ -307,7 +307,7 @@ def test_a_rate_that_diverges_is_left_out(painted, tmp_path, capsys):
     plain = Arm("random", replace(NETWORK, arch="alexnet"), None)
     found = evaluated(painted, tmp_path, replace(CONFIG, lrs="999,0.01"), arm=plain)["scores"]["joint"]
     assert found["lr"] == 0.01 and found["held_out"]["999.0"] is None
-    assert "the loss is not finite; the rate is left out" in capsys.readouterr().err
+    assert "the loss is not finite; this rate is left out" in capsys.readouterr().err
     with pytest.raises(StageError, match=r"joint: the loss is not finite at any of --lrs 999"):
         evaluated(painted, tmp_path, replace(CONFIG, lrs="999"), name="b", arm=plain)
 
@@ -386,5 +386,5 @@ def test_too_few_images_to_choose_a_rate(painted, tmp_path):
     data = painted(30, 0, True)
     tags = data.tags.copy()
     tags[hold_out(30, 0.1, 0)[1].numpy()] = 0
-    with pytest.raises(StageError, match="a tenth of it says nothing about learning rates"):
+    with pytest.raises(StageError, match="a tenth of it is too small to choose a learning rate by"):
         evaluated(painted, tmp_path, several=True, train=replace(data, tags=tags))

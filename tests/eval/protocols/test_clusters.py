@@ -148,7 +148,7 @@ def test_pseudo_labels_of_other_images_with_the_same_keys(splits, labelled, pain
     anew = {row: splits[0].read(row, 40) + draws.integers(-2, 3, (40, 40, 3)).clip(0) for row in range(90)}
     packed = replace(splits[0], fingerprint="of a pack", read=lambda row, side: anew[row].clip(0, 255).astype(np.uint8))
     assert left_out(packed) == ""
-    assert left_out(painted(90, 9)) == "0 of painted is another image than that of painted"
+    assert left_out(painted(90, 9)) == "0 of painted and of painted are different images"
 
     def one_torn(row, side):
         if row == 59:
@@ -158,7 +158,7 @@ def test_pseudo_labels_of_other_images_with_the_same_keys(splits, labelled, pain
     assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another image")
     assert left_out(None).startswith("painted does not exist")
     (tmp_path / "run" / "clusters" / "stage.json").unlink()
-    assert left_out(splits[0]) == "it is not known which images they are of"
+    assert left_out(splits[0]) == "it is not known which images they belong to"
 
 
 @pytest.mark.parametrize("wanted", ["1", "46", "three", "3,", "-4"])

@@ -139,14 +139,14 @@ def test_shares_by_hand():
 
 
 def test_what_there_is_nothing_to_ask_for(run, test_split, tmp_path, capsys):
-    with pytest.raises(UsageError, match="learned from these very images"):
+    with pytest.raises(UsageError, match="learned from these same images"):
         heldout.find_source(arm_of(run), open_splits(SCENES)[0])
     copy = shutil.copytree(run, tmp_path / "run")
     labels, centroids = copy / "clusters" / "labels.csv", copy / "clusters" / "clusters.h5"
     kept = {path: path.read_bytes() for path in (labels, centroids, copy / "pretext" / "model.safetensors")}
     for path, words in (
-        (labels, "other labels"),
-        (centroids, "made anew since"),
+        (labels, "did not learn the labels"),
+        (centroids, "made again after the labels"),
         (copy / "pretext" / "model.safetensors", "network"),
     ):
         path.write_bytes(kept[path] + b"\n")
@@ -158,7 +158,7 @@ def test_what_there_is_nothing_to_ask_for(run, test_split, tmp_path, capsys):
     other = json.loads(record.read_text())
     other["scenes"]["outputs"]["scenes.h5"]["sha256"] = "of another layer"
     record.write_text(json.dumps(other))
-    with pytest.raises(UsageError, match="made anew since"):
+    with pytest.raises(UsageError, match="made again since"):
         heldout.find_source(arm_of(copy), test_split)
     made["scenes"]["config"]["elsewhere"] = True
     record.write_text(json.dumps(made))
@@ -166,7 +166,7 @@ def test_what_there_is_nothing_to_ask_for(run, test_split, tmp_path, capsys):
         heldout.find_source(arm_of(copy), test_split)
     path = evaluate(copy, protocol="clusters", layers="conv1", clusters_k="4", random=False, overwrite=True)["clusters"]
     assert list(json.loads(path.read_text())["arms"]["run"]["scores"]) == ["conv1", "pseudo-labels"]
-    assert "run is not asked for held-out pseudo-labels: the features" in capsys.readouterr().err
+    assert "run is not evaluated on held-out pseudo-labels: the features" in capsys.readouterr().err
 
 
 def test_images_that_were_learned_from_are_not_held_out(tmp_path):

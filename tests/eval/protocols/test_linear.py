@@ -227,7 +227,7 @@ def test_grids_shrink_with_the_maps_and_other_networks_get_about_as_many_numbers
 
 def test_a_network_that_leaves_no_maps():
     network = Network("swin_t", size=4, classes=2)
-    with pytest.raises(UsageError, match=r"--size 4: no layer of swin_t leaves a map; give a larger --size"):
+    with pytest.raises(UsageError, match=r"--size 4: no layer of swin_t has an output; give a larger --size"):
         choose_layers(networks.build(network, 0, "test"), network, None)
 
 
@@ -313,7 +313,7 @@ def test_maps_that_shall_not_be_kept_are_computed_to_the_same_numbers(folder, tm
     weights = {key: value.clone() for key, value in caught["probes"].state_dict().items()}
     capsys.readouterr()
     computed = evaluate(arm(network=network), splits, replace(config, cache=0.0), tmp_path / "computed", CPU)
-    assert "over --cache: each epoch computes them anew" in capsys.readouterr().err
+    assert "more than --cache: each epoch computes them again" in capsys.readouterr().err
     assert kept == computed and len(kept["broken"]) == 1
     for key, value in caught["probes"].state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)

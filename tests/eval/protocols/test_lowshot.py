@@ -43,7 +43,10 @@ def test_a_published_list(tmp_path, folder):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a/03.jpg\nb/03.jpg\n", r"line 2: b/03.jpg: is no image of the training split; give keys such as a/00.jpg"),
+        (
+            "a/03.jpg\nb/03.jpg\n",
+            r"line 2: b/03.jpg: it is not an image of the training set; give keys such as a/00.jpg",
+        ),
         ("", "is empty"),
         ("a/03.jpg\na/04.jpg\n", "of one class"),
         (None, "cannot be read"),
@@ -62,7 +65,7 @@ def test_wrong_lists_are_one_line(tmp_path, folder, text, words):
 def test_names_that_several_images_have(tmp_path, folder):
     (folder / "b" / "03.jpg").write_bytes((folder / "a" / "03.jpg").read_bytes())
     (tmp_path / "list.txt").write_text("03.jpg\nb/14.jpg\n")
-    with pytest.raises(UsageError, match=r"line 1: 03.jpg: 2 training images are called so"):
+    with pytest.raises(UsageError, match=r"line 1: 03.jpg: it is the name of 2 training images"):
         subsets(open_dataset(str(folder)), EvalConfig(subset=str(tmp_path / "list.txt")))
 
 

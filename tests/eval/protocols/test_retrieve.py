@@ -107,5 +107,5 @@ def test_misuse_is_one_line(splits, tmp_path, queries):
 
 
 def test_few_images(painted, tmp_path):
-    with pytest.raises(UsageError, match="--protocol retrieve: 9 training images; it needs 10"):
+    with pytest.raises(UsageError, match="--protocol retrieve: 9 training images, but 10 are needed"):
         retrieve.check([ARM.network], (painted(9, 1), painted(9, 2)), replace(CONFIG, queries="1"), tmp_path)

@@ -232,7 +232,7 @@ def test_a_batch_without_a_readable_image(splits, tmp_path, monkeypatch):
         ({"robust_eps": "0"}, "--robust-eps 0: must be numbers above 0 and up to 255"),
         ({"robust_eps": "a,1"}, "--robust-eps a,1"),
         ({"robust_noise": "0.5,1.5"}, "--robust-noise 0.5,1.5: must be numbers above 0 and up to 1"),
-        ({"cache": 1e-6}, "--cache 1e-06: robust keeps the maps of 2 layers"),
+        ({"cache": 1e-6}, "--cache 1e-06: robust keeps the feature maps of 2 layers"),
         ({"lrs": "x"}, "--lrs x"),
         ({"layers": "conv9"}, "--layers conv9"),
     ],

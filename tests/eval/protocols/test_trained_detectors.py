@@ -91,16 +91,16 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
             evaluate(run, **{"protocol": "detect"} | options)
         assert "\n" not in str(caught.value)
 
-    fails("holds no finished network", tmp_path / "none", labelled=SCENES)
+    fails("holds no trained network", tmp_path / "none", labelled=SCENES)
     fails("scores is missing; make it first: .* selftrain", tmp_path / "none", labelled=SCENES, trunk="finished")
-    fails("no labelled images given", tmp_path / "none", trunk="finished")
-    fails("no labelled images given", protocol="linear")
-    fails("--supervised: finished detectors", supervised=True)
+    fails("no labelled images were given", tmp_path / "none", trunk="finished")
+    fails("no labelled images were given", protocol="linear")
+    fails("--supervised: is not for the detectors of selftrain", supervised=True)
     fails("--test-scales 9: must be", test_scales="9")
     fails(r"^--precision, --canvas: not read by detect of finished detectors \(", canvas=64, precision="float32")
     fails("--canvas: not read by detect of finished detectors", trunk="finished", canvas=64)
     for told in ("frozen", "finished,frozen"):
-        fails("holds no finished network", trunk=told, labelled=SCENES)
+        fails("holds no trained network", trunk=told, labelled=SCENES)
     fails("scores is missing", beside=str(tmp_path / "none"))
     strange = tmp_path / "boxes.json"
     images = [{"id": n, "file_name": f"{n}.jpg", "width": 9, "height": 9} for n in range(9)]
@@ -109,9 +109,9 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     strange.write_text(json.dumps(held))
     for one in images:
         Image.new("RGB", (9, 9)).save(tmp_path / one["file_name"])
-    fails("has other classes than the detectors tell", labelled=str(strange))
+    fails("has other classes than the detectors", labelled=str(strange))
     line = [("selftrain", SMALL), ("eval", {"protocol": "detect", "labelled": str(strange)})]
-    with pytest.raises(UsageError, match="has other classes than the detectors tell"):
+    with pytest.raises(UsageError, match="has other classes than the detectors"):
         plan.plan_line(line, tmp_path / "new")
     line = [("selftrain", SMALL | {"task": "segment", "head": "fpn"}), ("eval", {"protocol": "detect"})]
     with pytest.raises(UsageError, match="makes no detector"):
@@ -126,7 +126,7 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
         )
         fails("no detector, but fcn")
     (copy / "selftrain" / "student" / "model.safetensors").unlink()
-    fails("its student is gone or was changed; make it again")
+    fails("its student is missing or was changed; make it again")
 
 
 def of_pixels():
@@ -151,5 +151,5 @@ def test_a_teacher_that_was_given_is_found_and_nothing_else_is(copy, tmp_path):
     found = json.loads(evaluate(run, protocol="detect")["detect"].read_text())
     assert found["arms"]["teacher"] == result(copy)["arms"]["teacher"]
     teacher.write_bytes(b"another")
-    with pytest.raises(UsageError, match="its teacher is gone or was changed"):
+    with pytest.raises(UsageError, match="its teacher is missing or was changed"):
         evaluate(run, protocol="detect", overwrite=True)

@@ -279,8 +279,8 @@ def test_masks_of_others(listed):
         ("mask", "../out.png", "lies outside of its folder"),
         ("mask", "/etc/hostname", "lies outside of its folder"),
         ("mask", "m/none.png", "is missing"),
-        ("mask", "m/\0.png", "is no name of a file"),
-        ("mask", "m" * 5000, "is no name of a file"),
+        ("mask", "m/\0.png", "is not a file name"),
+        ("mask", "m" * 5000, "is not a file name"),
         ("file_name", "x/1", "1 of its images are not those"),
     ],
 )
@@ -353,7 +353,10 @@ def test_a_teacher_and_masks_of_another_run(made, tmp_path):
         ({"adaptive": True}, "--adaptive: counts boxes"),
         ({"scales": "1,x"}, "--scales 1,x: must be numbers"),
         ({"scales": "0.1"}, "from 0.25 to 4"),
-        ({"head": "deeplab", "channels": 256, "norm": "bn", "fraction": 0.0625}, "--head deeplab: batch norm of one"),
+        (
+            {"head": "deeplab", "channels": 256, "norm": "bn", "fraction": 0.0625},
+            "--head deeplab: batch norm needs two",
+        ),
         ({"head": "unet"}, "must be one of fcn, deeplab, fpn"),
     ],
 )

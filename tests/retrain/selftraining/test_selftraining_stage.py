@@ -252,7 +252,7 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"labelled": None}, "no images with boxes given"),
+        ({"labelled": None}, "no images with boxes were given"),
         ({"labelled": "nowhere"}, "nowhere"),
         ({"fraction": 1.0}, "no images for pseudo-boxes"),
         ({"backbone": "alexnot"}, r"--backbone alexnot: no such network"),
@@ -264,7 +264,7 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"norm": "frozen"}, "norm frozen"),
         ({"detector": "yolo"}, "must be one of retinanet, fasterrcnn"),
         ({"augment": "S5"}, "must be one of none, S1"),
-        ({"ids": "ids.json"}, "--ids: says already"),
+        ({"ids": "ids.json"}, "--ids: already chooses"),
         ({"pseudo": "x.json", "rounds": 2}, "one round"),
         ({"micro_batch": 4}, "--micro-batch 4: .* all 8 images"),
         ({"cache_images": "device", "device": "cpu"}, "--cache-images device"),
@@ -290,7 +290,7 @@ def test_a_labelled_image_that_evaluates_too_is_refused(tmp_path):
     given = SMALL | {"labelled": str(root), "fraction": 1.0, "unlabelled": "scenes:images=12,size=64,seed=1"}
     stage.check(tmp_path / "run", given)  # the names alone are the same in both parts
     shutil.copy(root / "train" / "chair" / "000001.jpg", root / "val" / "chair" / "000001.jpg")
-    with pytest.raises(UsageError, match=r"1 of its images would be learned and evaluate too, such as train/chair/0"):
+    with pytest.raises(UsageError, match=r"1 of its training images are test images too, such as train/chair/0"):
         stage.check(tmp_path / "run", given)
     ids.write_text("[1, 3, 4]")
     assert len(stage.check(tmp_path / "run", given | {"ids": str(ids)}).data.labelled) == 3

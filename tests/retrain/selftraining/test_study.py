@@ -288,17 +288,17 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("[names]", "[nomes]", "'nomes' is no table of a study"),
-        ("[grid]", '[grid]\ntask = ["detect", "segment"]', "task: masks have no AP, which boxes have"),
+        ("[names]", "[nomes]", "'nomes' is not a table of a study"),
+        ("[grid]", '[grid]\ntask = ["detect", "segment"]', "task: boxes and masks have different measures"),
         ("epochs = 1", "epoch = 1", "no setting 'epoch'; did you mean 'epochs'"),
         ("epochs = 1", "epochs = 1\nfraction = 0.1", "'fraction' stands in"),
         ("seed = [0, 1, 2]", "seed = 3", "needs a list of values"),
         ("seed = [0, 1, 2]", "seed = []", "needs a list of values"),
         ("fraction = [0.5, 0.25]", "fraction = [0.5, 2.0]", "must be at most 1"),
         ("epochs = 1", "epochs = = 1", "not valid TOML"),
-        ("epochs = 1", "epochs = 1\noverwrite = true", "overwrite is no setting of a study"),
+        ("epochs = 1", "epochs = 1\noverwrite = true", "overwrite is not a setting of a study"),
         ("fraction = [0.5, 0.25]", "fraction = [0.5, 0.25, 0.5]", "fraction lists 0.5 twice"),
-        ('"random", "other.safetensors"', '"a/b.pth", "a-b.pth"', "two cells would be made in cells/init-a-b.pth"),
+        ('"random", "other.safetensors"', '"a/b.pth", "a-b.pth"', "two cells would be written to cells/init-a-b.pth"),
         (
             '"other.safetensors" = "CC"',
             '"other.safetensors" = "init random"',
