@@ -1,4 +1,4 @@
-"""What is seen before a clustering: rows that would spoil it, and rows that are alike."""
+"""Checks before a clustering: rows that would spoil it, and rows that are equal."""
 
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def check_features(features: Features, k: int) -> Findings:
 
 
 def row_digests(block: NDArray[Any]) -> NDArray[np.uint64]:
-    """(b,) uint64 for (b, d) contiguous floats: alike for rows that are the same point, -0 and 0 being one number."""
+    """(b,) uint64 for (b, d) contiguous floats: equal for rows that are the same point, -0 and 0 being one number."""
     bits = block.view(f"u{block.dtype.itemsize}")
     plain = np.where(bits == 1 << 8 * block.dtype.itemsize - 1, 0, bits)  # -0 is 0
     return np.frombuffer(b"".join(blake2b(row.tobytes(), digest_size=8).digest() for row in plain), np.uint64)

@@ -140,7 +140,7 @@ def _prepared(features: Features, projection: Projection | None, normalise: bool
 
 
 def _rooms(dim: int) -> Callable[[int], NDArray[np.float32]]:
-    """(count) -> (count, dim) to write to: where a block lay that nobody holds any more, nor any part of it.
+    """(count) -> (count, dim) to write to: the memory of a block that is no longer in use.
 
     The pages of fresh memory take longer than reading and widening what fills them.
     """

@@ -19,7 +19,7 @@ def features_path(run: Path, config: ClusterConfig) -> Path | None:
     """The feature file that is given, or that of the images in the run; None where it is still to be made.
 
     Raises:
-        UsageError: the run's features come from a teacher that was trained anew since.
+        UsageError: the run's features were made with a teacher that was trained again since.
     """
     if config.features:
         return Path(config.features)

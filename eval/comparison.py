@@ -1,4 +1,4 @@
-"""Results of several runs in one table for each protocol, where they were made alike."""
+"""Results of several runs in one table for each protocol, where they were evaluated in the same way."""
 
 import math
 from collections.abc import Callable
@@ -150,7 +150,7 @@ def _tables(results: dict[Path, dict[str, Any]]) -> list[str]:
 
 
 def _marked(rows: list[Row], column: str, measure: str, best_of: Callable[..., Any] | None) -> list[str]:
-    """The cells of one column, the best and what cannot be told from it marked, where anything is better."""
+    """The cells of one column, the best and those not clearly different from it marked, where anything is better."""
     found = [row.arm["scores"].get(column, {}) for row in rows]
     there = [cell for cell in found if measure in cell]
     best = best_of(there, key=lambda cell: float(cell[measure])) if best_of and len(there) > 1 else None

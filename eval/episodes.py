@@ -21,7 +21,7 @@ def episodes(
 
     Shares; squared Euclidean distance; 15 random test images of each class; of equal distances the first class wins.
     Classes with fewer images are not drawn; (0,) where fewer than 5 are left. What is drawn depends on the labels and
-    the seed alone, so that all networks and layers are asked the same.
+    the seed alone, so that all networks and layers get the same episodes.
     """
     count = 1 + int(max(train_labels.max(initial=-1), test_labels.max(initial=-1)))
     enough = (np.bincount(train_labels, minlength=count) >= shots) & (

@@ -254,10 +254,10 @@ def _check_protocol(name: str, run: Path, config: EvalConfig, splits: Any, comin
 
 
 def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
-    """The settings that count for a protocol, and for the arm that is trained for it; `ready`: finished detectors."""
+    """The settings that a protocol reads, and the arm that is trained for it; `ready`: finished detectors."""
     if ready:
-        borne = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
-        return {*trained_detectors.READ, *borne}
+        allowed = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
+        return {*trained_detectors.READ, *allowed}
     return read_by(given, (name, SUPERVISED) if given.supervised else (name,))
 
 
@@ -268,9 +268,11 @@ def _refuse_unread(given: EvalConfig, read: dict[str, set[str]], ready: bool) ->
         UsageError: one line.
     """
     known = set[str]().union(*read.values())
-    vain = [one for one in fields(given) if one.name not in known and getattr(given, one.name) != one.default]
-    if vain:
-        flags = ", ".join(f"--{one.name.replace('_', '-')}" for one in vain)
+    unread = [one for one in fields(given) if one.name not in known and getattr(given, one.name) != one.default]
+    if unread:
+        flags = ", ".join(f"--{one.name.replace('_', '-')}" for one in unread)
         names = ", ".join("detect of finished detectors" if ready and name == "detect" else name for name in read)
-        whose = ", ".join(vain[0].metadata["of"]) or "others"
-        raise UsageError(f"{flags}: not read by {names} (--{vain[0].name.replace('_', '-')}: by {whose}); leave it out")
+        whose = ", ".join(unread[0].metadata["of"]) or "others"
+        raise UsageError(
+            f"{flags}: not read by {names} (--{unread[0].name.replace('_', '-')}: by {whose}); leave it out"
+        )

@@ -1,6 +1,6 @@
 """The front door: `ktransfer --run RUN STAGE [options] STAGE [options] ...`.
 
-The stages of a line are first all checked, then carried out one after the other. Rooms are imported only
+All stages of a command line are checked first, and then carried out in order. Rooms are imported only
 when they are called.
 """
 

@@ -32,7 +32,7 @@ def option(
     """A field of a stage's settings.
 
     `execution` marks what a resume may change: what cannot change results beyond float rounding (workers, device), and
-    paths, whose contents are compared instead. `of` names those parts of the stage that alone read it: a change of it
+    paths, whose contents are compared instead. `of` names the only parts of the stage that read it: a change of it
     leaves the others as they are (see `settings_of`).
     """
     if of:
@@ -44,7 +44,7 @@ def option(
 
 
 def narrowed(parent: Any, name: str, of: tuple[str, ...]) -> Any:
-    """A field of a parent class of settings, where those parts of the stage alone read it."""
+    """A field of a parent class of settings that only those parts of the stage read."""
     field = next(field for field in dataclasses.fields(parent) if field.name == name)
     return option(field.default, field.metadata["help"], **_limits(field), of=of)
 
@@ -120,7 +120,7 @@ def build(cls: type[Config], given: Mapping[str, Any], where: str) -> Config:
 
 
 def nearest(word: str, valid: "Mapping[str, Any] | typing.Iterable[str]") -> str:
-    """Which valid words there are, the nearest one first if one is near."""
+    """A hint for an unknown word: the valid one that is near, else all valid ones."""
     names = [str(name).replace("_", "-") for name in valid]
     close = difflib.get_close_matches(word.replace("_", "-"), names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(names))}"
@@ -130,7 +130,7 @@ def chosen(flag: str, given: str, valid: "typing.Iterable[str]", what: str) -> l
     """The names that a flag lists, separated by commas, each once.
 
     Raises:
-        UsageError: one of them is none of the valid ones.
+        UsageError: one of them is not valid.
     """
     names = list(dict.fromkeys(part.strip() for part in given.split(",")))
     for name in names:

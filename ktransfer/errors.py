@@ -1,4 +1,4 @@
-"""The two ways a command ends badly. Every message is one line: what was given, which rule it breaks, the way out."""
+"""The errors that end a command. Every message is one line: what was given, which rule it breaks, the way out."""
 
 
 class KTransferError(Exception):

@@ -2,11 +2,10 @@
 
 The module of a stage (the table in `stages.py`) has these names:
 
-check      (run, options, before) -> its `Plan`; UsageError for all that can be found wrong before the work. `before`
-are
-           the plans of the stages that come earlier in the line.
+check      (run, options, before) -> its `Plan`; UsageError for all that can be found before the work.
+           `before` are the plans of the stages that come earlier in the line.
 carry_out  (plan) -> what the stage makes; opens nothing that the plan holds, and checks only what was not there yet
-first      (run, options, before, tables) -> [(stage, options)] that the line must do before it, which nobody named;
+first      (run, options, before, tables) -> [(stage, options)] that the line must do before it without being named;
            `tables` are the settings of a file, by stage. Optional.
 
 The stage's function in Python is `carry_out(check(run, options))`.
@@ -40,7 +39,7 @@ class PlannedStep(NamedTuple):
         settings: the dataclass that is compared with what the step was made with.
         inputs: name -> SHA-256 of what it reads, as far as that is known before the line starts.
         reads: the stages of the run whose outcome it takes.
-        cheap: whether it is done anew, and not refused, where it was made differently.
+        cheap: whether it is made again, and not refused, where it was made differently.
         disk: bytes that its files take at most, 0 where that is not known.
         memory: bytes that it holds at most, 0 where that is not known.
     """
@@ -64,9 +63,9 @@ class Plan:
         run: the run folder.
         steps: what it does, in order; none where it writes nothing.
         overwrite: whether steps that were made are made again.
-        images: what it learns from or looks at, where that is known.
+        images: those that it reads, where they are known.
         network: what it will make, and `weights` where that will lie.
-        detector: the same of a detector; `labelled` is what it learns from.
+        detector: the detector that it will make; `labelled` is what that learns from.
         stepwise: whether `overwrite` removes each step when its turn comes, not all of them at the start.
         alone: the option that makes it a self-test, which has nothing for other stages.
     """
@@ -90,7 +89,7 @@ class Plan:
 
 
 class Outlook(NamedTuple):
-    """What will become of a step.
+    """What a line would do with a step.
 
     Attributes:
         what: "runs", "goes on", "is made again", "is done" (and skipped) or "is refused".
@@ -162,7 +161,7 @@ def with_table(stage: str, table: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def outlooks(line: Sequence[Plan]) -> list[Outlook]:
-    """What will become of each step, as far as it is known before the first stage starts."""
+    """What a line would do with each step, as far as that is known before its first stage starts."""
     anew: set[str] = set()  # stages whose outcome will not be what the run holds
     found: list[Outlook] = []
     for plan in line:
@@ -188,7 +187,7 @@ def outlooks(line: Sequence[Plan]) -> list[Outlook]:
 
 
 def refuse_changes(line: Sequence[Plan]) -> None:
-    """Refuse before the first stage starts what would be refused when a later one's turn comes.
+    """Refuse, before the first stage starts, what one of the stages would refuse.
 
     Raises:
         UsageError: a step of the run was made differently, and `--overwrite` was not given.

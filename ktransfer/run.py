@@ -196,7 +196,7 @@ def input_hash(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can move a number."""
+    """Versions of everything that can change a result."""
     found = {"ktransfer": __version__, "python": platform.python_version()}
     for name in ("torch", "torchvision", "faiss-gpu", "faiss-cpu", "numpy", "scikit-learn", "h5py", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):

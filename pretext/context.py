@@ -2,7 +2,7 @@
 
 As released: patches of 96 pixels in a grid with gaps of 48 that starts at random, each moved by at most 7 pixels in
 each direction, in images of 150,000 to 450,000 pixels; of each patch one colour channel is kept (lenses shift red and
-blue against green towards the border of an image, which would tell where a patch comes from), less its mean, and the
+blue against green towards the border of an image, which would show where a patch comes from), less its mean, and the
 others become noise of half a grey level; each patch is scaled by its own deviation. The paper's other remedy against
 lenses is to project green against magenta away. Not done: blurring a third of the patches, resizing images at random.
 """
@@ -94,7 +94,7 @@ class Pairs(NamedTuple):
 def make_pairs(pixels: Tensor, rows: Tensor, config: ContextConfig, seed: int, epoch: int) -> Pairs:
     """Cut a patch and one of its eight neighbours out of each image.
 
-    The grid lies anywhere in the image where all nine places fit, so that the first patch alone tells nothing. What
+    The grid lies anywhere in the image where all nine places fit, so that the first patch alone says nothing. What
     becomes of an image depends on (seed, epoch, row) and the image alone, not on the rest of the batch.
 
     Args:

@@ -2,7 +2,7 @@
 
 As released: short side 256, a random square of 224 (7/8), mirrored half the time, all four rotations of every image
 in the same batch, fixed mean and deviation. Quarter turns move pixels and compute none, so no trace of interpolation
-gives an answer away.
+gives the rotation away.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,7 @@ def summary(result: dict[str, float], task: Task) -> str:
 
 
 def learn_by_heart(config: PretextConfig, task: Task, data: Dataset, rows: Tensor, device: torch.device) -> None:
-    """Whether the network can learn what the task makes of the images in one epoch by heart; nothing is written.
+    """Whether the network can overfit what the task makes of the images in one epoch; nothing is written.
 
     Raises:
         StageError: it cannot.

@@ -87,7 +87,7 @@ def open_task(config: PretextConfig, device: torch.device = CPU) -> Task:
 
 
 def refuse_foreign(task: str, given: Mapping[str, Any]) -> None:
-    """Refuse what was given and means nothing to the task.
+    """Refuse options that the task does not have.
 
     Raises:
         UsageError: names the setting and the tasks that have it.

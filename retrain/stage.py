@@ -50,7 +50,7 @@ class RetrainPlan(Plan):
 
 
 def retrain(run: str | Path, **options: Any) -> Path:
-    """Train a target network from scratch to tell pseudo-labels (paper §3.4; docs/papers.md).
+    """Train a target network from scratch to predict pseudo-labels (paper §3.4; docs/papers.md).
 
     Args:
         run: the run folder; the stage writes below `run/retrain`.

@@ -86,7 +86,7 @@ def assign_balanced(rows: Rows, centroids: NDArray[np.float32], passes: int = 30
     round, each time at the price of a dense k-means iteration, and holds 8 (`WIDTH` + 1) bytes a row.
 
     Args:
-        rows: n rows; weights are not looked at.
+        rows: n rows; their weights are ignored.
         centroids: (k, d) float32.
         passes: looks at all rows to find prices; fewer leave more to the rounding.
 

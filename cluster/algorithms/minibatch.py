@@ -1,7 +1,7 @@
-"""Mini-batch k-means: centroids follow small batches of rows; for data that never ends, or for a first look at much.
+"""Mini-batch k-means: centroids follow small batches of rows; for endless data, or for a quick first result.
 
 Each centroid is the mean of the rows that voted for it (Sculley, WWW 2010), with sums in float64. Where rows come
-again, a row's last vote is taken back before it votes anew (`mb-f` of Newling and Fleuret, "Nested Mini-Batch K-Means",
+again, a row's last vote is removed before it votes again (`mb-f` of Newling and Fleuret, "Nested Mini-Batch K-Means",
 NIPS 2016), because votes for early, bad centroids would otherwise weigh for ever: so whole passes end where Lloyd's
 algorithm does. Their nested batches are not used: these look at the first rows again and again, which a stream cannot.
 """

@@ -51,7 +51,7 @@ def choose_engine(name: str, room: int | None = None, tell: Callable[[str], obje
 def parts_engine(name: str) -> Engine:
     """For the batches and groups of the other algorithms, many and small: what is named; of `auto`, faiss.
 
-    The exact engine keeps nothing of them for the next pass here: their memory is in nobody's plan.
+    The exact engine keeps nothing of them for the next pass here: no plan counts their memory.
 
     Raises:
         UsageError: as `choose_engine`.

@@ -1,7 +1,7 @@
 """The exact engine where its extension was not built: dense products in numpy, near-ties decided in float64.
 
 The certificate is that of exact.cpp (ROUNDING): a float32 score is off by less than `doubt`, so a row whose best two
-scores are further apart has its nearest centroid, and the others are looked at again.
+scores are further apart has its nearest centroid; the others are computed exactly.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Rows stay on the device, as float32 and as centred float16, where they fit; the rest is streamed by spans through
 pinned memory, one being copied while the device works on the one before. A pass multiplies in float16, with float32
 sums, on the tensor cores; device_rounding.py proves how far a score can be off, and only rows whose best two are
-closer than that are looked at again, in float64, from the float32 rows. So labels equal those of the other engines,
+closer than that are computed again, in float64, from the float32 rows. So labels equal those of the other engines,
 and sums, in float64, are of the float32 rows.
 
 Deterministic by construction: labels do not depend on how a product was rounded, each sum is one thread's work in the

@@ -49,7 +49,7 @@ class Training(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The head that told most of the held-out images."""
+    """The head that was right for most of the held-out images."""
 
     layer: Layer
     rate: float
@@ -135,7 +135,7 @@ def learn_from_noise(training: Training, chosen: Chosen, shares: list[float]) ->
 
 
 def noisy_labels(targets: Tensor, share: float, kind: str, classes: int, seed: int) -> Tensor:
-    """(n,) labels of which a share is wrong: `uniform` draws them anew among all classes, `pair` takes the next class.
+    """(n,) labels of which a share is wrong: `uniform` draws them again among all classes, `pair` takes the next class.
 
     A label that is touched at one share is touched, to the same class, at every larger one.
     """

@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     axes: Matrix | None
 
     def of(self, others: NDArray[np.float32]) -> Matrix:
-        """(m, d) other rows, seen alike: (m, r)."""
+        """(m, d) other rows, transformed in the same way: (m, r)."""
         wide = _augmented(others)
         return wide if self.axes is None else wide @ self.axes
 

@@ -60,7 +60,7 @@ def search(
         read: (start, stop) -> (stop - start, d) references, each read once.
         count: of the references, 1 <= count < 2**32.
         k: 1 <= k <= count.
-        tick: is told how many references are done since the last call.
+        tick: is called with the number of references done since the last call.
     """
     queries = unit(queries)
     best = np.full((len(queries), k), _keys(np.array([-np.inf], np.float32), np.array([_PLACES]))[0])

@@ -62,7 +62,7 @@ class Column(NamedTuple):
 
 
 class Tuned(nn.Module):
-    """A network of which some modules stay in evaluation mode whatever it is told."""
+    """A network of which some modules always stay in evaluation mode."""
 
     def __init__(self, model: nn.Module, still: tuple[str, ...]) -> None:
         super().__init__()

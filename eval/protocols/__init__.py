@@ -1,1 +1,1 @@
-"""The protocols, one module each (see `base`)."""
+"""The protocols, one module each (see `protocol`)."""

@@ -1,14 +1,14 @@
-"""How far k-means on a network's features finds the classes, and itself again.
+"""How well k-means on a network's features finds the classes, and how stable it is.
 
 Protocol `clusters/1`. Features: maps averaged to `--grid` x `--grid`, scaled to length 1, layer by layer. k-means
 (faiss, 20 iterations, all training images, from `--clusters-starts` seeds) with `--clusters-k` clusters, by default
 as many as there are classes. Each image of the test split goes to its nearest centroid; these clusters, of the first
-seed, are held against the classes: NMI and AMI (arithmetic means), ARI, purity, and the accuracy after the best
+seed, are compared with the classes: NMI and AMI (arithmetic means), ARI, purity, and the accuracy after the best
 one-to-one match with the classes. `seeds`: the mean ARI between two of the seeds. `twice`: the AMI with 2 k clusters.
 
-A run that clustered these same images has its pseudo-labels (`clusters/labels.csv`) held against their classes too,
-column `pseudo-labels`; intervals: 95 % by the bootstrap over images. A network that learned them is asked for those
-of the test split (heldout.py): column `held-out pseudo-labels`, and the share told right with Wilson's interval.
+A run that clustered these same images has its pseudo-labels (`clusters/labels.csv`) compared with their classes too,
+column `pseudo-labels`; intervals: 95 % by the bootstrap over images. A network that learned them predicts those
+of the test split (heldout.py): column `held-out pseudo-labels`, and the share that is right with Wilson's interval.
 """
 
 from functools import partial
@@ -52,7 +52,7 @@ MEASURES = {
     "heldout": "% of the held-out pseudo-labels told right",
 }
 NEITHER_IS_BETTER = ("heldout",)
-"""Between runs: each has labels of its own to tell."""
+"""Between runs, as each has pseudo-labels of its own to predict."""
 NOTE = (
     "{counts}k-means on the first, measured on the second; column pseudo-labels: on the images that the run labelled."
 )

@@ -3,7 +3,7 @@
 Protocol `filters/2`. Each filter is drawn on its own scale, grey where it is 0. `colour`: the share of a filter's
 energy (squares) that is not common to its three colours; of random weights two thirds. `smooth`: the share at spatial
 frequencies of at most half the highest in both directions; of random weights of 11 x 11 pixels 21 %.
-Means over the filters that are not zero; intervals: normal, over these filters. No image is looked at.
+Means over the filters that are not zero; intervals: normal, over these filters. No image is read.
 """
 
 from pathlib import Path

@@ -52,7 +52,7 @@ def clusters_path(arm: Arm, name: str) -> Path | None:
 
 
 def find_source(arm: Arm, test: Dataset) -> Source:
-    """What the pseudo-labels were made with that the network of a run learned.
+    """How the pseudo-labels that the network of a run learned were made.
 
     Raises:
         UsageError: it is not there any more, not known, or images of `test` were learned from or clustered.
@@ -118,7 +118,7 @@ def heldout_labels(source: Source, test: Dataset, config: EvalConfig, device: to
 
 
 def predictions(arm: Arm, test: Dataset, config: EvalConfig, device: torch.device) -> Numbers:
-    """(n,) the pseudo-label that the run's network tells of the centre square of each image, -1 of a broken one."""
+    """(n,) the pseudo-label that the run's network predicts for the centre square of each image, -1 of a broken one."""
     assert arm.weights is not None
     network = networks.describe(arm.weights)
     model = networks.load(arm.weights, network).to(device).eval()

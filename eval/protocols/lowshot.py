@@ -5,7 +5,7 @@ Protocol `lowshot/1`. Centre square; maps of each layer averaged to one vector (
 Shares of labels: of each class 1 % and 10 % of the training split, rounded, at least one image, seeded; or exactly the
 images of `--subset` (one a line: the key, or the file's name alone, as in the published lists of SimCLR). The lists
 lie beside the results and can be given back as `--subset`. Numbers are standardised by the training split, whose other
-labels are not looked at; multinomial logistic regression by L-BFGS; the weight decay is chosen by 3-fold cross-
+labels are not used; multinomial logistic regression by L-BFGS; the weight decay is chosen by 3-fold cross-
 validation within the labelled images (the smallest of equals); the test split is used once.
 
 Episodes (docs/papers.md): 5 classes; 5, 20 or 50 images of each, their mean is the prototype; 15

@@ -1,4 +1,4 @@
-"""The protocols by name: each is a module of this room with the same few names in it.
+"""The protocols by name: each is a module of this folder with the same few names in it.
 
 PROTOCOL   its name and version, such as "knn/1"; the version changes whenever a number can
 TITLE      the first cell of its tables, such as "k nearest neighbours"

@@ -1,4 +1,4 @@
-"""Which images a network takes for alike: the nearest neighbours of test images among those of the training split.
+"""Which images a network finds similar: the nearest neighbours of test images among those of the training split.
 
 Protocol `retrieve/1`. Features: maps averaged to `--grid` x `--grid`, layer by layer; exact cosine similarity, of equal
 ones the first. Every test image is a query for the scores: the mean share of its 1, 5 and 10 nearest with its class.

@@ -9,7 +9,7 @@ top1         of the classifier; its expected calibration error (15 bins of equal
 corruptions  15 kinds x 5 severities (corruptions.py), uint8, at the network's input size: mean accuracy, by severity
              and by kind; mCE: the mean over kinds of errors / errors of the table's first row.
 pgd          L-infinity, untargeted, `--robust-steps` steps of 2.5 eps / steps, random start, all of `--robust-eps`.
-noise        the classifier learned anew, same layer and rate, from labels of which a share is drawn anew among all
+noise        the classifier trained again, same layer and rate, on labels of which a share is drawn again among all
              classes (uniform), or moved to the next class (pair); what is touched stays so at larger shares.
 
 Intervals: Wilson's for accuracies of one prediction an image; normal over images for means over corruptions; bootstrap
@@ -92,7 +92,7 @@ def evaluate(
         folder: for what is written on the way.
 
     Returns:
-        `Result`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each image were told.
+        `Result`; beside it `hits`, for `relate`: by kind of corruption, how many severities of each image were right.
     """
     train, test = splits
     training = prepare(arm, train, config, folder, device)
@@ -169,7 +169,7 @@ def expected_calibration_error(confidence: NDArray[np.float64], hit: NDArray[np.
 def _outcomes(
     classifier: Classifier, pixels: Tensor, wanted: Tensor, rows: Tensor, sweep: list[float], config: EvalConfig
 ) -> dict[str, Any]:
-    """What the classifier tells of some images, as lists with one entry an image."""
+    """What the classifier predicts for some images, as lists with one entry an image."""
     kinds: dict[str, list[list[bool]]] = {}
     with torch.no_grad():
         first, *noisy = classifier.heads(pixels.float())

@@ -1,4 +1,4 @@
-"""Segmentation from the network's trunk: how well the class of every pixel is told after training on masks.
+"""Segmentation from the network's trunk: how well the class of every pixel is predicted after training on masks.
 
 Protocol `segment/2`, after the FCN transfer of the paper (docs/papers.md: its settings are not known), made
 short. torchvision's FCN head, fresh, on the deepest map of the arm's convolutions, enlarged bilinearly; no skips.

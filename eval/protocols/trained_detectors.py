@@ -1,9 +1,9 @@
-"""Detectors that selftrain finished, evaluated as they are: `detect --trunk finished`.
+"""Detectors that selftrain has trained, evaluated as they are: `detect --trunk finished`.
 
 Protocol `detect/2 finished`: nothing is trained. What the run's `selftrain` made (teacher, student, ...), and that of
 the runs beside, is evaluated on the test part of the labelled images that it learned from, or of `--labelled`, on
 canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on, non-maximum suppression and measures
-as in `detect/2`. A run that holds no other network is evaluated so without being told.
+as in `detect/2`. A run that holds no other network is evaluated so by default.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ NOTE = "detectors as selftrain made them; their size, the images and the least s
 TRUNK = "finished"
 STAGE, LAST = "selftrain", "scores"
 READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
-"""The settings that count here."""
+"""The settings that are read here."""
 
 
 def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> bool:
-    """Whether `--protocol detect` means these: it was told so, or told nothing, and the run will hold nothing else."""
+    """Whether `--protocol detect` means these: `--trunk` says so, or is not given and the run has no other network."""
     if config.trunk != EvalConfig.trunk:
         return config.trunk == TRUNK
     others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
@@ -57,7 +57,7 @@ def labelled(run: Path, before: Sequence[Plan]) -> str | None:
 def check(
     run: Path, config: EvalConfig, splits: tuple[Detection, Detection], source: str | None, before: Sequence[Plan]
 ) -> None:
-    """Find a missing extra, and detectors that are not there or tell other classes.
+    """Find a missing extra, and detectors that do not exist or have other classes.
 
     Args:
         source: what selftrain learned from, where it is known.

@@ -1,4 +1,4 @@
-"""The feature file: one row per image, written so that a killed extraction goes on where it was.
+"""The feature file: one row per image, written so that a killed extraction goes on where it stopped.
 
 HDF5 writes the whole header first, with every byte of data already allocated; after that rows are plain bytes at a
 known offset. So nothing but rows changes on disk while a run lives, and no HDF5 handle crosses a fork.

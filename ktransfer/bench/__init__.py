@@ -1,1 +1,1 @@
-"""`ktransfer bench`: parts of the way measured, beside what the machine can do."""
+"""`ktransfer bench`: the speed of the parts, and what the machine can do at most."""

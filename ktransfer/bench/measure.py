@@ -1,4 +1,4 @@
-"""`ktransfer bench`: how fast the way from images to gradients is here, part by part and together.
+"""`ktransfer bench`: how fast decoding, training and feature extraction are on this machine.
 
 What the machine could do at best is measured in the same run.
 """
@@ -41,7 +41,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is measured; `size` is 0 for the stage's usual one, `arch` None for its usual network.
+    """What is measured; `size` is 0 for the stage's default, `arch` None for its default network.
 
     `images` is how many there are.
     """
@@ -125,7 +125,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
 
     Args:
         part: decode, data, step, extract or retrain.
-        data: images, as for `dataset.open_dataset`; made ones where not given.
+        data: images, as for `opening.open_dataset`; generated JPEGs where not given.
         workers: threads that read; 0 takes one for each core.
         seconds: for each measurement.
         out: write everything as JSON here.

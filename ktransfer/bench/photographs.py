@@ -1,4 +1,4 @@
-"""Made photographs, for measuring: noise whose JPEGs are as large as those of ImageNet."""
+"""Generated photographs, for measurements: noise whose JPEGs are as large as those of ImageNet."""
 
 from pathlib import Path
 

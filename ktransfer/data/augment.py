@@ -16,7 +16,7 @@ _PART_BYTES = 2**20  # what a core keeps to itself, and less than what torch tak
 
 def in_parts(make: Callable[[slice], Tensor], images: int, numbers: int, device: torch.device) -> Tensor:
     """What `make` gives for all images; on a CPU for a few at a time, so that what it needs on the way stays in the
-    cache and is not taken from the system anew.
+    cache and is not taken from the system again.
 
     Args:
         make: a slice of the images -> (of them, ...) float32; each image must not depend on the others.

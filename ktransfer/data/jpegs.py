@@ -22,8 +22,8 @@ _TRIAL = (45, 67)  # sides of the image on which the decoders are compared: no m
 def decode(data: bytes) -> NDArray[np.uint8]:
     """What `decoding.decode` makes of a whole JPEG as `ktransfer pack` writes it: the same pixels, sooner.
 
-    Both libraries decode with libjpeg-turbo, which is settled to the bit. Where torchvision was built otherwise, and
-    for what it does not take, Pillow does it.
+    Both libraries decode with libjpeg-turbo, whose output is fixed to the bit. Where torchvision was built differently,
+    and for what it does not take, Pillow does it.
 
     Args:
         data: the file: RGB, upright.

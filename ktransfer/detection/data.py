@@ -97,7 +97,7 @@ def save_ids(path: Path, data: Detection, rows: NDArray[np.int64]) -> None:
 
 
 def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
-    """The rows of a list that `save_ids`, or somebody else, wrote.
+    """The rows of a list that `save_ids` or another program wrote.
 
     Raises:
         UsageError: no JSON list, an id twice, or one that the data does not have.
@@ -126,7 +126,7 @@ def objects_of(
     areas: Sequence[float | None] | None = None,
     outlines: Sequence[Outline] = (),
 ) -> Objects:
-    """The objects of an image of `size` (width, height); what is mended or dropped is added to `counts`.
+    """The objects of an image of `size` (width, height); what is clipped or dropped is added to `counts`.
 
     Args:
         boxes: m of x0, y0, x1, y1 in pixels; those that reach over the edge are clipped, and those that then have no

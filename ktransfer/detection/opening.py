@@ -19,7 +19,7 @@ def open_detection(spec: str, masks: bool = False) -> tuple[Detection, Detection
 
     `scenes:...`; a root with `instances_train*.json` (or `train*.json`) and one of val, test, in it or in
     `annotations/`; a VOCdevkit (or one of its VOC2007, VOC2012); or one COCO file, a fifth of whose images, drawn
-    with seed 0, then is the test split. What was dropped or mended is said in a line. With `masks` a VOCdevkit gives
+    with seed 0, then is the test split. A line says what was dropped or clipped. With `masks` a VOCdevkit gives
     its images that have the class of every pixel.
 
     Raises:

@@ -17,7 +17,7 @@ from ktransfer.networks import Network
 
 @dataclass(frozen=True)
 class Described:
-    """What a detector or segmenter is: its trunk's network, the pyramid on it, the heads, and the classes it tells.
+    """What a detector or segmenter is: its trunk's network, the pyramid on it, the heads, and the classes it predicts.
 
     `settings.kind` is a key of `segmentation.HEADS` for a segmenter; of the settings only `norm` says more of it.
     """

@@ -1,4 +1,4 @@
-"""Networks that tell the class of every pixel: heads on a trunk, their loss, predictions, and the mean IoU.
+"""Networks that predict the class of every pixel: heads on a trunk, their loss, predictions, and the mean IoU.
 
 Heads: torchvision's FCN and DeepLab on the deepest map, and that of Zoph et al. on a pyramid, whose maps are
 enlarged to the finest one and summed before three convolutions (docs/papers.md).

@@ -1,7 +1,7 @@
 """Teachers that learn nothing: HOG, the hand-crafted baseline of the paper (CC+HOG), and the pixels themselves.
 
-They are modules like any network, so that all that reads a layer of a network reads them too. What they are fed is
-scaled to 0..1 (`UNIT`), their output is not pooled.
+They are modules like any network, so that their layers are read in the same way. Their input is scaled to 0..1
+(`UNIT`), their output is not pooled.
 """
 
 import math

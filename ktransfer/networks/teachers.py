@@ -1,6 +1,6 @@
 """What `--teacher` names: weights of ours, those of torchvision or timm, a checkpoint made elsewhere, HOG or pixels.
 
-Nothing is ever downloaded. What images are fed to a teacher as, is in `Network.normalise`: each by its own mean and
+Nothing is ever downloaded. How images are normalised for a teacher is in `Network.normalise`: each by its own mean and
 deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, unless torchvision or timm state others
 for the very weights; 0..1 for HOG and pixels.
 """

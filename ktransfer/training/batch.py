@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Batch:
     """Images of one step: `rows` (b,) int64, `pixels` (b, 3, s, s) uint8, `valid` (b,) bool, all on the device.
 
-    `whole` says that all of them are valid, so that nobody has to ask the device, which would make it wait.
+    `whole` says that all of them are valid, so that the device need not be asked, which would make it wait.
     """
 
     rows: Tensor

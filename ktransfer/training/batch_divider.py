@@ -109,7 +109,7 @@ class BatchDivider:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Part from the others, and tell them if this one failed."""
+        """Leave the other processes, and tell them if this one failed."""
         self._within.close()  # those who wait for this one's numbers wait no longer
         if not isinstance(error, Exception) or self._known:
             return

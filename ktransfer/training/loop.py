@@ -1,6 +1,6 @@
 """The training loop: every training of the project is this function with its own batches and loss.
 
-Exact resume: batches are a pure function of the epoch, torch's own generator (dropout) is set anew before every step,
+Exact resume: batches are a pure function of the epoch, torch's own generator (dropout) is seeded before every step,
 and a checkpoint holds weights, optimiser and the number of steps done.
 """
 

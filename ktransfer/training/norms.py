@@ -15,7 +15,7 @@ Sum = Callable[[Tensor], object]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether what becomes of an image in training depends on those beside it."""
+    """Whether the network has batch norm, which makes an image's output depend on the others of its batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 

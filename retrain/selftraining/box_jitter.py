@@ -1,8 +1,8 @@
-"""Pseudo-boxes that stay where they are when the teacher is shown the image a little otherwise (`--jitter-filter`).
+"""Pseudo-boxes that stay where they are when the image is changed a little for the teacher (`--jitter-filter`).
 
 Soft Teacher repeats the regression on jittered boxes (docs/papers.md), for which a detector needs heads
 on regions. Here the image is jittered instead, which serves every detector: it is made smaller, and mirrored half the
-time, so that nothing leaves the canvas and everything lies otherwise to the anchors.
+time, so that nothing leaves the canvas and everything lies differently to the anchors.
 """
 
 from collections.abc import Mapping

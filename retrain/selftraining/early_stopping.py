@@ -1,4 +1,4 @@
-"""What `--patience` evaluates by: some of the labelled training images, from which no training of the run learns."""
+"""What `--patience` evaluates on: some of the labelled training images, from which no training of the run learns."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
-"""Joint training: a detector learns the labelled images while its trunk also learns to tell the classes of others.
+"""Joint training: a detector learns the labelled images while its trunk also learns to classify others.
 
 After Zoph et al. (docs/papers.md), in the setting of self-training: half of each batch are labelled
-images, half such as have a class of their own instead of pseudo-boxes, both augmented alike, and the two losses are
+images, half such as have a class of their own instead of pseudo-boxes, both augmented equally, and the two losses are
 weighed as those of a student. Where the classifier sits is not known: here it is one linear layer on the mean of the
 trunk's deepest map. It is thrown away at the end; what is written is a detector like the teacher.
 """
@@ -42,7 +42,7 @@ SHOWN = 4  # images of either kind on the sheet
 
 
 class Joint(Student):
-    """A student whose trunk also tells classes: with `classify` (b, 3, s, s) -> logits (b, classes)."""
+    """A student whose trunk also classifies images: with `classify` (b, 3, s, s) -> logits (b, classes)."""
 
     def __init__(
         self, detector: nn.Module, classes: int, seed: int, average: nn.Module | None = None, decay: float = 0.0

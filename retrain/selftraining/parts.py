@@ -1,4 +1,4 @@
-"""What the trainings of a self-training share: its images, which of them nobody may learn from, and their files."""
+"""What the trainings of a self-training share: its images, those that must not be learned from, and their files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +53,7 @@ def show(weights: Path, data: Detection, config: SelftrainConfig, device: torch.
 
 
 def tested(data: Data, name: str) -> NDArray[np.int64]:
-    """The unlabelled images that the test split holds too: nobody may learn from them."""
+    """The unlabelled images that the test split has too: they must not be learned from."""
     found = boxes.shared(data.unlabelled, data.test)
     if len(found):
         say(f"{name}: {len(found)} of the unlabelled images are in the test split too, and are left out")

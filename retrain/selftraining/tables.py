@@ -18,7 +18,7 @@ from ktransfer.errors import UsageError
 FILE = Path(__file__).with_name("published.csv")
 
 MEASURES = ("mask_AP", "mask_AP50", "AP", "AP50", "mIoU")
-"""Those that a study tells, where its cells have them; the tables have the first one that all have."""
+"""The measures that a study can show; its tables have the first one that all cells have."""
 PUBLISHED = ("AP", "mask_AP")
 """Those beside which the published tables can stand."""
 BASELINE = "teacher"
