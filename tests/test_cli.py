@@ -114,11 +114,11 @@ def test_help_lists_every_setting(capsys):
 
 MISUSES = [
     (["--run", "new", "pretext"], "no images were given; name them with --data"),
-    (["--run", "new", "extract"], "no images given"),
+    (["--run", "new", "extract"], "no images were given"),
     (["--run", "new", "extract", "--data", "flat"], "pretext is missing; make it first"),
     (["--run", "new", "retrain"], "cluster is missing; make it first"),
     (["--run", "new", "eval"], "no labelled images were given"),
-    (["--run", "new", "cluster"], "no images given"),
+    (["--run", "new", "cluster"], "no images were given"),
     (["--run", "new", "assign"], "cluster is missing; make it first"),
     (["pretext", "--data", "flat"], "no run folder given; name one: ktransfer --run"),
     (["--run", "new", "pretext", "--data", "empty"], "no images in"),
@@ -190,7 +190,7 @@ MISUSES = [
     (["--config", "nowhere.toml", "--run", "new", "pretext"], "--config nowhere.toml: No such file or directory"),
     (["--config", "flat", "--run", "new", "pretext"], "--config flat: Is a directory"),
     (["--config", "note.txt", "--run", "new", "pretext"], "not valid TOML"),
-    (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: valid: laptop, paper"),
+    (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: no such recipe; give one of laptop, paper"),
     (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: is inside the image folder of pretext"),
     (["--run", "run", "extract", "--data", "flat", "--name", "../x"], "--name ../x: must be a plain file name"),
     (["--run", "new", "pretext", "--data", "flat", "--arch", "alexnet", "--size", "33"], "give a larger --size"),

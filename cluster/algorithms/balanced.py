@@ -98,7 +98,7 @@ def assign_balanced(rows: Rows, centroids: NDArray[np.float32], passes: int = 30
     k = len(centroids)
     origin = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
     costs = _costs(centroids, origin)
-    with bar((passes + 2) * rows.count, "balance", "rows") as shown:
+    with bar((passes + 2) * rows.count, "balance clusters", "rows") as shown:
         prices = _prices(rows, costs, k, passes, shown.update)
         found = Balanced(np.empty(0, np.int32), np.empty(0, np.float32), np.inf, -np.inf)
         for step in range(ROUNDS):
@@ -227,7 +227,7 @@ def _equalise(
             return ways
         return Edges(np.append(ways.targets, np.int32(k)), np.append(ways.increases, 0), np.append(ways.movers, -1))
 
-    with bar(int(-missing[missing < 0].sum()), "equalise", "rows") as shown:
+    with bar(int(-missing[missing < 0].sum()), "make sizes equal", "rows") as shown:
         for source in np.flatnonzero(missing < 0).tolist():
             while missing[source] < 0:
                 settled, via = _search(source, leave, levels, missing)

@@ -26,7 +26,7 @@ from ktransfer.progress import bar
 from ktransfer.run import input_hash
 from ktransfer.training.device import autocast, choose_device
 
-from ..arms import Arm, model_of
+from ..arms import RANDOM, Arm, model_of
 from ..config import EvalConfig
 from ..result import broken_lines
 
@@ -234,7 +234,8 @@ def cached_maps(
 
 
 def _label(name: str, split: int, mirror: bool) -> str:
-    return f"features of {name}, {('training set', 'test set')[split]}{', mirrored' if mirror else ''}"
+    whose = "random weights" if name == RANDOM else name
+    return f"features of {whose}, {('training set', 'test set')[split]}{', mirrored' if mirror else ''}"
 
 
 def map_share(order: dict[str, Any]) -> None:

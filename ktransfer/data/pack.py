@@ -98,7 +98,7 @@ def pack(
 
 def _recipe(out: Path, size: int, raw: bool, quality: int | None, workers: int, max_broken: float) -> Recipe:
     if out.suffix.lower() not in PACKS:
-        raise UsageError(f"--out {out}: the name of a pack ends with .h5; name it {out.with_suffix(PACKS[0]).name}")
+        raise UsageError(f"--out {out}: packs have the ending .h5; name it {out.with_suffix(PACKS[0]).name}")
     if not 1 <= size <= LARGEST:
         raise UsageError(f"--size {size}: give the short side in pixels, 1 to {LARGEST}")
     if raw and quality is not None:

@@ -191,7 +191,7 @@ def need_memory(flag: str, images: int, size: int) -> None:
     if needed > free // 2:
         raise UsageError(
             f"{flag}: the masks of {images:,} images take {needed / 1e9:.1f} GB of memory, of which "
-            f"{free / 1e9:.1f} are free; give a smaller size"
+            f"{free / 1e9:.1f} GB are free; give a smaller size"
         )
 
 

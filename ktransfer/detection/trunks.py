@@ -144,8 +144,8 @@ def split(network: Network, model: nn.Module) -> tuple[nn.Sequential, dict[int, 
         candidates = [name for name, module in body.named_children() if isinstance(module, nn.ReLU)]
     else:
         raise UsageError(
-            f"{network.arch}: no backbone of detectors; give alexnet, alexnet_bn, vgg16, vgg16_bn, and torchvision's "
-            "ResNets, EfficientNets and VGGs"
+            f"{network.arch}: not a backbone of detectors; give alexnet, alexnet_bn, vgg16, vgg16_bn, or one of "
+            "torchvision's ResNets, EfficientNets or VGGs"
         )
     return body, _levels(body, candidates)
 

@@ -112,7 +112,7 @@ def in_parts(
                 pass  # the source now knows why these could not be read
             continue
         found, outlines, facts = label_part(
-            chosen, f"{path.stem} {number} of {len(parts)}" if len(parts) > 1 else path.stem
+            chosen, f"predict {path.stem}, {number} of {len(parts)}" if len(parts) > 1 else f"predict {path.stem}"
         )
         boxes.write(part, data, found, facts, outlines)
     check_broken(source.broken, len(rows), shown.config.max_broken, data)

@@ -219,7 +219,7 @@ def label(path: Path, shown: Shown, rows: Tensor, about: dict[str, Any]) -> dict
     masked = {row: folder / f"{row:07d}.png" for row in rows.tolist()}
     missing = [group for group in rows.split(AT_ONCE) if not all(masked[row].is_file() for row in group.tolist())]
     model.eval()
-    with bar(len(rows), path.stem, done=len(rows) - sum(map(len, missing))) as progress:
+    with bar(len(rows), f"predict {path.stem}", done=len(rows) - sum(map(len, missing))) as progress:
         for chosen, pixels, valid, _ in source.batches(iter(missing)):
             progress.update(len(chosen))
             kept = chosen[valid]

@@ -248,7 +248,7 @@ def test_the_list_of_layers_is_an_prediction(run, capsys):
 
 
 def test_without_teacher_or_images(tmp_path):
-    with pytest.raises(UsageError, match="no images given"):
+    with pytest.raises(UsageError, match="no images were given"):
         extract(tmp_path / "new")
     with pytest.raises(UsageError, match="pretext is missing"):
         extract(tmp_path / "new", data="scenes:images=12,size=48")

@@ -72,7 +72,7 @@ def test_root_with_train_and_val_means_train(tmp_path: Path, capsys: pytest.Capt
         put(tmp_path / name)
     data = open_dataset(str(tmp_path))
     assert (data.name, data.keys, data.classes) == ("train", ("cat/1.png", "dog/2.png"), ("cat", "dog"))
-    assert "taking" in capsys.readouterr().err
+    assert ": using" in capsys.readouterr().err
     assert open_dataset(str(tmp_path / "train")).fingerprint == data.fingerprint
 
 

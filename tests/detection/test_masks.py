@@ -125,7 +125,7 @@ def test_data_without_masks_is_one_line(drawn):
     masks.need_masks(drawn)
     boxes = drawn.objects[0]._replace(outlines=(None,) * 4)
     object.__setattr__(drawn, "objects", (boxes,))
-    with pytest.raises(UsageError, match="boxes alone"):
+    with pytest.raises(UsageError, match="only boxes"):
         masks.need_masks(drawn)
     object.__setattr__(drawn, "classes", tuple(map(str, range(255))))
     with pytest.raises(UsageError, match="at most 254"):

@@ -123,9 +123,9 @@ def test_a_still_trunk_keeps_weights_and_statistics():
 
 def test_unknown_trunks_are_one_line():
     for arch in ("vit_b_32", "torchvision:alexnet", "densenet121"):
-        with pytest.raises(UsageError, match="no backbone of detectors"):
+        with pytest.raises(UsageError, match="not a backbone of detectors"):
             trunks.build(Network(arch), None, "single", "bn", 0)
-    with pytest.raises(UsageError, match="no map"):
+    with pytest.raises(UsageError, match="no feature map"):
         trunks.build(Network("alexnet", 0.1, 1), None, "p3-p7", "bn", 0)
 
 

@@ -72,9 +72,9 @@ def test_without_test_boxes_val_is_the_test_part(devkit):
     ("text", "words"),
     [
         ("<annotation>", "cannot be read"),
-        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "declares entities"),
+        ("<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "declares XML entities"),
         ("<annotation><size><width>5</width></size></annotation>", "lacks size/height"),
-        (annotation([("dog", 0, ("a", 1, 2, 3))]), "no number"),
+        (annotation([("dog", 0, ("a", 1, 2, 3))]), "not a number"),
     ],
 )
 def test_a_broken_annotation_is_one_line(devkit, text, words):
@@ -90,7 +90,7 @@ def test_missing_images_are_counted(devkit):
     train, _ = open_detection(str(devkit))
     assert train.counts["images that are not there"] == 1
     (images / "000002.jpg").unlink()
-    with pytest.raises(UsageError, match="none of its images is there"):
+    with pytest.raises(UsageError, match="none of its images exists"):
         open_detection(str(devkit))
 
 

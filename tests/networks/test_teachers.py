@@ -42,9 +42,9 @@ def refused(*given):
 def test_weights_that_are_not_here_are_named_not_fetched(cache, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("a download"))
     line = refused("torchvision:resnet50", None, None, 0)
-    assert f"fetch {SECOND}" in line and "ResNet50_Weights.IMAGENET1K_V2" in line and str(cache) in line
+    assert f"download {SECOND}" in line and "ResNet50_Weights.IMAGENET1K_V2" in line and str(cache) in line
     line = refused("torchvision:resnet50", None, "IMAGENET1K_V1", 0)
-    assert f"fetch {FIRST}" in line and "ResNet50_Weights.IMAGENET1K_V1" in line
+    assert f"download {FIRST}" in line and "ResNet50_Weights.IMAGENET1K_V1" in line
     assert str(cache / "other.pth") in refused("torchvision:resnet50", None, str(cache / "other.pth"), 0)
     assert "http" not in line
 

@@ -155,7 +155,7 @@ def test_pseudo_labels_of_other_images_with_the_same_keys(splits, labelled, pain
             raise BrokenImage("torn")
         return splits[0].read(row, side)
 
-    assert left_out(replace(packed, read=one_torn)).startswith("59 of painted is another image")
+    assert left_out(replace(packed, read=one_torn)).startswith("59 of painted and of painted are different")
     assert left_out(None).startswith("painted does not exist")
     (tmp_path / "run" / "clusters" / "stage.json").unlink()
     assert left_out(splits[0]) == "it is not known which images they belong to"

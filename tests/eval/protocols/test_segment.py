@@ -54,7 +54,7 @@ def test_wrong_data_is_found_before_the_work(small_student, tmp_path, monkeypatc
         for note in held["annotations"]:
             note["segmentation"] = []
         path.write_text(json.dumps(held))
-    with pytest.raises(UsageError, match="boxes alone"):
+    with pytest.raises(UsageError, match="only boxes"):
         evaluate(small_student, **(SMALL | {"labelled": str(tmp_path / "s")}))
     monkeypatch.setattr(masks, "available_bytes", lambda: 1000)
     with pytest.raises(UsageError, match="--canvas 64: the masks of 24 images"):

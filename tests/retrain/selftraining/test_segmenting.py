@@ -319,7 +319,7 @@ def test_lists_and_masks_that_are_none(listed):
     held["images"][0]["sha256"] = "0"
     path.write_text(json.dumps(held))
     found, _ = segmenting.read(path, data, data, config())
-    with pytest.raises(StageError, match="was changed since"):
+    with pytest.raises(StageError, match="was changed afterwards"):
         segmenting.count(found, 4)
     path.write_text(text)
     found, _ = segmenting.read(path, data, data, config())
