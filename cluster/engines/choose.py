@@ -41,7 +41,7 @@ def choose_engine(name: str, room: int | None = None, tell: Callable[[str], obje
         else:
             engine = exact_engine(room=room, tell=tell)
             if native.library() is None:
-                reason = "; slower, as its extension was not built or this processor has no AVX2"
+                reason = "; slower (a dense product), as its extension was not built or this processor has no AVX2"
     else:
         engine = faiss_engine(float16=_float16(chosen))
     tell(f"k-means engine: {engine.name}{reason}")

@@ -73,7 +73,7 @@ def open_splits(spec: str) -> tuple[Dataset, Dataset]:
     for path, split in zip((train, val), splits, strict=True):
         if not split.classes or (split.targets == UNKNOWN).any():
             outside = next((key for key in split.keys if "/" not in key), None)
-            why = f"{outside} is outside of the class folders" if outside else "there is only one class folder"
+            why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
             if split.classes:
                 why = f"{split.keys[int(np.argmin(split.targets))]} has no class"
             raise UsageError(f"{path}: {why}; every image needs a folder that names its class, at least two of them")

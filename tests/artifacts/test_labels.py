@@ -77,7 +77,7 @@ def refused(path):
         ("key;label\na;1\n", "columns key and label"),
         ("name,label\na,1\n", "columns key and label"),
         ("key,label\n", "no labels"),
-        ("key,label\na,1\na,2\n", "'a' comes twice"),
+        ("key,label\na,1\na,2\n", "'a' occurs twice"),
         ("key,label\na,1.0\n", "'1.0'"),
         ("key,label\na,one\n", "line 2"),
         ("key,label\na,\n", "''"),
@@ -109,8 +109,8 @@ def test_csv_of_a_spreadsheet(tmp_path):
         (b"", "0 bytes"),
         (b"abc", "3 bytes"),
         (struct.pack("<i", 0), "no labels"),
-        (struct.pack("<2i", -1, 0), "announces -1"),
-        (struct.pack("<2i", 2, 0), "announces 2"),
+        (struct.pack("<2i", -1, 0), "states -1"),
+        (struct.pack("<2i", 2, 0), "states 2"),
         (struct.pack("<2i", 1, -5), "-5 is below -1"),
     ],
 )
@@ -128,7 +128,7 @@ def test_malformed_bin(tmp_path, data, rule):
         ({"label": np.zeros(4)}, "int32"),
         ({"label": np.array([0, 9, 0, 0], np.int32)}, "9 is not below k = 5"),
         ({"label": np.zeros(3, np.int32)}, "4 keys for 3 labels"),
-        ({"key": ["a", "a", "b", "c"]}, "'a' comes twice"),
+        ({"key": ["a", "a", "b", "c"]}, "'a' occurs twice"),
         ({"key": np.zeros(4)}, "strings"),
     ],
 )

@@ -214,7 +214,7 @@ def test_a_teacher_of_its_own(run, tmp_path):
         ({"arch": "resnet18"}, r"--arch resnet18: belongs to --teacher, which was not given"),
         ({"weights": "w.pth"}, r"--weights w.pth: belongs to --teacher, which was not given"),
         ({"teacher": "hog", "arch": "resnet18"}, r"--teacher hog already names the network; leave --arch out"),
-        ({"teacher": "hog", "pool": 2}, r"--pool 2: hog is not pooled"),
+        ({"teacher": "hog", "pool": 2}, r"--pool 2: the features of hog are not pooled"),
         ({"teacher": "hog", "size": 30}, r"--size 30: hog has cells of 8 pixels"),
         ({"teacher": "hog", "layer": "conv1"}, r"--layer conv1: hog has no such layer; valid: hog"),
         ({"teacher": "torchvision:resnet81"}, r"no such network; did you mean 'resnet18'"),

@@ -111,7 +111,7 @@ def test_features_of_another_kind_are_not_assigned(tmp_path, rows):
 WRONG = {
     "no keys": (lambda rows: rows, None, None, r"has no keys; give --keys FILE"),
     "too few keys": (lambda rows: rows, lambda keys: keys[:-1], None, r"39 keys for 40 rows"),
-    "a key twice": (lambda rows: rows, lambda keys: [*keys[:-1], keys[0]], None, r"comes twice"),
+    "a key twice": (lambda rows: rows, lambda keys: [*keys[:-1], keys[0]], None, r"occurs twice"),
     "other images": (lambda rows: rows, lambda keys: ["x.jpg", *keys[1:]], SCENES, r"1 of 40 keys .* such as x.jpg"),
     "one dimension": (lambda rows: rows[0], lambda keys: keys, None, r"float32 of shape \(6,\), must be floats"),
     "integers": (lambda rows: rows.astype(int), lambda keys: keys, None, r"int64 of shape"),

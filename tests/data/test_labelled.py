@@ -192,7 +192,7 @@ def test_coco_files_that_are_wrong(tmp_path: Path) -> None:
     coco(path, ("a.jpg",), ((5, 7),))
     refused(tmp_path, "an annotation names image 15 or category 7, which it does not list")
     coco(path, (), ())
-    refused(tmp_path, "names no images")
+    refused(tmp_path, "lists no images")
     coco(path, ("a.jpg",), ((0, 7),), categories=[{"id": 7, "name": "cow"}])
     refused(tmp_path, r"have different categories \(cat, cow, dog\)")
     coco(path, ("a.jpg",), ((0, 7),), categories=3)

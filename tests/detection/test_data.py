@@ -77,13 +77,13 @@ def test_boxes_are_clipped_dropped_and_counted(tmp_path):
         ({"images": [{"id": 1, "file_name": "1.png", "width": 0, "height": 6}]}, "no width or height"),
         (
             {"images": [{"id": 1, "file_name": f"{n}.png", "width": 6, "height": 6} for n in (1, 2)]},
-            "image id 1 is there 2",
+            "image id 1 occurs 2",
         ),
         (
             {"images": [{"id": n, "file_name": "1.png", "width": 6, "height": 6} for n in (1, 2)]},
-            "file name 1.png is there",
+            "file name 1.png occurs",
         ),
-        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "category id 3 is there 2"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "category id 3 occurs 2"),
         ({"categories": 7}, "no list 'categories'"),
         (
             {"annotations": [note(1, 99, 3, [0, 0, 1, 1])]},

@@ -88,7 +88,7 @@ def test_missing_images_are_counted(devkit):
     images = devkit / "VOCdevkit" / "VOC2007" / "JPEGImages"
     (images / "000001.jpg").unlink()
     train, _ = open_detection(str(devkit))
-    assert train.counts["images that are not there"] == 1
+    assert train.counts["images that do not exist"] == 1
     (images / "000002.jpg").unlink()
     with pytest.raises(UsageError, match="none of its images exists"):
         open_detection(str(devkit))
@@ -176,5 +176,5 @@ def test_masks_are_palette_images(devkit):
     with pytest.raises(BrokenImage):
         test.label_map(1)
     Image.new("RGB", (50, 30)).save(place)
-    with pytest.raises(BrokenImage, match="no palette"):
+    with pytest.raises(BrokenImage, match="not a palette"):
         test.label_map(0)

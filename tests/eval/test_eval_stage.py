@@ -286,7 +286,7 @@ def test_random_weights_have_the_layers_of_the_network(runs):
         ({"protocol": "guess"}, "--protocol guess: no such protocol.*linear"),
         ({"protocol": "linear,"}, "--protocol linear,: no such protocol"),
         ({"device": "abacus"}, "--device abacus"),
-        ({"beside": "nowhere"}, "--run nowhere: holds no finished network"),
+        ({"beside": "nowhere"}, "--run nowhere: holds no trained network"),
     ],
 )
 def test_misuse_is_one_line_and_writes_nothing(runs, options, words):
@@ -301,7 +301,7 @@ def test_images_without_parts_and_runs_without_networks(runs, folder, tmp_path):
         evaluate(runs / "target", labelled=str(folder), **FAST)
     with pytest.raises(UsageError, match="no labelled images"):
         evaluate(tmp_path / "new", **FAST)
-    with pytest.raises(UsageError, match="holds no finished network"):
+    with pytest.raises(UsageError, match="holds no trained network"):
         evaluate(tmp_path / "new", labelled=SCENES, **FAST)
     assert not (tmp_path / "new").exists()
 

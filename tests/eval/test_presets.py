@@ -64,7 +64,7 @@ def test_what_a_preset_cannot_do_is_said():
         layers_of(Network("resnet18", size=64, classes=3), "deepcluster")
     splits = open_splits("scenes:images=24,size=48")
     for wrong in ({"schedule": "step"}, {"warmup": 0.1}):
-        with pytest.raises(UsageError, match="--preset deepcluster has its own"):
+        with pytest.raises(UsageError, match="--preset deepcluster sets it"):
             linear.check([NETWORK], splits, config("deepcluster", **wrong), None)
 
 

@@ -105,7 +105,7 @@ def test_identity_is_the_file_or_the_name(weights, tmp_path):
 
 def test_options_that_do_not_belong_are_refused(weights, tmp_path):
     assert "--weights w.pth: only for --teacher torchvision:NAME" in refused(str(weights), "resnet18", "w.pth", 0)
-    assert "--arch resnet18: --teacher torchvision:resnet18 says" in refused(
+    assert "--arch resnet18: --teacher torchvision:resnet18 already names" in refused(
         "torchvision:resnet18", "resnet18", None, 0
     )
     assert "say with --arch which network" in refused(str(weights), None, None, 0)

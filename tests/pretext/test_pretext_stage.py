@@ -343,7 +343,7 @@ def test_permutations_from_a_file(tmp_path):
     with pytest.raises(UsageError, match="holds 3 permutations of 4 tiles; a puzzle needs at least 2 of 9"):
         pretext(tmp_path / "other", **SMALL | {"permutation_file": str(path)})
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(UsageError, match="no permutation file"):
+    with pytest.raises(UsageError, match="not a permutation file"):
         pretext(tmp_path / "other", **SMALL | {"permutation_file": str(path)})
     assert not (tmp_path / "other").exists()
 

@@ -260,7 +260,7 @@ def test_a_machine_with_gpus_takes_the_exact_engine(monkeypatch, gpus):
     for name in ("auto", "exact"):
         assert choose.choose_engine(name, tell=said.append).name == "cuda"
         assert ("torchrun --nproc-per-node 4" in said[-1]) == (gpus == 4)
-        assert ("rows stay on the GPU" in said[-1]) == (name == "auto")
+        assert ("keeps the rows on the GPU" in said[-1]) == (name == "auto")
     assert choose.choose_engine("faiss", tell=said.append).name.startswith("faiss")
 
 

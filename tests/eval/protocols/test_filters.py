@@ -63,5 +63,5 @@ def test_the_layer_is_called_as_elsewhere():
 
 
 def test_a_network_without_such_filters():
-    with pytest.raises(UsageError, match="--protocol filters: net has no convolution of colours"):
+    with pytest.raises(UsageError, match="--protocol filters: net has no convolution of colour images"):
         filters.first_filters(torch.nn.Linear(2, 2), Network("net"))

@@ -124,7 +124,7 @@ def test_labels_of_other_images_have_no_column(run, tmp_path, capsys):
     options = {"protocol": "clusters", "layers": "conv1", "clusters_k": "4", "random": False}
     path = evaluate(copy, labelled="scenes:images=60,size=48,seed=1", overwrite=True, **options)["clusters"]
     assert "pseudo-labels" not in json.loads(path.read_text())["arms"]["run"]["scores"]
-    assert f"the pseudo-labels of run are left out: arrow/000000 of {SCENES} is another" in capsys.readouterr().err
+    assert f"the pseudo-labels of run are left out: arrow/000000 of {SCENES} and of " in capsys.readouterr().err
 
 
 def test_shares_by_hand():

@@ -303,7 +303,7 @@ def test_labelled_images_without_a_box_are_told_by_what_chose_them(tmp_path):
     held["annotations"] = [note for note in held["annotations"] if note["image_id"] != 2]
     (root / "train.json").write_text(json.dumps(held))
     ids.write_text("[2]")
-    with pytest.raises(UsageError, match=r"--ids .*ids\.json: no box among 1 images"):
+    with pytest.raises(UsageError, match=r"--ids .*ids\.json: no box in 1 images"):
         stage.check(tmp_path / "run", SMALL | {"labelled": str(root), "fraction": 1.0, "ids": str(ids)})
 
 

@@ -291,7 +291,7 @@ def test_coco_and_voc_roots_and_a_target_network_of_ours(tmp_path):
         ("[names]", "[nomes]", "'nomes' is not a table of a study"),
         ("[grid]", '[grid]\ntask = ["detect", "segment"]', "task: boxes and masks have different measures"),
         ("epochs = 1", "epoch = 1", "no setting 'epoch'; did you mean 'epochs'"),
-        ("epochs = 1", "epochs = 1\nfraction = 0.1", "'fraction' stands in"),
+        ("epochs = 1", "epochs = 1\nfraction = 0.1", "'fraction' is in"),
         ("seed = [0, 1, 2]", "seed = 3", "needs a list of values"),
         ("seed = [0, 1, 2]", "seed = []", "needs a list of values"),
         ("fraction = [0.5, 0.25]", "fraction = [0.5, 2.0]", "must be at most 1"),
