@@ -152,7 +152,7 @@ def _write(file: Path, found: Foreign, source: Dataset | None, digest: str, dtyp
         places = np.array([row_of.get(key, -1) for key in source.keys])
         names, targets, fingerprint = list(source.keys), source.targets, source.fingerprint
     need_disk(file.parent, len(places) * dim * np.dtype(dtype).itemsize, f"{file.name} ({dim} numbers each)")
-    # The file itself is no part of it: rows of other images, made alike in a second file, can be assigned.
+    # The file itself is no part of it: rows of other images, made in the same way in a second file, can be assigned.
     attributes = {
         "teacher": "made elsewhere",
         "layer": "made elsewhere",

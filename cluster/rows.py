@@ -24,7 +24,7 @@ TOGETHER = 64  # rows projected by one product, at fixed places: so their digits
 WORTH = 2**16  # numbers of a block from which reading ahead costs less than it saves
 PROCESS_BYTES = 9 * 2**27  # libraries (0.9 GB with a torch that knows CUDA) and blocks in work
 ENGINE_BYTES = 2**30  # the most that an engine keeps from one pass for the next, which saves more than kept rows do
-PROJECTED_BYTES = 400  # of a row projected on most of what the engine tries: to make it anew takes longer than reading
+PROJECTED_BYTES = 400  # of a row projected on most of what the engine tries: to make it again takes longer than reading
 CENTROID_BYTES = 40  # of a number in a centroid: copies in float32 and float64, sums, means
 ROW_BYTES = 32  # of a row: labels twice, distances twice, orders
 

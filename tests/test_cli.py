@@ -1,5 +1,6 @@
 """The front door: help without torch, and one line, exit code 2 and nothing written for every misuse."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -108,8 +109,8 @@ def test_help_lists_every_setting(capsys):
     for stage in cli.STAGES:
         assert cli.main([stage, "--help"]) == 0
         said = capsys.readouterr().out
-        for name in stages.settings(stage).__dataclass_fields__:
-            assert f"--{name.replace('_', '-')}" in said, (stage, name)
+        for field in dataclasses.fields(stages.settings(stage)):
+            assert f"--{field.name.replace('_', '-')}" in said, (stage, field.name)
 
 
 MISUSES = [

@@ -71,7 +71,7 @@ def _scan(rows: Rows, centroids: Floats, tick: Callable[[int], object], threads:
         )
         tick(len(block))
 
-    # Each thread has products of its own: all else is then shared out too, and nobody waits inside the library.
+    # Each thread has products of its own: all else is then shared out too, and no thread waits inside the library.
     with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         before: tuple[int, Floats, list[Future[None]]] | None = None
         for start, stop in blocks(rows.count, d):

@@ -28,7 +28,7 @@ from ..result import Result, result_of
 PROTOCOL = "filters/2"
 TITLE = "filters"
 MEASURES = {"colour": "energy in colour %", "smooth": "energy at low frequencies %"}
-MULTI_LABEL = True  # labels are not looked at
+MULTI_LABEL = True  # labels are not used
 NEITHER_IS_BETTER = ("colour", "smooth")
 NOTE = "weights alone, means over the filters; random weights have two thirds of their energy in colour."
 LEAST = 44  # pixels of a filter's side

@@ -68,7 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: cannot be read ({_one_line(error)}); download it again") from error
-    except Exception as error:  # what unpickling a damaged file ends in, nobody can list
+    except Exception as error:  # unpickling a damaged file may raise anything
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise UsageError(
