@@ -105,7 +105,7 @@ def drawn(objects: Objects, size: tuple[int, int]) -> NDArray[np.uint8]:
         try:
             inside = filled(outline, size)
         except (TypeError, ValueError) as error:
-            raise BrokenImage(f"one of its outlines is broken: {error}") from error
+            raise BrokenImage(f"an outline of it is broken: {error}") from error
         if outline is None:
             inside[window] = True
         found[inside] = IGNORE if objects.crowd[place] or outline is None else objects.labels[place] + 1
@@ -141,7 +141,7 @@ def read_map(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.mode != "P":
-                raise BrokenImage(f"{path.name}: not a palette image of classes")
+                raise BrokenImage(f"{path.name}: no palette image of classes")
             return np.asarray(image)
     except (BrokenImage, MemoryError):
         raise

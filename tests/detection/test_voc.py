@@ -176,5 +176,5 @@ def test_masks_are_palette_images(devkit):
     with pytest.raises(BrokenImage):
         test.label_map(1)
     Image.new("RGB", (50, 30)).save(place)
-    with pytest.raises(BrokenImage, match="not a palette"):
+    with pytest.raises(BrokenImage, match="no palette"):
         test.label_map(0)

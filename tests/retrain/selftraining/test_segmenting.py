@@ -328,7 +328,7 @@ def test_lists_and_masks_that_are_none(listed):
         with pytest.raises(StageError, match="64 x 64 pixels and the numbers of 12 classes"):
             segmenting.count(found, 4)
     Image.new("RGB", (64, 64)).save(path.parent / "m" / "a.png")
-    with pytest.raises(StageError, match="not a palette"):
+    with pytest.raises(StageError, match="no palette"):
         segmenting.count(found, 4)
 
 
