@@ -1,4 +1,4 @@
-"""What `ktransfer retrain` can be told."""
+"""What `ktransfer retrain`, `selftrain` and `export` can be told."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -177,3 +177,23 @@ class SelftrainConfig(TrainOptions):
     overwrite: bool = option(
         False, "make the steps again: from the first one that was made otherwise on, else all", execution=True
     )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the target network as an ONNX file, with a card that says what it is and how to run it.
+
+    Normalisation is inside. Nothing is written where onnxruntime does not compute what torch does.
+    """
+
+    first: ClassVar = ("model", "licence", "opset", "tolerance", "overwrite")
+
+    model: str | None = option(
+        None, "a model.safetensors of retrain, or another run; this run's when not given", execution=True
+    )
+    licence: str | None = option(None, "licence of the weights, for the card; left for you to fill in when not given")
+    opset: int = option(18, "version of ONNX's operators", low=18, high=23)
+    tolerance: float = option(
+        1e-4, "largest difference of a logit from torch's, as a share of the largest logit where that is above 1", low=0
+    )
+    overwrite: bool = option(False, "make the stage again", execution=True)
