@@ -239,6 +239,24 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
     make(data, out, size, raw, quality, workers, max_broken)
 
 
+@cli.command()
+@click.option("--model", required=True, help="A model.safetensors that retrain made, or a run folder: its own.")
+@click.option("--data", required=True, help="Images: a folder, one image, a list of paths, a pack, or scenes:.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The table, *.csv.")
+@click.option("--top", default=1, type=click.IntRange(1), show_default=True, help="Most probable labels of an image.")
+@click.option("--batch", default=64, type=click.IntRange(1), show_default=True, help="Images at once.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")
+def predict(model: str, data: str, out: Path, top: int, batch: int, device: str, workers: int) -> None:
+    """Label images with the target network.
+
+    Writes one row an image: its key, the most probable class (or number of the cluster), and the probability.
+    """
+    from ktransfer.retrain.predicting import predict as carry_out
+
+    carry_out(model, data, out, top, batch, device, workers)
+
+
 @cli.command(cls=Alone)
 @click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
 @click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; if not given, generated JPEGs.")

@@ -20,6 +20,7 @@ SECTIONS = {
         "selftrain",
     ),
     "Evaluation": ("eval",),
+    "Use of the target network": ("export", "predict"),
     "Tools": ("study", "demo", "pack", "scenes", "perms", "bench", "doctor"),
 }
 FIRST = "Most used"

@@ -1,4 +1,4 @@
-"""The settings of `ktransfer retrain` and `selftrain`."""
+"""The settings of `ktransfer retrain`, `selftrain` and `export`."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -215,3 +215,25 @@ class SelftrainConfig(TrainOptions):
         "make the steps again: those that were made differently and what depends on them; if there are none, all",
         execution=True,
     )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the target network as an ONNX file, with a card that says what it is and how to run it.
+
+    Normalisation is inside. Nothing is written where onnxruntime does not compute what torch does.
+    """
+
+    first: ClassVar = ("model", "licence", "opset", "tolerance", "overwrite")
+
+    model: str | None = option(
+        None, "a model.safetensors of retrain, or another run; if not given, this run's", execution=True
+    )
+    licence: str | None = option(
+        None, "licence of the weights, for the card; if not given, it is left for you to fill in"
+    )
+    opset: int = option(18, "version of ONNX's operators", low=18, high=23)
+    tolerance: float = option(
+        1e-4, "largest difference of a logit from torch's, as a share of the largest logit where that is above 1", low=0
+    )
+    overwrite: bool = option(False, "remove what the stage has made, and make it again", execution=True)

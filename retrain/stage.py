@@ -91,7 +91,8 @@ def carry_out(plan: RetrainPlan) -> Path:
         _train(config, network, model, images, labels, rows, device, step.folder)
         networks.save(weights, model.state_dict(), network)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
-        step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)})
+        names = {"classes": list(data.classes)[:classes]} if config.labels == CLASSES else {}
+        step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)}, **names)
         checkpoint.remove(step.folder)
         say(f"retrain: done; {config.arch} learned {classes} {network.task} of {len(rows)} images; {weights}")
         return weights

@@ -33,7 +33,7 @@ PUBLIC = {
         "has_class_token he_init layers load normalise save scaled statistics statistics_name tokens_before trunk"
     ),
     "ktransfer.pretext": "PretextConfig pretext",
-    "ktransfer.retrain": "RetrainConfig SelftrainConfig retrain selftrain",
+    "ktransfer.retrain": "ExportConfig RetrainConfig SelftrainConfig export load_model retrain selftrain",
 }
 
 

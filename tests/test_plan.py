@@ -134,7 +134,7 @@ def test_images_are_opened_once_for_a_stage(tmp_path, monkeypatch):
 def test_help_lists_commands_by_use(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
-    order = [said.index(f"\n  {name} ") for name in (*stages.STAGES, "study", "demo", "doctor")]
+    order = [said.index(f"\n  {name} ") for name in (*stages.STAGES, "predict", "study", "demo", "doctor")]
     assert order == sorted(order) and "Commands:" not in said
     assert cli.main(["retrain", "--help"]) == 0
     said = capsys.readouterr().out

@@ -74,9 +74,14 @@ def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.ui
             image.draft(image.mode, (width // scale, height // scale))
         with _GIANTS if image.width * image.height > _GIANT_PIXELS else nullcontext():
             image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = _rgb(image)
-            return np.asarray(rgb if turn is None else rgb.transpose(turn))
+            return upright(image)
+
+
+def upright(image: Image.Image) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8 of an opened image: `decode` says how it becomes RGB."""
+    turn = _UPRIGHT.get(_orientation(image))
+    rgb = _rgb(image)
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
 def reduction(side: int, short_side: int) -> int:

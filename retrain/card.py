@@ -1,0 +1,105 @@
+"""The card beside an exported network: what it is, what it learned, how good it is, how to run it."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from ktransfer import networks
+from ktransfer.networks import Network
+from ktransfer.run import read_record
+
+from .classifier import Classifier, record_of
+
+SHOWN = 100
+"""Names of classes that are listed."""
+FILL_IN = "*to be filled in: that of the images and of the teacher may bind you*"
+
+
+class Exported(NamedTuple):
+    """What the card says of the file.
+
+    Attributes:
+        name: of the file.
+        opset: version of ONNX's operators.
+        difference: from torch (`onnx_file.difference`).
+        weights_hash: SHA-256 of the weights that were exported.
+        versions: of the programs that made it.
+    """
+
+    name: str
+    opset: int
+    difference: float
+    weights_hash: str
+    versions: str
+
+
+def card(exported: Exported, model: Classifier, weights: Path, licence: str | None) -> str:
+    """The text of README.md."""
+    network = model.network
+    record = record_of(weights) or {}
+    count = sum(value.numel() for value in model.model.parameters())
+    named = network.task == "classes"
+    learned = f"{network.classes} {'classes' if named else 'clusters, of whose numbers the label is one'}"
+    rows = [
+        ("network", f"{_arch(network)}, {count:,} weights"),
+        ("learned", learned),
+        ("images", f"fingerprint {record['inputs']['data']}" if record else "unknown"),
+        ("input", f"`image`: (batch, 3, {network.size}, {network.size}) uint8, RGB, 0 to 255; batch of any size"),
+        ("crop", "the centre square of an image, resized with an antialiased bilinear filter"),
+        ("normalisation", f"inside the file: {_normalisation(network)}"),
+        ("output", f"`logits`: (batch, {network.classes}) float32; their softmax is the probability"),
+        ("ONNX", f"opset {exported.opset}; {exported.versions}"),
+        ("checked", f"onnxruntime differs from torch by {exported.difference:.1e} at most on random images"),
+        ("weights", f"SHA-256 {exported.weights_hash}"),
+        *_evaluation(weights, exported.weights_hash),
+        ("licence", " ".join(licence.split()).replace("|", "\\|") if licence else FILL_IN),
+    ]
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    return (
+        f"# {exported.name}: {network.arch}, {network.classes} {'classes' if named else 'clusters'}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n{_classes(model.names) if named else ''}"
+        f"Run it (`pip install onnxruntime pillow`):\n\n```python\n{code(exported.name, network.size)}\n```\n"
+    )
+
+
+def code(name: str, size: int) -> str:
+    """The lines of Python that run the file `name` on `image.jpg`."""
+    return (
+        "import numpy, onnxruntime; from PIL import Image, ImageOps\n"
+        f'image = ImageOps.fit(Image.open("image.jpg").convert("RGB"), ({size}, {size}), Image.Resampling.BILINEAR)\n'
+        f'logits = onnxruntime.InferenceSession("{name}", providers=["CPUExecutionProvider"])'
+        '.run(None, {"image": numpy.asarray(image).transpose(2, 0, 1)[None]})[0]'
+    )
+
+
+def _arch(network: Network) -> str:
+    ours = network.arch in networks.TRUNKS[:2]
+    return f"{network.arch}, width {network.width:g}, stride {network.stride}" if ours else network.arch
+
+
+def _normalisation(network: Network) -> str:
+    if network.normalise == "picture":
+        return "each image by its own mean and deviation"
+    mean, deviation = networks.statistics(network.normalise)
+    return f"mean {', '.join(map(str, mean))} and deviation {', '.join(map(str, deviation))} of values in 0 to 1"
+
+
+def _classes(names: tuple[str, ...]) -> str:
+    if len(names) > SHOWN:
+        return "Names of the classes, in the order of the logits, are in the file's metadata, under `classes`.\n\n"
+    return f"Classes, in the order of the logits: {', '.join(f'`{name}`' for name in names)}.\n\n"
+
+
+def _evaluation(weights: Path, weights_hash: str) -> list[tuple[str, str]]:
+    """The linear probe of exactly these weights, where the run has one."""
+    run = weights.resolve().parent.parent
+    path, record = run / "eval" / "linear.json", read_record(run, "eval", "linear")
+    if not path.is_file() or not record or record["inputs"].get(f"network {run.name}") != weights_hash:
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    scores = found["arms"].get(run.name, {"scores": {}})["scores"]
+    measure = next(iter(found["measures"]))
+    shown = [f"{layer} {cell[measure]:.1%}" for layer, cell in scores.items() if measure in cell]
+    test = found["data"]["test"]
+    words = found["measures"][measure].removesuffix(" %")
+    return [("linear probe", f"{words} on {test} test images: {', '.join(shown)}")] if shown else []
