@@ -242,7 +242,7 @@ def test_misuse_is_one_line(of_classes, run, tmp_path, capsys, monkeypatch):
     assert "opset = 7: must be at least 18" in said("--run", new, "export", "--model", of_classes, "--opset", 7)
     (new / "export").mkdir(parents=True)
     (new / "export" / "README.md").write_text("my own")
-    assert "is none of ours; move it away" in said("--run", new, "export", "--model", of_classes)
+    assert "was not made by ktransfer; move it away" in said("--run", new, "export", "--model", of_classes)
     monkeypatch.setattr(exporting, "_check_size", lambda *_: None)
     find = importlib.util.find_spec
     for name in ("onnx", "onnxruntime", "onnxscript"):
