@@ -100,9 +100,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
         inputs, size = {"weights": input_hash(source)}, source.stat().st_size
     card_there = run / EXPORT / CARD
     if card_there.exists() and read_record(run, EXPORT, EXPORT) is None:
-        raise UsageError(
-            f"export: {card_there} is there already and was not made by ktransfer; move it away, or choose another --run"
-        )
+        raise UsageError(f"export: {card_there} was not made by ktransfer; move it away, or choose another --run")
     return ExportPlan(
         stage=EXPORT,
         run=run,
