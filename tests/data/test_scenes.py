@@ -246,7 +246,7 @@ def test_parse_names_the_valid_keys(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["scenes:images=0", "scenes:size=31", "scenes:size=4096", "scenes:seed=4294967296"])
 def test_parse_refuses_what_is_out_of_range(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"choose|ask"):
+    with pytest.raises(UsageError, match=r"choose|ask|give at least"):
         parse(spec)
 
 

@@ -231,11 +231,11 @@ def test_the_missing_extra_is_one_line(monkeypatch):
 
 def test_nothing_to_be_found_is_said_in_a_line():
     data, found = noisy(open_file("scenes:images=12,size=64"))
-    with pytest.raises(StageError, match="no object in the 0 images"):
+    with pytest.raises(StageError, match="no object in the 0 test images"):
         metrics.scores(data, {}, 0)
     crowds = tuple(one._replace(crowd=np.ones_like(one.crowd)) for one in data.objects)
     object.__setattr__(data, "objects", crowds)
-    with pytest.raises(StageError, match="no object in the 12 images"):
+    with pytest.raises(StageError, match="no object in the 12 test images"):
         metrics.scores(data, found, 0)
 
 

@@ -117,7 +117,7 @@ def test_killed_and_given_again_it_ends_with_the_same_bytes(made, tmp_path, monk
     assert contents(run) == contents(made)
 
 
-@pytest.mark.parametrize(("step", "label"), [("pseudo", "pseudo"), ("scores", "evaluate student")])
+@pytest.mark.parametrize(("step", "label"), [("pseudo", "predict pseudo"), ("scores", "evaluate student")])
 def test_killed_while_it_looks_at_images_it_goes_on(made, copy, monkeypatch, step, label):
     path = copy / "selftrain" / "stage.json"
     records = json.loads(path.read_text())
