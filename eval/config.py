@@ -204,6 +204,12 @@ class EvalConfig(LoopOptions):
     published: bool = option(False, "show published results of others beside these", execution=True)
     overwrite: bool = option(False, "remove the results of these protocols, and make them again", execution=True)
 
+    @staticmethod
+    def parts_read(given: Mapping[str, Any]) -> list[str]:
+        """The parts of the stage that a call has: its protocols, and the arm that learns the true labels."""
+        names = str(given.get("protocol", EvalConfig.protocol)).split(",")
+        return [*(name.strip() for name in names), *(["supervised"] if given.get("supervised") else [])]
+
     def __post_init__(self) -> None:
         """Refuse what would be refused hours later."""
         super().__post_init__()
@@ -217,13 +223,3 @@ def own_settings(given: EvalConfig, name: str) -> dict[str, Any]:
     """What the protocol `name` uses for settings that were left at 0, -1 or ""."""
     own = DEFAULTS.get(name, {}) | (PRESETS[given.preset] if name == "linear" else {})
     return {key: value for key, value in own.items() if getattr(given, key) == getattr(EvalConfig, key)}
-
-
-def _counting(given: Mapping[str, Any]) -> list[str]:
-    """The parts of the stage that a call has: its protocols, and the arm that learns the true labels."""
-    names = str(given.get("protocol", EvalConfig.protocol)).split(",")
-    return [*(name.strip() for name in names), *(["supervised"] if given.get("supervised") else [])]
-
-
-counting = {"eval": _counting}
-"""Stage -> the parts of it that a call has, whose settings alone it takes from a file (`plan.with_table`)."""

@@ -153,10 +153,10 @@ def with_table(stage: str, table: Mapping[str, Any], given: Mapping[str, Any]) -
     gives stays, and is refused by the stage's check where nothing reads it.
     """
     merged = {**table, **given}
-    counting = getattr(stages.config_module(stage), "counting", None)
-    if counting is None or stage not in counting:
+    config = stages.settings(stage)
+    if not hasattr(config, "parts_read"):
         return merged
-    read = read_by(stages.settings(stage), counting[stage](merged))
+    read = read_by(config, config.parts_read(merged))
     return {name: value for name, value in merged.items() if name in given or name in read}
 
 

@@ -56,13 +56,8 @@ EXTENSION = "ktransfer.cluster.engines._exact"
 
 def settings(stage: str) -> Any:
     """The dataclass of a stage's settings; imports nothing heavy."""
-    return getattr(config_module(stage), STAGES[stage].settings)
-
-
-def config_module(stage: str) -> Any:
-    """The module of a stage's settings."""
     room = ".".join(STAGES[stage].module.split(".")[:2])
-    return importlib.import_module(f"{room}.config")
+    return getattr(importlib.import_module(f"{room}.config"), STAGES[stage].settings)
 
 
 def module(stage: str) -> Any:
