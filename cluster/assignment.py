@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ktransfer.artifacts.centroids import read_centroids
-from ktransfer.artifacts.features import open_features
+from ktransfer.artifacts.centroids import Centroids, read_centroids, refuse_mismatch
+from ktransfer.artifacts.features import Features, open_features
 from ktransfer.artifacts.labels import write_labels
 from ktransfer.config import build
 from ktransfer.data.opening import open_dataset
@@ -25,7 +26,8 @@ from .engines.choose import device_of
 from .engines.engine import described
 from .foreign import adopt, check_keys, is_foreign, open_foreign
 from .quality import quality, summary
-from .sources import data_of, labelled_features, refuse_mismatch
+from .sources import data_of, labelled_features
+from .views import made_views
 
 BALANCED_BYTES = 144  # of a row, beyond a plain assignment
 
@@ -64,9 +66,11 @@ def carry_out(plan: AssignPlan) -> Path:
     else:
         path = labelled_features(run, config, clustered)
     features = open_features(path)
-    refuse_mismatch(features, path, centroids, centroids_path)
+    refuse_mismatch(features, centroids)
     spec = config.data or data_of(run, path)
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
+    further = made_views(run / "clusters")
+    inputs |= {f"view {view.stem}": input_hash(view) for view in further}
     config = replace(config, features=str(path), data=spec)
     names = ["labels.csv", "labels.h5", "labels.bin"]
     device = "cpu" if config.balanced else device_of(config.engine)
@@ -75,13 +79,13 @@ def carry_out(plan: AssignPlan) -> Path:
             return step.folder / names[0]
         k = len(centroids.centroids)
         prepared = features, centroids.projection, centroids.normalise, k
-        more: dict[str, Any] = {}
+        costs: dict[str, float] = {}
         if config.balanced:
             extra = BALANCED_BYTES * int(features.valid.sum())
             rows, _ = planned_rows(*prepared, config.memory, "assign", extra)
             even = assign_balanced(rows, centroids.centroids)
             labels, distances, by = even.labels, even.distances, f"balanced, products by numpy {np.__version__}"
-            more = {"cost": even.cost, "least cost possible": even.bound}
+            costs = {"cost": even.cost, "least cost possible": even.bound}
             say(
                 f"assign: clusters of equal size; cost {even.cost:.8g}, of which the least possible is at least "
                 f"{even.bound:.8g}"
@@ -95,11 +99,21 @@ def carry_out(plan: AssignPlan) -> Path:
         far = np.full(len(features.valid), np.nan, np.float32)
         far[features.valid] = distances
         fingerprint = str(features.attributes.get("fingerprint"))
-        write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint)
+        more = np.full((len(features.valid), len(further)), -1, np.int32)
+        for place, view in enumerate(further):
+            more[features.valid, place] = _labels_of(read_centroids(view), features, config)
+        write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint, more)
         result = quality(everywhere, features.targets, k)
-        step.finish([step.folder / name for name in names], result=result | more | {"engine": by})
+        step.finish([step.folder / name for name in names], result=result | costs | {"engine": by})
         say(f"assign: done; {summary(result)}; {step.folder / names[0]}")
         return step.folder / names[0]
+
+
+def _labels_of(view: Centroids, features: Features, config: AssignConfig) -> NDArray[np.int32]:
+    """(valid rows,) the nearest centroid of a further clustering."""
+    k = len(view.centroids)
+    rows, engine = open_rows(features, view.projection, view.normalise, k, config.engine, config.memory, "assign")
+    return assign_rows(rows, view.centroids, engine)[0]
 
 
 def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> AssignPlan:

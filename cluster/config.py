@@ -68,6 +68,14 @@ class ClusterConfig:
         None, "the images whose features are clustered; if not given, those of the run", execution=True
     )
     k: int = option(2000, "number of clusters", low=1)
+    views: int = option(
+        1,
+        "how many clusterings are made: the first of k clusters, the others of k/4, k/2, k and 2k in turn, each along "
+        "other random directions; for retrain --objective multi",
+        low=1,
+        high=64,
+        before=1,
+    )
     iterations: int = option(20, "largest number of iterations; it stops earlier when no label changes", low=1)
     algorithm: str = option(
         "lloyd",

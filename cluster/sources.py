@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from ktransfer.artifacts.centroids import Centroids
-from ktransfer.artifacts.features import Features, open_features
+from ktransfer.artifacts.features import open_features
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.run import input_hash, read_record
@@ -93,16 +92,3 @@ def data_of(run: Path, path: Path) -> str | None:
     """The images of a feature file, None where it was not made in this run."""
     record = read_record(run, "features", path.stem) if path.parent == run / "features" else None
     return record["config"]["data"] if record else None
-
-
-def refuse_mismatch(features: Features, path: Path, centroids: Centroids, file: Path) -> None:
-    """UsageError where the features are not of the kind that was clustered."""
-    wrong = [
-        f"{name} is '{features.attributes.get(name)}', not '{value}'"
-        for name, value in centroids.source.items()
-        if features.attributes.get(name) != value
-    ]
-    if wrong:
-        raise UsageError(
-            f"{path}: not made like the features behind {file}: {'; '.join(wrong)}; extract them in the same way"
-        )

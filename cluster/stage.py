@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ktransfer import files
+from ktransfer.artifacts.centroids import Projection
 from ktransfer.artifacts.features import Features, open_features
 from ktransfer.config import build, nearest
 from ktransfer.errors import UsageError
@@ -17,6 +18,7 @@ from ktransfer.plan import Plan, PlannedStep, carry_out_line, latest, plan_line
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash
 
+from . import views
 from .algorithms.initialisation import STARTS, sample_size, start_of
 from .algorithms.lloyd import Clustering, kmeans, refuse_sizes
 from .algorithms.minibatch import minibatch_kmeans
@@ -37,7 +39,7 @@ from .rows import plan_memory
 from .sheet import images_of, save_sheet
 from .sources import data_of, features_path, outdated
 
-OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", "work")
+OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", views.FOLDER, "work")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +91,16 @@ def carry_out(plan: ClusterPlan) -> Path:
             f"cluster: {findings.rows} rows of {findings.columns} numbers, {findings.distinct} distinct, "
             f"{findings.constant} columns constant"
         )
-        given = _given_start(config, config.pca or findings.columns)
         projection = fit_projection(features, config.pca, config.whiten) if config.pca else None
-        more = _extra_bytes(config, findings.rows, config.pca or findings.columns, findings.columns)
-        rows, engine = open_rows(
-            features, projection, config.normalise, config.k, config.engine, config.memory, "cluster", *more
+        found, written = _clustered(config, features, projection, start, step.folder)
+        further = views.make_views(
+            step.folder,
+            views.views(config.k, config.views),
+            lambda view, path: _view(config, features, projection, view, path, work),
         )
-        clustered = _clusterer(config, rows, engine, given, len(features.valid), work)
-        found = replace(clustered(seed=config.seed), start=start)
-        write_centroids(file, found, projection, config.normalise, features)
-        second = clustered(seed=derived_seed(config.seed), name="stability") if config.stability else None
-        evaluated = _evaluate(step.folder, config, features, rows, found, second)
         sizes = np.sort(found.counts)
         step.finish(
-            [file, *evaluated],
+            [*written, *further],
             result={
                 "points": f"trained on {found.points_used} of {found.points_total}",
                 "objective": found.objective,
@@ -126,6 +124,38 @@ def carry_out(plan: ClusterPlan) -> Path:
             f"(min / median / max), {sum(found.splits)} splits; {file}"
         )
         return file
+
+
+def _clustered(
+    config: ClusterConfig, features: Features, projection: Projection | None, start: str, folder: Path
+) -> tuple[Clustering, list[Path]]:
+    """The clustering of all rows, evaluated; and the files that were written of it."""
+    count, columns = int(features.valid.sum()), features.rows.shape[1]
+    dim = config.pca or columns
+    given = _given_start(config, dim)
+    more = _extra_bytes(config, count, dim, columns)
+    rows, engine = open_rows(
+        features, projection, config.normalise, config.k, config.engine, config.memory, "cluster", *more
+    )
+    clustered = _clusterer(config, rows, engine, given, len(features.valid), folder / "work")
+    found = replace(clustered(seed=config.seed), start=start)
+    file = folder / "clusters.h5"
+    write_centroids(file, found, projection, config.normalise, features)
+    second = clustered(seed=derived_seed(config.seed), name="stability") if config.stability else None
+    return found, [file, *_evaluate(folder, config, features, rows, found, second)]
+
+
+def _view(
+    config: ClusterConfig, features: Features, pca: Projection | None, view: views.View, path: Path, work: Path
+) -> None:
+    """Write a further clustering."""
+    turned = views.random_projection(features, pca, config.seed, view.number)
+    dim = turned.components.shape[1]
+    more = _extra_bytes(config, int(features.valid.sum()), dim, features.rows.shape[1])
+    opened = open_rows(features, turned, config.normalise, view.k, config.engine, config.memory, "cluster", *more)
+    clustered = _clusterer(replace(config, k=view.k), *opened, None, len(features.valid), work)
+    found = clustered(seed=config.seed, name=f"view-{view.number}")
+    write_centroids(path, found, turned, config.normalise, features)
 
 
 def first(
@@ -162,10 +192,10 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
         raise UsageError(
             f"--start-sample {config.start_sample}: fewer rows than the {config.k} clusters; give at least {config.k}"
         )
-    if config.start not in STARTS and (config.redo > 1 or config.stability):
+    if config.start not in STARTS and (config.redo > 1 or config.stability or config.views > 1):
         raise UsageError(
-            f"--start {config.start}: --redo and --stability need different starts, and a file gives one; leave them "
-            "out"
+            f"--start {config.start}: --redo, --stability and --views need different starts, and a file gives one; "
+            "leave them out"
         )
     coming = None if config.features else latest(before, "extract")
     memory = 0
@@ -206,9 +236,14 @@ def _refuse_rows(config: ClusterConfig, count: int, columns: int) -> None:
         raise UsageError(f"--pca {config.pca}: the features have {columns} numbers; give a smaller one")
     if config.k > count:
         raise UsageError(f"--k {config.k}: more clusters than the {count} images; give a smaller --k")
+    most = views.most_clusters(config.k, config.views)
+    if most > count:
+        raise UsageError(
+            f"--views {config.views}: one of them has {most} clusters, more than the {count} images; give a smaller --k"
+        )
     if config.pca >= count:
         raise UsageError(f"--pca {config.pca}: must be below the number of images, {count}; give a smaller one")
-    refuse_sizes(config.k, config.min_size, count)
+    refuse_sizes(most, config.min_size, count)
 
 
 def _clusterer(

@@ -28,18 +28,28 @@ def option(
     high: float | None = None,
     execution: bool = False,
     of: tuple[str, ...] = (),
+    before: Any = None,
 ) -> Any:
     """A field of a stage's settings.
 
     `execution` marks what a resume may change: what cannot change results beyond float rounding (workers, device), and
     paths, whose contents are compared instead. `of` names the only parts of the stage that read it: a change of it
-    leaves the others as they are (see `settings_of`).
+    leaves the others as they are (see `settings_of`). `before` is what a step was made with whose record is older than
+    the setting.
     """
     if of:
         help = f"{', '.join(of)}: {help}"  # noqa: A001
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "choices": choices, "low": low, "high": high, "execution": execution, "of": of},
+        metadata={
+            "help": help,
+            "choices": choices,
+            "low": low,
+            "high": high,
+            "execution": execution,
+            "of": of,
+            "before": before,
+        },
     )
 
 
@@ -58,10 +68,12 @@ def read_by(config: Any, parts: "typing.Iterable[str]") -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Some of a stage's settings: `values` by name, and the names of those that can change `results`."""
+    """Some of a stage's settings: `values` by name, the names of those that can change `results`, and what each was
+    `before` there was such a setting."""
 
     values: Mapping[str, Any]
     results: frozenset[str]
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def settings_of(config: Any, part: str) -> Settings:
@@ -74,7 +86,7 @@ def chosen_settings(config: Any, names: "typing.Iterable[str]") -> Settings:
     fields = {field.name: field for field in dataclasses.fields(config)}
     wanted = [name for name in fields if name in set(names)]
     results = frozenset(name for name in wanted if not fields[name].metadata["execution"])
-    return Settings({name: getattr(config, name) for name in wanted}, results)
+    return Settings({name: getattr(config, name) for name in wanted}, results, settings_before(config))
 
 
 def all_settings(config: Any) -> dict[str, Any]:
@@ -83,7 +95,7 @@ def all_settings(config: Any) -> dict[str, Any]:
 
 
 def _limits(field: "dataclasses.Field[Any]") -> dict[str, Any]:
-    return {name: field.metadata[name] for name in ("choices", "low", "high", "execution")}
+    return {name: field.metadata[name] for name in ("choices", "low", "high", "execution", "before")}
 
 
 def kind(field: "dataclasses.Field[Any]") -> type:
@@ -170,6 +182,13 @@ def result_settings(config: Any) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if not field.metadata["execution"]
     }
+
+
+def settings_before(config: Any) -> dict[str, Any]:
+    """What a step was made with, by name, whose record does not have the setting yet."""
+    if isinstance(config, Settings):
+        return dict(config.before)
+    return {field.name: field.metadata["before"] for field in dataclasses.fields(config)}
 
 
 def in_words(run: "str | Path", stage: str, options: Mapping[str, Any]) -> str:

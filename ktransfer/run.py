@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ktransfer import __version__, files
-from ktransfer.config import all_settings, result_settings
+from ktransfer.config import all_settings, result_settings, settings_before
 from ktransfer.errors import KTransferError, UsageError
 from ktransfer.progress import say
 from ktransfer.stages import command_of
@@ -251,7 +251,7 @@ def changes(
     old = read_record(run, stage, name)
     if old is None:
         return []
-    settings, before, known = result_settings(config), old["config"], old["inputs"]
+    settings, before, known = result_settings(config), settings_before(config) | old["config"], old["inputs"]
     found = [
         f"{key.replace('_', '-')} was {before.get(key)!r}, is {settings[key]!r}"
         for key in sorted(settings)

@@ -22,6 +22,22 @@ class RetrainConfig(TrainOptions):
         "a label file (.csv, .h5, .bin), or classes: the class folders of the data; if not given, the run's "
         "pseudo-labels",
     )
+    objective: str = option(
+        "clusters",
+        "what is learned of an image. clusters: its pseudo-label; multi: those of several clusterings (cluster "
+        "--views); soft: how near it is to every centroid; features: the direction of the teacher's features; "
+        "relations: its similarities to other images",
+        choices=("clusters", "multi", "soft", "features", "relations"),
+        before="clusters",
+    )
+    features: str | None = option(
+        None,
+        "soft, features and relations: the teacher's features; if not given, those of the run",
+        execution=True,
+    )
+    temperature: float = option(
+        0.0, "soft and relations: temperature of the distribution; 0: 0.05 and 0.04", low=0, high=10, before=0.0
+    )
     arch: str = option(
         "alexnet", "alexnet, alexnet_bn, or the name of a classifier of torchvision; list: show all names"
     )
@@ -33,6 +49,13 @@ class RetrainConfig(TrainOptions):
         0, "side of the network's input in pixels; 0: 224, or less where the images are smaller", low=0, high=2048
     )
     crop: float = option(0.08, "smallest share of an image's area that a random crop shows", low=0.01, high=1)
+    normalise: str = option(
+        "imagenet",
+        "how the network's input is normalised. imagenet: by the mean and deviation of ImageNet's colours; picture: by "
+        "each image's own",
+        choices=("imagenet", "picture"),
+        before="imagenet",
+    )
     uniform: bool = option(False, "draw all clusters equally often, instead of all images")
     overwrite: bool = option(False, "remove what the stage has made, and make it again", execution=True)
 

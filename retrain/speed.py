@@ -15,6 +15,8 @@ from ktransfer.training.batch import Batch
 from ktransfer.training.device import autocast
 
 from .config import RetrainConfig
+from .objectives.objective import Known
+from .objectives.table import open_objective
 from .stage import _loss, augmented
 
 CLASSES = 2000  # the paper's clusters
@@ -39,7 +41,8 @@ def work(wanted: Wanted) -> Work:
     network = Network(config.arch, config.width, config.stride, config.size, CLASSES)
     model = networks.build(network, config.seed, "bench")
     labels = torch.zeros(wanted.images, dtype=torch.int64, device=device)
-    step = training(model, partial(_loss, labels=labels, network=network, config=config), config, device)
+    objective = open_objective(config, Known(labels[:, None]), device)
+    step = training(model, partial(_loss, objective=objective, network=network, config=config), config, device)
 
     def alone(crops: Tensor) -> None:
         model.zero_grad(set_to_none=True)

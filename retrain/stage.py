@@ -6,14 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as zoo
 
 from ktransfer import distributed, networks, rng
-from ktransfer.artifacts.labels import read_labels
 from ktransfer.config import build
 from ktransfer.data.augment import MARGIN, random_resized_crop, stored_side
 from ktransfer.data.dataset import Dataset
@@ -23,7 +20,7 @@ from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
-from ktransfer.run import begin, done_record, input_hash, read_record
+from ktransfer.run import begin, read_record
 from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch import Batch
 from ktransfer.training.batch_divider import seen_by_batch_norm
@@ -32,9 +29,12 @@ from ktransfer.training.memory import tell_plan
 from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
 from .config import RetrainConfig
+from .known import CLASSES, LABELLED, OF_FEATURES, assigned, find_known, received, refuse_together, sent
+from .objectives.objective import Known, Objective
+from .objectives.table import open_objective
 
-CLASSES = "classes"
 LIST = "list"
+PSEUDO = "pseudo-labels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,35 +66,36 @@ def retrain(run: str | Path, **options: Any) -> Path:
 
 
 def carry_out(plan: RetrainPlan) -> Path:
-    """Read the labels, learn them, and write the weights."""
+    """Read what is known of the images, learn it, and write the weights."""
     config, data, device = plan.config, plan.images, plan.device
-    labels, labels_hash = _labels(plan.run, config, data)
-    classes = int(labels.max()) + 1
-    network = replace(plan.network, classes=classes)
-    rows = torch.nonzero(labels >= 0)[:, 0]
+    known, inputs = find_known(plan.run, config, data)
+    inputs |= seen_by_batch_norm(config, lambda: networks.build(plan.network, config.seed, "retrain"))
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
-    inputs = {"data": data.fingerprint, "labels": labels_hash}
-    inputs |= seen_by_batch_norm(config, lambda: networks.build(network, config.seed, "retrain"))
     with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
         weights = step.folder / "model.safetensors"
         if step.done:
             return weights
+        objective = open_objective(config, known, device)
+        network = replace(plan.network, classes=objective.outputs, task=_task(config, objective))
         model = networks.build(network, config.seed, "retrain")
         images = ImageLoader(data, stored_side(config.size), config.workers, cache=config.cache_images, device=device)
-        rows = readable_by_all(images, rows, config.max_broken)
-        loss = partial(_loss, labels=labels.to(device), network=network, config=config)
+        rows = readable_by_all(images, known.rows(), config.max_broken)
+        loss = partial(_loss, objective=objective, network=network, config=config)
         tell_plan(model, loss, images, rows, config, device, "retrain")
         if distributed.world_size() > 1:
-            order = {"do": "retrain", "config": asdict(config), "network": asdict(network)} | data_facts(data)
-            distributed.send_order(order, labels.numpy(), rows.numpy())
+            facts, arrays = sent(known)
+            order = {"do": "retrain", "config": asdict(config), "network": asdict(network)} | facts | data_facts(data)
+            distributed.send_order(order, rows.numpy(), *arrays)
             distributed.agree(None)
-        _train(config, network, model, images, labels, rows, device, step.folder)
-        networks.save(weights, model.state_dict(), network)
+        _train(config, network, model, images, known, objective, rows, device, step.folder)
+        kept = replace(network, classes=objective.kept)
+        networks.save(weights, _first_outputs(model, kept), kept)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
-        names = {"classes": list(data.classes)[:classes]} if config.labels == CLASSES else {}
-        step.finish([weights], broken=broken, result={"classes": classes, "images": len(rows)}, **names)
+        names = {"classes": list(data.classes)[: kept.classes]} if config.labels == CLASSES else {}
+        result = {"classes": kept.classes, "images": len(rows)}
+        step.finish([weights], broken=broken, result=result, **names)
         checkpoint.remove(step.folder)
-        say(f"retrain: done; {config.arch} learned {classes} {network.task} of {len(rows)} images; {weights}")
+        say(f"retrain: done; {config.arch} learned {network.classes} {network.task} of {len(rows)} images; {weights}")
         return weights
 
 
@@ -104,9 +105,10 @@ def train_along(order: dict[str, Any]) -> None:
         config, network = RetrainConfig(**order["config"]), Network(**order["network"])
         device = choose_device(config)
         images = kept_images(order)
+        known = received(order, order["arrays"][1:])
+        objective = open_objective(config, known, device)
         model = networks.build(network, config.seed, "retrain")
-    labels, rows = (torch.from_numpy(array) for array in order["arrays"])
-    _train(config, network, model, images, labels, rows, device, Path())
+    _train(config, network, model, images, known, objective, torch.from_numpy(order["arrays"][0]), device, Path())
 
 
 def _train(
@@ -114,16 +116,17 @@ def _train(
     network: Network,
     model: nn.Module,
     images: ImageLoader,
-    labels: Tensor,
+    known: Known,
+    objective: Objective,
     rows: Tensor,
     device: torch.device,
     folder: Path,
 ) -> None:
     loop.fit(
         model,
-        partial(_loss, labels=labels.to(device), network=network, config=config),
+        partial(_loss, objective=objective, network=network, config=config),
         images,
-        partial(_batches, rows, labels, config),
+        partial(_batches, rows, known.labels[:, 0], config),
         config,
         folder,
         device,
@@ -132,14 +135,28 @@ def _train(
     )
 
 
+def _task(config: RetrainConfig, objective: Objective) -> str:
+    return CLASSES if config.labels == CLASSES else objective.task
+
+
+def _first_outputs(model: nn.Module, network: Network) -> dict[str, Tensor]:
+    """The weights of `network`, which has fewer outputs than the model that was trained: the first of them."""
+    wanted = networks.build(network, 0, "shapes").state_dict()
+    return {name: value[: len(wanted[name])] if value.ndim else value for name, value in model.state_dict().items()}
+
+
 def first(
     run: Path, options: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The assignment that comes before, where the run's pseudo-labels are missing or of other centroids than its
-    own."""
+    """The assignment that comes before, where the run's pseudo-labels are missing or of other centroids than its own;
+    of an objective that learns the teacher's features alone, the extraction of these."""
     if options.get("labels") or options.get("arch") == LIST or latest(before, "assign"):
         return []
-    clusters, there = latest(before, "cluster"), _assigned(run)
+    if options.get("objective", RetrainConfig.objective) not in LABELLED:
+        wanted = {"data": options["data"]} if options.get("data") else {}
+        there = options.get("features") or latest(before, "extract") or any((run / "features").glob("*.h5"))
+        return [] if there else [("extract", wanted | dict(tables.get("extract", {})))]
+    clusters, there = latest(before, "cluster"), assigned(run)
     if there and "assign" not in tables and clusters is None:
         return []
     again = clusters is not None and (clusters.overwrite or not there)
@@ -163,19 +180,20 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     config = replace(config, size=size, data=data.spec)
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
+    refuse_together(config)
     classes, inputs = 2, {"data": data.fingerprint}
-    if config.labels or not latest(before, "cluster", "assign"):
-        labels, inputs["labels"] = _labels(run, config, data)
-        classes = int(labels.max()) + 1
-    task = CLASSES if config.labels == CLASSES else "pseudo-labels"
-    network = Network(config.arch, config.width, config.stride, config.size, classes, "imagenet", task)
+    if config.labels or not latest(before, "extract", "cluster", "assign"):
+        known, inputs = find_known(run, config, data)
+        classes = int(known.labels[:, 0].max()) + 1 or 2
+    task = CLASSES if config.labels == CLASSES else PSEUDO
+    network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
         networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
     memory = 3 * stored_side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
     return RetrainPlan(
         stage="retrain",
         run=run,
-        steps=[PlannedStep("retrain", config, inputs, () if config.labels else ("assign",), memory=memory)],
+        steps=[PlannedStep("retrain", config, inputs, _reads(config), memory=memory)],
         overwrite=config.overwrite,
         images=data,
         network=network,
@@ -185,12 +203,10 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     )
 
 
-def _assigned(run: Path) -> bool:
-    """Whether the run's pseudo-labels, of whatever images, belong to its centroids."""
-    made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
-    if not made or made["state"] != "done" or not centroids.is_file():
-        return False
-    return bool(made["inputs"]["centroids"] == input_hash(centroids))
+def _reads(config: RetrainConfig) -> tuple[str, ...]:
+    """The stages of the run whose outcome it takes."""
+    labels = ("assign",) if config.objective in LABELLED and not config.labels else ()
+    return labels + (("extract",) if config.objective in OF_FEATURES and not config.features else ())
 
 
 def _data_spec(run: Path, config: RetrainConfig) -> str:
@@ -201,39 +217,6 @@ def _data_spec(run: Path, config: RetrainConfig) -> str:
         if record and record["config"].get("data"):
             return str(record["config"]["data"])
     raise UsageError("retrain: no images were given, and the run has none; name them with --data")
-
-
-def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str]:
-    """(n,) int64 label of each row of the data, -1 where it has none; and what they are, as a hash."""
-    if config.labels == CLASSES:
-        return torch.from_numpy(data.targets.astype(np.int64)), data.fingerprint
-    path = Path(config.labels) if config.labels else run / "clusters" / "labels.csv"
-    if not config.labels:
-        made = done_record(run, "clusters", "assign", "assign")
-        centroids = run / "clusters" / "clusters.h5"
-        if centroids.is_file() and made["inputs"]["centroids"] != input_hash(centroids):
-            raise UsageError(
-                f"{path}: belongs to older clusters; make it again: ktransfer --run {run} assign --overwrite"
-            )
-    found = read_labels(path)
-    digest = input_hash(path)
-    if found.keys is None:
-        if len(found.labels) != len(data):
-            raise UsageError(f"{path}: {len(found.labels)} labels for {len(data)} images of {data.spec}")
-        labels = torch.from_numpy(found.labels.astype(np.int64))
-    else:
-        place = {key: row for row, key in enumerate(data.keys)}
-        missing = [key for key in found.keys if key not in place]
-        if missing:
-            raise UsageError(
-                f"{path}: {len(missing)} of {len(found.keys)} keys are not images of {data.spec}, such as "
-                f"{missing[0]}; give the --data that was labelled"
-            )
-        labels = torch.full((len(data),), -1)
-        labels[torch.tensor([place[key] for key in found.keys])] = torch.from_numpy(found.labels.astype(np.int64))
-    if len(labels.unique()[labels.unique() >= 0]) < 2:
-        raise UsageError(f"{path}: fewer than two different labels; give at least two")
-    return labels, digest
 
 
 def _batches(rows: Tensor, labels: Tensor, config: RetrainConfig, epoch: int) -> Tensor:
@@ -249,12 +232,11 @@ def _batches(rows: Tensor, labels: Tensor, config: RetrainConfig, epoch: int) ->
 
 
 def _loss(
-    model: nn.Module, batch: Batch, labels: Tensor, network: Network, config: RetrainConfig
+    model: nn.Module, batch: Batch, objective: Objective, network: Network, config: RetrainConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    wanted = labels[batch.rows[batch.kept]]
-    logits = model(augmented(batch, network, config))
-    correct = (logits.argmax(1) == wanted).sum()
-    return F.cross_entropy(logits, wanted), {"accuracy": correct, "count": batch.valid.sum()}
+    outputs = model(augmented(batch, network, config))
+    value, sums = objective.loss(outputs, batch.rows[batch.kept])
+    return value, sums | {"count": batch.valid.sum()}
 
 
 def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:

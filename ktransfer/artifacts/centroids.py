@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.artifacts.features import Features
 from ktransfer.errors import UsageError
 
 SCHEMA = 1
@@ -37,12 +38,14 @@ class Centroids(NamedTuple):
         projection: the PCA before, if any.
         normalise: whether rows were scaled to length 1.
         source: the attributes of the features that must agree.
+        path: the file.
     """
 
     centroids: NDArray[np.float32]
     projection: Projection | None
     normalise: bool
     source: dict[str, str]
+    path: Path
 
 
 def read_centroids(path: Path) -> Centroids:
@@ -64,7 +67,7 @@ def read_centroids(path: Path) -> Centroids:
                 parts.setdefault("scale", np.ones(parts["components"].shape[1], np.float32))
                 projection = Projection(**{name: parts[name] for name in Projection._fields})
             source = {name: str(attributes[name]) for name in SOURCE}
-            return Centroids(centroids, projection, bool(attributes["normalise"]), source)
+            return Centroids(centroids, projection, bool(attributes["normalise"]), source, path)
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error
@@ -90,3 +93,17 @@ def nearest(made: Centroids, rows: NDArray[np.float32]) -> NDArray[np.int64]:
     scores = np.einsum("ij,ij->i", points, points) - 2 * (seen.astype(np.float64) - origin) @ points.T
     found: NDArray[np.int64] = scores.argmin(axis=1)
     return found
+
+
+def refuse_mismatch(features: Features, centroids: Centroids) -> None:
+    """UsageError where the features are not of the kind that was clustered."""
+    wrong = [
+        f"{name} is '{features.attributes.get(name)}', not '{value}'"
+        for name, value in centroids.source.items()
+        if features.attributes.get(name) != value
+    ]
+    if wrong:
+        raise UsageError(
+            f"{features.path}: not made like the features behind {centroids.path}: {'; '.join(wrong)}; extract them "
+            "in the same way"
+        )

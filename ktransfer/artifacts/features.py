@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from ktransfer.errors import StageError, UsageError
 from ktransfer.files import PART, commit, reserve, write_json
+from ktransfer.progress import bar
 
 SCHEMA = 1
 DTYPES = ("float16", "float32")
 _PROGRESS = ".progress"
 _SAVE_SECONDS = 1.0
 HEADER_BYTES = 2**14  # more than HDF5 and the attributes need
+_MEAN_NUMBERS = 2**22  # of a block that is summed at once
 _GAP = 64  # invalid rows in a row that are read with the valid ones around them
 
 Attribute = str | int | float
@@ -253,6 +255,18 @@ def valid_rows(features: Features) -> Callable[[int, int], NDArray[Any]]:
         return np.concatenate(blocks) if blocks else read(0, 0)
 
     return read_valid
+
+
+def mean_row(features: Features) -> NDArray[np.float32]:
+    """(d,) the mean of the valid rows, in one pass."""
+    count, columns = int(features.valid.sum()), features.rows.shape[1]
+    read, step, total = valid_rows(features), max(1, _MEAN_NUMBERS // columns), np.zeros(columns)
+    with bar(count, "mean of the features", "rows") as shown:
+        for start in range(0, count, step):
+            block = read(start, min(start + step, count))
+            total += block.sum(axis=0, dtype=np.float64)
+            shown.update(len(block))
+    return (total / max(1, count)).astype(np.float32)
 
 
 def _reader(features: Features) -> Callable[[int, int], NDArray[Any]]:

@@ -17,6 +17,8 @@ from ktransfer.files import write_bytes, write_whole
 SCHEMA = 1
 _INTEGER = re.compile(r"-1|[0-9]{1,10}")
 _LARGEST = 2**31 - 1
+MORE = "label_"
+"""What the columns of further clusterings are called, counted from 2."""
 
 
 class Labels(NamedTuple):
@@ -26,11 +28,13 @@ class Labels(NamedTuple):
         keys: n keys, None from a `.bin` file, which holds none.
         labels: (n,) int32 in [-1, k).
         k: number of clusters; for `.csv` and `.bin`, which do not hold it, the highest label + 1.
+        more: (n, views - 1) int32, the labels of further clusterings of the same images, -1 where there is none.
     """
 
     keys: list[str] | None
     labels: NDArray[np.int32]
     k: int
+    more: NDArray[np.int32]
 
 
 def write_labels(
@@ -41,6 +45,7 @@ def write_labels(
     k: int,
     centroids: str,
     fingerprint: str,
+    more: NDArray[np.int32] | None = None,
 ) -> list[Path]:
     """Write labels.csv, labels.h5 and labels.bin, each whole or not at all; the same input gives the same bytes.
 
@@ -53,6 +58,7 @@ def write_labels(
         k: number of centroids.
         centroids: SHA-256 of the centroids' file.
         fingerprint: of the data set.
+        more: (n, views - 1) int32, the labels of further clusterings, for the CSV (label_2, label_3 ...) and the HDF5.
 
     Returns:
         The three paths. `labels.bin` is the authors' layout (docs/papers.md): int32 count, int32 labels,
@@ -62,16 +68,17 @@ def write_labels(
         raise ValueError(f"{len(keys)} keys, {len(labels)} labels, {len(distances)} distances")
     numbers = np.ascontiguousarray(labels, dtype="<i4")
     shown = np.where(numbers >= 0, distances, np.nan).astype("<f4")
+    others = np.empty((len(numbers), 0), "<i4") if more is None else np.ascontiguousarray(more, "<i4")
     paths = [folder / f"labels.{suffix}" for suffix in ("csv", "h5", "bin")]
-    write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown))
+    write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown, others))
     header: dict[str, str | int] = {"schema": SCHEMA, "k": k, "centroids": centroids, "fingerprint": fingerprint}
-    write_bytes(paths[1], _h5(keys, numbers, shown, header))
+    write_bytes(paths[1], _h5(keys, numbers, shown, others, header))
     write_bytes(paths[2], np.array([len(numbers)], dtype="<i4").tobytes() + numbers.tobytes())
     return paths
 
 
 def read_labels(path: Path) -> Labels:
-    """Read pseudo-labels from .csv (columns key and label, others are ignored), .h5 or .bin.
+    """Read pseudo-labels from .csv (columns key, label and label_2, label_3 ..., others are ignored), .h5 or .bin.
 
     Raises:
         UsageError: missing file, other suffix, malformed content, labels below -1, the same key twice, no labels.
@@ -86,6 +93,8 @@ def read_labels(path: Path) -> Labels:
         _wrong(path, "it holds no labels")
     if found.labels.min() < -1:
         _wrong(path, f"label {found.labels.min()} is below -1")
+    if found.more.min(initial=0) < -1:
+        _wrong(path, f"label {found.more.min()} of a further clustering is below -1")
     if found.labels.max() >= found.k:
         _wrong(path, f"label {found.labels.max()} is not below k = {found.k}")
     if found.k == 0:
@@ -101,19 +110,26 @@ def read_labels(path: Path) -> Labels:
     return found
 
 
-def _write_csv(part: Path, keys: Sequence[str], labels: NDArray[np.int32], distances: NDArray[np.float32]) -> None:
+def _write_csv(
+    part: Path,
+    keys: Sequence[str],
+    labels: NDArray[np.int32],
+    distances: NDArray[np.float32],
+    more: NDArray[np.int32],
+) -> None:
     with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
         rows = csv.writer(handle, lineterminator="\n")
-        rows.writerow(("key", "label", "distance"))
-        for key, label, distance in zip(keys, labels.tolist(), distances, strict=True):
+        rows.writerow(("key", "label", "distance", *(f"{MORE}{view + 2}" for view in range(more.shape[1]))))
+        for key, label, distance, others in zip(keys, labels.tolist(), distances, more.tolist(), strict=True):
             # str of a numpy float32 is the shortest text that reads back as the same float32.
-            rows.writerow((key, label, "" if label < 0 else str(distance)))
+            rows.writerow((key, label, "" if label < 0 else str(distance), *others))
 
 
 def _h5(
     keys: Sequence[str],
     labels: NDArray[np.int32],
     distances: NDArray[np.float32],
+    more: NDArray[np.int32],
     header: dict[str, str | int],
 ) -> bytes:
     import h5py
@@ -124,12 +140,14 @@ def _h5(
             file.attrs[name] = value
         for name, data in (("key", encode_keys(keys)), ("label", labels), ("distance", distances)):
             file.create_dataset(name, data=data)
+        if more.shape[1]:
+            file.create_dataset("more", data=more)
     return image.getvalue()
 
 
 def _read_csv(path: Path) -> Labels:
     keys: list[str] = []
-    labels: list[int] = []
+    labels: list[list[int]] = []
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark first.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
@@ -137,19 +155,22 @@ def _read_csv(path: Path) -> Labels:
             header = next(rows, [])
             if "key" not in header or "label" not in header:
                 _wrong(path, f"the first line must name the columns key and label, found {','.join(header)[:80]!r}")
-            at_key, at_label = header.index("key"), header.index("label")
+            more = [name for name in header if re.fullmatch(rf"{MORE}[0-9]+", name)]
+            at_key, places = header.index("key"), [header.index(name) for name in ("label", *more)]
             for row in rows:
                 if not row:
                     continue
                 if len(row) != len(header):
                     _wrong(path, f"line {rows.line_num} has {len(row)} fields, the header {len(header)}")
-                if not _INTEGER.fullmatch(row[at_label]) or int(row[at_label]) > _LARGEST:
-                    _wrong(path, f"line {rows.line_num}: label {row[at_label]!r} is not an integer of -1 or more")
+                for given in (row[place] for place in places):
+                    if not _INTEGER.fullmatch(given) or int(given) > _LARGEST:
+                        _wrong(path, f"line {rows.line_num}: label {given!r} is not an integer of -1 or more")
                 keys.append(row[at_key])
-                labels.append(int(row[at_label]))
+                labels.append([int(row[place]) for place in places])
     except csv.Error as error:
         _wrong(path, str(error))
-    return Labels(keys, np.array(labels, dtype=np.int32), max(labels, default=-1) + 1)
+    found = np.array(labels, dtype=np.int32).reshape(len(keys), len(places))
+    return Labels(keys, found[:, 0], int(found[:, 0].max(initial=-1)) + 1, found[:, 1:])
 
 
 def _read_h5(path: Path) -> Labels:
@@ -166,7 +187,11 @@ def _read_h5(path: Path) -> Labels:
                 _wrong(path, "label must be (n,) int32")
             if h5py.check_string_dtype(file["key"].dtype) is None or file["key"].ndim != 1:
                 _wrong(path, "key must be (n,) strings")
-            return Labels(decode_keys(file["key"][:]), file["label"][:], int(file.attrs["k"]))
+            labels = file["label"][:]
+            more = file["more"][:] if "more" in file else np.empty((len(labels), 0), np.int32)
+            if more.dtype != np.dtype("<i4") or more.ndim != 2 or len(more) != len(labels):
+                _wrong(path, "more must be (n, views - 1) int32")
+            return Labels(decode_keys(file["key"][:]), labels, int(file.attrs["k"]), more)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")
 
@@ -179,7 +204,7 @@ def _read_bin(path: Path) -> Labels:
     if numbers[0] != len(numbers) - 1:
         _wrong(path, f"it states {numbers[0]} labels and holds {len(numbers) - 1}")
     labels = numbers[1:].astype(np.int32)
-    return Labels(None, labels, int(labels.max(initial=-1)) + 1)
+    return Labels(None, labels, int(labels.max(initial=-1)) + 1, np.empty((len(labels), 0), np.int32))
 
 
 def _wrong(path: Path, rule: str) -> NoReturn:

@@ -183,7 +183,7 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed(seed, purpose, 0))
         if network.arch in TRUNKS[:2]:
-            return he_init(AlexNet(network))
+            return he_init(AlexNet(network), told=network.task != "features")
         if network.arch in TRUNKS and not network.classes:
             return he_init(VGGTrunk(network))
         if network.arch in descriptors.MODULES:
@@ -193,17 +193,17 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
         return of_torchvision(network.arch, network.classes or 1000, network.size)
 
 
-def he_init(model: nn.Module) -> nn.Module:
-    """Fan-in initialisation in place; fc8 starts near zero, so that the first loss is ln(classes).
+def he_init(model: nn.Module, told: bool = True) -> nn.Module:
+    """Fan-in initialisation in place; fc8 starts near zero where it tells classes, so that the loss is ln(classes).
 
-    Gaussians of deviation 0.01, as released for AlexNet, leave a VGG at chance for tens of epochs (docs/papers.md).
+    Gaussians of deviation 0.01, as released for AlexNet, leave a VGG at chance for long (docs/papers.md).
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             assert module.bias is not None
             nn.init.zeros_(module.bias)
-            if name.endswith("fc8"):
+            if told and name.endswith("fc8"):
                 nn.init.normal_(module.weight, std=0.001)
     return model
 

@@ -169,7 +169,7 @@ def test_too_many_clusters_are_refused_before_anything_is_made(run, planted, tmp
         ({"spherical": True, "normalise": False}, "--spherical: needs rows of length 1"),
         ({"start": "kmeans+"}, r"--start kmeans\+: no such file; did you mean 'kmeans\+\+'"),
         ({"start": "kmeans++", "start_sample": 3}, "--start-sample 3: fewer rows than the 4 clusters"),
-        ({"start": "x.npy", "redo": 2}, "--redo and --stability need different starts"),
+        ({"start": "x.npy", "redo": 2}, "--redo, --stability and --views need different starts"),
     ],
 )
 def test_other_misuse(tmp_path, planted, options, words):

@@ -19,6 +19,9 @@ from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
 from ktransfer.retrain import retrain, stage
 from ktransfer.retrain.config import RetrainConfig
+from ktransfer.retrain.known import find_known
+from ktransfer.retrain.objectives import clusters
+from ktransfer.retrain.objectives.objective import Known
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch
 
@@ -130,9 +133,9 @@ def test_keys_may_come_in_any_order_and_need_not_be_all(tmp_path):
         rows.writerow(("label", "key"))
         rows.writerows((row % 3, data.keys[row]) for row in reversed(range(0, 40, 2)))
     config = replace(RetrainConfig(), labels=str(path))
-    labels, digest = stage._labels(tmp_path, config, data)
-    assert labels.tolist() == [row % 3 if row % 2 == 0 else -1 for row in range(40)]
-    assert len(digest) == 64
+    known, inputs = find_known(tmp_path, config, data)
+    assert known.labels[:, 0].tolist() == [row % 3 if row % 2 == 0 else -1 for row in range(40)]
+    assert known.rows().tolist() == list(range(0, 40, 2)) and len(inputs["labels"]) == 64
 
 
 def test_rows_without_a_label_are_not_trained_on(tmp_path, monkeypatch):
@@ -142,10 +145,9 @@ def test_rows_without_a_label_are_not_trained_on(tmp_path, monkeypatch):
     seen = []
     real = stage._loss
 
-    def watched(model, batch, labels, **more):
+    def watched(model, batch, **more):
         seen.extend(batch.rows.tolist())
-        assert (labels[batch.rows] >= 0).all()
-        return real(model, batch, labels=labels, **more)
+        return real(model, batch, **more)
 
     monkeypatch.setattr(stage, "_loss", watched)
     monkeypatch.setattr(stage, "tell_plan", lambda *_: None)
@@ -188,16 +190,17 @@ def test_the_loss_is_cross_entropy_of_the_valid_crops():
     model = networks.build(network, 0, "t").eval()
     pixels = torch.randint(0, 256, (3, 3, 36, 36), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.tensor([9, 9, 3, 1, 2])
+    objective = clusters.objective(Known(labels[:, None]), 0, torch.device("cpu"))
     rows = torch.tensor([2, 4, 3])
     both = torch.ones(3).bool()
-    value, sums = stage._loss(model, Batch(rows, pixels, both, 0), labels, network, config)
+    value, sums = stage._loss(model, Batch(rows, pixels, both, 0), objective, network, config)
     losses = [
-        stage._loss(model, Batch(rows[i : i + 1], pixels[i : i + 1], both[:1], 0), labels, network, config)[0]
+        stage._loss(model, Batch(rows[i : i + 1], pixels[i : i + 1], both[:1], 0), objective, network, config)[0]
         for i in range(3)
     ]
     assert value.item() == pytest.approx(sum(losses).item() / 3, rel=1e-5) and sums["count"] == 3
     valid = torch.tensor([True, False, True])
-    value, sums = stage._loss(model, Batch(rows, pixels, valid, 0), labels, network, config)
+    value, sums = stage._loss(model, Batch(rows, pixels, valid, 0), objective, network, config)
     assert value.item() == pytest.approx((losses[0] + losses[2]).item() / 2, rel=1e-5) and sums["count"] == 2
 
 
