@@ -2,9 +2,9 @@
 
 Its recipe is that of `retrain --labels classes` (random parts of an image of 0.08 of its area at least, mirrored half
 the time; SGD 0.01 with momentum 0.9, weight decay 5e-4, batches of 256, a warm-up over 5 % of the steps and a cosine;
-90 epochs, or `--supervised-epochs`), at the size and stride at which the networks beside it are evaluated. Where images
-have several labels it learns them by sigmoids. It is a step of its own, `supervised` in run/eval, made once for all
-protocols.
+90 epochs, or `--supervised-epochs`), at the size and stride at which the networks beside it are evaluated, and
+normalised as the run's own is. Where images have several labels it learns them by sigmoids. It is a step of its own,
+`supervised` in run/eval, made once for all protocols.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -40,6 +40,7 @@ class Recipe(TrainOptions):
     width: float = option(1.0, "as the network beside it")
     stride: int = option(4, "as the network beside it")
     size: int = option(224, "as the network beside it")
+    normalise: str = option("imagenet", "as the network beside it", before="imagenet")
     crop: float = option(0.08, "smallest share of an image's area that a random crop shows")
 
 
@@ -50,7 +51,7 @@ SHARED = ("seed", "precision", *(field.name for field in fields(LoopOptions) if 
 def supervised_network(network: Network, classes: int) -> Network:
     """What the arm's weights hold, for a network as it is evaluated; a VGG's trunk stays one (see `heads.WithHead`)."""
     kept = 0 if network.arch in TRUNKS[2:] and not network.classes else classes
-    return replace(network, classes=kept, normalise="imagenet", task="classes")
+    return replace(network, classes=kept, task="classes")
 
 
 def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
@@ -111,7 +112,7 @@ def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dic
     data, _ = open_splits(config.labelled)
     evaluated = resized(network, config.size, config.stride)
     shared = {name: getattr(config, name) for name in SHARED}
-    look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size")}
+    look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size", "normalise")}
     recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
     made = supervised_network(evaluated, len(data.classes))
     micro = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))

@@ -225,7 +225,7 @@ def test_beside_a_teacher_it_is_the_trunk_that_learned(runs):
     assert [list(arm["scores"]) for arm in found.values()] == [["conv1_1", "conv4_3"]] * 2
     assert found["vgg"]["scores"]["conv4_3"]["numbers"] == found["supervised"]["scores"]["conv4_3"]["numbers"]
     weights = runs / "vgg" / "eval" / "supervised" / "model.safetensors"
-    assert networks.describe(weights) == Network("vgg16_bn", 0.05, 4, 40, 0, "imagenet", "classes")
+    assert networks.describe(weights) == Network("vgg16_bn", 0.05, 4, 40, 0, "picture", "classes")
     evaluate(runs / "vgg", protocol="finetune", **LEARN, **TRAIN, **TUNED)
     assert list(result(runs / "vgg", "finetune")["arms"]) == ["random", "vgg", "supervised"]
 
