@@ -56,6 +56,20 @@ class RetrainConfig(TrainOptions):
         choices=("imagenet", "picture"),
         before="imagenet",
     )
+    grey: float = option(0.0, "share of the images that lose their colours", low=0, high=1, before=0.0)
+    jitter: float = option(
+        0.0,
+        "strength of random changes of brightness, contrast, saturation and hue; SimCLR's is 1, for small images 0.5",
+        low=0,
+        high=2,
+        before=0.0,
+    )
+    init: str | None = option(
+        None,
+        "weights to start from: a run, a model.safetensors, torchvision:NAME, or a checkpoint of another project; if "
+        "not given, fresh ones",
+        execution=True,
+    )
     uniform: bool = option(False, "draw all clusters equally often, instead of all images")
     overwrite: bool = option(False, "remove what the stage has made, and make it again", execution=True)
 

@@ -12,12 +12,14 @@ from torchvision import models as zoo
 
 from ktransfer import distributed, networks, rng
 from ktransfer.config import build
-from ktransfer.data.augment import MARGIN, random_resized_crop, stored_side
+from ktransfer.data.augment import MARGIN, in_parts, random_resized_crop, stored_side
+from ktransfer.data.colours import Recolouring
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network
+from ktransfer.networks import Network, teachers
+from ktransfer.networks.teachers import Teacher
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, read_record
@@ -29,6 +31,7 @@ from ktransfer.training.memory import tell_plan
 from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
 from .config import RetrainConfig
+from .initial import find_initial, start_from
 from .known import CLASSES, LABELLED, OF_FEATURES, assigned, find_known, received, refuse_together, sent
 from .objectives.objective import Known, Objective
 from .objectives.table import open_objective
@@ -47,6 +50,7 @@ class RetrainPlan(Plan):
     images: Dataset
     network: Network
     device: torch.device
+    initial: Teacher | None
 
 
 def retrain(run: str | Path, **options: Any) -> Path:
@@ -69,6 +73,7 @@ def carry_out(plan: RetrainPlan) -> Path:
     """Read what is known of the images, learn it, and write the weights."""
     config, data, device = plan.config, plan.images, plan.device
     known, inputs = find_known(plan.run, config, data)
+    inputs |= _init_hash(plan.initial)
     inputs |= seen_by_batch_norm(config, lambda: networks.build(plan.network, config.seed, "retrain"))
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
@@ -78,6 +83,8 @@ def carry_out(plan: RetrainPlan) -> Path:
         objective = open_objective(config, known, device)
         network = replace(plan.network, classes=objective.outputs, task=_task(config, objective))
         model = networks.build(network, config.seed, "retrain")
+        if plan.initial:
+            start_from(plan.initial, model)
         images = ImageLoader(data, stored_side(config.size), config.workers, cache=config.cache_images, device=device)
         rows = readable_by_all(images, known.rows(), config.max_broken)
         loss = partial(_loss, objective=objective, network=network, config=config)
@@ -185,6 +192,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     if config.labels or not latest(before, "extract", "cluster", "assign"):
         known, inputs = find_known(run, config, data)
         classes = int(known.labels[:, 0].max()) + 1 or 2
+    initial = find_initial(config)
+    inputs |= _init_hash(initial)
     task = CLASSES if config.labels == CLASSES else PSEUDO
     network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
@@ -200,7 +209,12 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         weights=run / "retrain" / "model.safetensors",
         config=config,
         device=device,
+        initial=initial,
     )
+
+
+def _init_hash(initial: Teacher | None) -> dict[str, str]:
+    return {"init": teachers.identity(initial)} if initial else {}
 
 
 def _reads(config: RetrainConfig) -> tuple[str, ...]:
@@ -240,7 +254,12 @@ def _loss(
 
 
 def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:
-    """What the network sees of a batch: a random crop of each valid image, (n, 3, size, size) float32, normalised."""
+    """What the network sees of a batch, (n, 3, size, size) float32: a random crop of each valid image, normalised."""
     rows, pixels = batch.rows[batch.kept], batch.pixels[batch.kept]
     finish = partial(networks.normalise, how=network.normalise)
-    return random_resized_crop(pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop, finish)
+    crop = partial(random_resized_crop, pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop)
+    if not config.grey and not config.jitter:
+        return crop(finish)
+    crops = crop()
+    recolour = Recolouring(rows, config.grey, config.jitter, config.seed, batch.epoch, "retrain")
+    return in_parts(lambda part: finish(recolour(crops[part], part)), len(crops), crops[0].numel(), crops.device)

@@ -291,3 +291,75 @@ def test_arch_list_shows_every_network(tmp_path):
 def test_other_networks_of_torchvision_pass_the_check(tmp_path, arch):
     config = stage.check(tmp_path, SMALL | {"arch": arch, "width": 1.0, "size": 64}).config
     assert config.arch == arch and config.size == 64
+
+
+def test_normalised_by_its_own_statistics_and_the_weights_say_so(tmp_path):
+    weights = retrain(tmp_path, **SMALL | {"normalise": "picture", "epochs": 1})
+    assert networks.describe(weights).normalise == "picture"
+    with pytest.raises(UsageError, match="normalise was 'picture', is 'imagenet'"):
+        retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1})
+
+
+def test_a_record_from_before_a_setting_means_what_was_done_then(tmp_path):
+    weights = retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1})
+    path = tmp_path / "retrain" / "stage.json"
+    steps = json.loads(path.read_text())
+    for name in ("normalise", "objective", "temperature", "grey", "jitter"):
+        del steps["retrain"]["config"][name]
+    path.write_text(json.dumps(steps))
+    assert retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1}) == weights
+    with pytest.raises(UsageError, match=r"grey was 0\.0, is 0\.5"):
+        retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1, "grey": 0.5})
+
+
+def test_colours_change_what_is_seen_and_nothing_else():
+    config = replace(RetrainConfig(), size=32, grey=1.0)
+    network = Network("alexnet", 0.05, 2, 32, 4, "picture")
+    pixels = torch.randint(0, 256, (3, 3, 36, 36), generator=torch.Generator().manual_seed(0)).byte()
+    batch = Batch(torch.arange(3), pixels, torch.ones(3).bool(), 1)
+    grey = stage.augmented(batch, network, config)
+    torch.testing.assert_close(grey[:, 0], grey[:, 1])
+    plain = stage.augmented(batch, network, replace(config, grey=0.0))
+    assert plain.shape == grey.shape and not torch.allclose(plain, grey)
+
+
+def test_init_starts_from_other_weights(tmp_path):
+    first = retrain(tmp_path / "first", **SMALL | {"epochs": 1})
+    start = load_file(first)
+    frozen = SMALL | {"epochs": 1, "lr": 0.0, "labels": "classes"}
+    for given in (str(tmp_path / "first"), str(first)):
+        weights = retrain(tmp_path / given.replace("/", "_"), **frozen, init=given)
+        found = load_file(weights)
+        parameters = [name for name in found if "running" not in name and "tracked" not in name]
+        assert all(torch.equal(found[name], start[name]) for name in parameters)
+    labels = label_files(tmp_path / "labels", SCENES, np.arange(40) % 3)[0]
+    found = load_file(retrain(tmp_path / "other", **frozen | {"labels": str(labels)}, init=str(first)))
+    assert found["fc8.weight"].shape[0] == 3 and torch.equal(found["conv1.weight"], start["conv1.weight"])
+    retrain(tmp_path / "first", **SMALL | {"epochs": 1, "seed": 1, "overwrite": True})
+    with pytest.raises(UsageError, match="init changed"):
+        retrain(tmp_path / "other", **frozen | {"labels": str(labels)}, init=str(first))
+
+
+def test_init_of_a_checkpoint_that_torchvision_made(tmp_path):
+    model = zoo.resnet18(num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    options = SMALL | {"arch": "resnet18", "width": 1.0, "size": 32, "epochs": 1, "lr": 0.0, "batch": 8}
+    found = load_file(retrain(tmp_path / "run", **options, init=str(tmp_path / "theirs.pth")))
+    assert torch.equal(found["layer4.1.conv2.weight"], model.state_dict()["layer4.1.conv2.weight"])
+    assert found["fc.weight"].shape[0] == len(open_dataset(SCENES).classes)
+
+
+def test_init_that_does_not_fit_is_one_line(tmp_path):
+    first = retrain(tmp_path / "first", **SMALL | {"epochs": 1})
+    for options, said in (
+        ({"init": str(tmp_path / "none.pth")}, r"--init \S+none\.pth: no such file"),
+        (
+            {"init": str(first), "width": 0.1},
+            r"weights of alexnet_bn of width 0\.05, and --arch is alexnet_bn of width 0\.1",
+        ),
+        ({"init": "hog"}, "weights of hog"),
+    ):
+        with pytest.raises(UsageError, match=said) as found:
+            retrain(tmp_path / "run", **SMALL | options)
+        assert "\n" not in str(found.value)
+    assert not (tmp_path / "run" / "retrain").exists()
