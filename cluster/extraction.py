@@ -18,6 +18,7 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.data.ordered import ordered_map
 from ktransfer.errors import Reply, StageError, UsageError
 from ktransfer.networks import teachers
+from ktransfer.networks.published import POOLED
 from ktransfer.networks.teachers import Teacher
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import bar, say
@@ -144,7 +145,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     with networks.fitting(network):  # of a checkpoint made elsewhere nothing is known before it is read
         model = teachers.load(teacher) if teacher.foreign else networks.build(network, 0, "layers").eval()
     shapes = teachers.shapes(network, model)
-    layer = config.layer or DEFAULT_LAYERS.get(network.arch) or list(shapes)[-1]
+    layer = config.layer or DEFAULT_LAYERS.get(network.arch) or teacher.layer or teachers.last_layer(shapes)
     if layer not in shapes:
         raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(shapes)}")
     token = teachers.choose_token(model, network.arch, config.token)
@@ -203,6 +204,8 @@ def _pooling(teacher: Teacher, config: ExtractConfig) -> str:
     """How the maps become a row, as the feature file says it."""
     if not teacher.pooled:
         how = "none"
+    elif config.layer == POOLED:
+        how = "the network's own"
     elif config.token in ("cls", "mean"):
         how = f"token {config.token}"
     else:

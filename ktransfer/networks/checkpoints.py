@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 
 from ktransfer.errors import UsageError
+from ktransfer.networks.formats import efficientnet
+from ktransfer.networks.formats.naming import Naming
 
 CLASSIFIERS = ("fc.", "classifier.", "heads.", "head.")
 _SHOWN = 3
@@ -47,10 +49,12 @@ class Fit(NamedTuple):
     Attributes:
         state: name in the network -> tensor, the classifier left out.
         line: what matched, what is missing and what was not expected, for people.
+        adapt: changes the network to compute what that of the checkpoint does, where their names are known to need it.
     """
 
     state: dict[str, Tensor]
     line: str
+    adapt: Callable[[nn.Module], None] | None = None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -91,16 +95,16 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
     """
     tensors = read_tensors(path)
     own = model.state_dict()
-    best: tuple[tuple[int, int, bool, int], str, dict[str, str]] | None = None
+    best: tuple[tuple[int, int, bool, int], str, dict[str, str], Naming] | None = None
     for naming in _namings(model):
-        theirs = {naming(name): name for name in own}
+        theirs = {naming.rename(name): name for name in own}
         for prefix, (names, shapes) in _prefixes(tensors, theirs, own).items():
             score = (shapes, names, _COPY.search(prefix) is None, -len(prefix))
             if best is None or score > best[0]:
-                best = score, prefix, theirs
+                best = score, prefix, theirs, naming
     if best is None:
         raise UsageError(f"{path}: its names, such as {next(iter(tensors))}, are not those of {arch}; give its --arch")
-    _, prefix, theirs = best
+    _, prefix, theirs, naming = best
     found = {theirs[key.removeprefix(prefix)]: key for key in tensors if _below(key, prefix) in theirs}
     needed = [name for name in own if not name.startswith(CLASSIFIERS) and not name.endswith(_COUNTER)]
     lost = [name for name in needed if name not in found]
@@ -123,7 +127,7 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
                 f"{line}; {name} is {tuple(tensor.shape)} in it and {tuple(own[name].shape)} in {arch}: give the "
                 "--arch (and --size) that the checkpoint was trained with"
             )
-    return Fit(state, line)
+    return Fit(state, line, naming.adapt)
 
 
 def _prefixes(
@@ -143,7 +147,7 @@ def _prefixes(
     return {prefix: (count, shapes[prefix]) for prefix, count in names.items()}
 
 
-def _namings(model: nn.Module) -> list[Callable[[str], str]]:
+def _namings(model: nn.Module) -> list[Naming]:
     """How others name the tensors of the network; first of all as it does itself."""
     children = [name for name, _ in model.named_children()]
 
@@ -151,12 +155,13 @@ def _namings(model: nn.Module) -> list[Callable[[str], str]]:
         first, _, rest = name.partition(".")
         return f"{children.index(first)}.{rest}" if first in children else name
 
-    namings: list[Callable[[str], str]] = [str, numbered]
+    namings = [Naming(str), Naming(numbered)]
     if isinstance(model, zoo.VisionTransformer):
-        namings += [_renaming(_TIMM), _renaming(_OLD_VIT)]
+        namings += [Naming(_renaming(_TIMM)), Naming(_renaming(_OLD_VIT))]
     if isinstance(model, zoo.DenseNet):
-        namings.append(_renaming(_OLD_DENSENET))
-    return namings
+        namings.append(Naming(_renaming(_OLD_DENSENET)))
+    theirs = efficientnet.naming(model)
+    return [*namings, theirs] if theirs else namings
 
 
 def _renaming(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:

@@ -22,25 +22,33 @@ from torchvision import models as zoo
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors
+from ktransfer.networks import Network, checkpoints, descriptors, published
+from ktransfer.networks.published import POOLED
 from ktransfer.networks.zoos import TIMM, TORCHVISION
 from ktransfer.progress import say_once
 from ktransfer.run import input_hash
 from ktransfer.training.device import autocast
 from ktransfer.training.options import MachineOptions
 
-KINDS = "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, hog or pixels"
+KINDS = (
+    "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, efficientnet-lite0, hog "
+    "or pixels"
+)
 SIZE = 224
 SAFETENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network and the file of its weights, None where it has none (HOG, pixels); `foreign`: not of ktransfer."""
+    """A network and the file of its weights, None where it has none (HOG, pixels); `foreign`: not of ktransfer.
+
+    `layer` is what is read where no layer is asked for; None: the last one that has maps.
+    """
 
     network: Network
     weights: Path | None
     foreign: bool = False
+    layer: str | None = None
 
     @property
     def pooled(self) -> bool:
@@ -61,12 +69,17 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         UsageError: no such teacher, weights that are not here, options that it does not have.
     """
     library = given.startswith((TORCHVISION, TIMM))
+    named = library or given in descriptors.MODULES or given in published.NAMES
     if weights and not library:
         raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it out")
-    if arch and (library or given in descriptors.MODULES):
+    if arch and named:
         raise UsageError(f"--arch {arch}: --teacher {given} already names the network; leave --arch out")
     if given in descriptors.MODULES:
         return _sized(Teacher(Network(given, size=descriptors.SIZES[given], normalise=descriptors.UNIT), None), size)
+    if given in published.NAMES:
+        network = published.network(given)
+        _timm(network.arch)
+        return _sized(Teacher(network, published.weights(given), foreign=True, layer=POOLED), size)
     if given.startswith(TORCHVISION):
         return _sized(_of_torchvision(given, weights), size)
     if given.startswith(TIMM):
@@ -111,6 +124,8 @@ def load(teacher: Teacher) -> nn.Module:
     found = checkpoints.fit(teacher.weights, model, teacher.network.arch)
     say_once(found.line)
     model.load_state_dict(found.state, strict=False)
+    if found.adapt:
+        found.adapt(model)
     if hasattr(model, "transform_input"):
         # torchvision's googlenet and inception_v3 were trained by other statistics, and turn ImageNet's into those.
         model.transform_input = teacher.network.arch.startswith(TORCHVISION)
@@ -125,10 +140,18 @@ def shapes(network: Network, model: nn.Module) -> dict[str, tuple[int, int, int]
         UsageError: the images are too small.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    x = torch.zeros(1, 3, network.size, network.size, device=device)
     with networks.fitting(network), torch.no_grad():
         paths = networks.layers(network, model)
-        maps = networks.feature_maps(model, paths, torch.zeros(1, 3, network.size, network.size, device=device))
-    return {name: (maps[name].shape[1], maps[name].shape[2], maps[name].shape[3]) for name in paths}
+        maps = networks.feature_maps(model, paths, x)
+        if _pools(network):
+            maps[POOLED] = _pooled(model, x)
+    return {name: (found.shape[1], found.shape[2], found.shape[3]) for name, found in maps.items()}
+
+
+def last_layer(shapes: dict[str, tuple[int, int, int]]) -> str:
+    """The last layer that has maps."""
+    return [name for name in shapes if name != POOLED][-1]
 
 
 def listing(network: Network, model: nn.Module) -> str:
@@ -159,6 +182,8 @@ def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
 
 def reader(model: nn.Module, network: Network, layer: str, token: str | None) -> Callable[[Tensor], Tensor]:
     """(batch, 3, size, size) uint8 -> the maps of a layer, (batch, channels, h, w), with h = w = 1 of one token."""
+    if layer == POOLED:
+        return lambda pixels: _pooled(model, networks.normalise(pixels, network.normalise))
     path = networks.layers(network, model)[layer]
 
     def read(pixels: Tensor) -> Tensor:
@@ -197,6 +222,17 @@ def rows_reader(
             return F.normalize(rows) if l2 else rows
 
     return compute
+
+
+def _pools(network: Network) -> bool:
+    """Whether the network, made without its classifier, ends with the vector that a classifier would get."""
+    return network.arch.startswith(TIMM)
+
+
+def _pooled(model: nn.Module, x: Tensor) -> Tensor:
+    """(batch, 3, h, w) normalised -> (batch, channels, 1, 1)."""
+    vectors: Tensor = model(x)
+    return vectors.flatten(1)[:, :, None, None]
 
 
 def _sized(teacher: Teacher, size: int) -> Teacher:
@@ -260,10 +296,14 @@ def _file(entry: Any) -> str:
     return str(entry.url).rsplit("/", 1)[-1]
 
 
-def _of_timm(arch: str) -> Network:
+def _timm(arch: str) -> Any:
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"{arch}: timm is not installed; pip install 'ktransfer[teachers]'")
-    timm: Any = importlib.import_module("timm")
+    return importlib.import_module("timm")
+
+
+def _of_timm(arch: str) -> Network:
+    timm = _timm(arch)
     name = arch.removeprefix(TIMM)
     if not timm.is_model(name):
         raise UsageError(f"{arch}: timm has no such network; {_near(name, timm.list_models())}")

@@ -334,7 +334,7 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
         done_record(run, "retrain", "retrain", "retrain")
         path = run / "retrain" / "model.safetensors"
         return replace(describe(path), classes=0), path, False
-    named = config.init.startswith(("torchvision:", "timm:"))
+    named = config.init.startswith(("torchvision:", "timm:", "efficientnet-lite"))
     ours = config.init.endswith(teachers.SAFETENSORS)
     found: Teacher = teachers.find(config.init, None if named or ours else config.backbone, None, 0)
     if found.weights is None:

@@ -162,7 +162,9 @@ def test_timm_where_it_is_installed(tmp_path, monkeypatch):
     assert teacher.network == Network("timm:tiny", size=32, normalise="0.5,0.5,0.5/0.25,0.25,0.25")
     model = teachers.load(teacher)
     assert asked == [("tiny", False, 0)]
-    assert teachers.shapes(teacher.network, model) == dict.fromkeys(("blocks.0", "blocks.1", "norm"), (6, 4, 4))
+    shapes = teachers.shapes(teacher.network, model)
+    assert shapes == dict.fromkeys(("blocks.0", "blocks.1", "norm"), (6, 4, 4)) | {"pooled": (6, 1, 1)}
+    assert teachers.last_layer(shapes) == "norm"
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert teachers.choose_token(model, "timm:tiny", None) == "cls"
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_the_listing_of_a_transformer_names_its_tokens():
     network = Network("timm:tiny", size=32)
     shown = teachers.listing(network, TimmViT(32)).splitlines()
     assert "--token patch (cls and mean: one number a channel)" in shown[0]
-    assert [line.split()[0] for line in shown[1:]] == ["blocks.0", "blocks.1", "norm"]
+    assert [line.split()[0] for line in shown[1:]] == ["blocks.0", "blocks.1", "norm", "pooled"]
     registers = TimmViT(32)
     registers.has_class_token = False
     assert teachers.choose_token(registers, "timm:tiny", None) == "mean"

@@ -1,0 +1,1 @@
+"""What others named, packed or published in ways of their own: one module for each."""
