@@ -15,12 +15,11 @@ from ktransfer.progress import say
 from ktransfer.run import begin, input_hash, read_record, versions
 from ktransfer.training.device import choose_device
 
-from . import supervised
+from . import finished, supervised
 from .arms import SUPERVISED, Arm, coming_network, final_network, find_arms
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
 from .protocols import protocol as protocols
-from .protocols import trained_detectors
 from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
@@ -46,7 +45,7 @@ class Evaluation(NamedTuple):
     @property
     def as_they_are(self) -> bool:
         """Whether detectors are evaluated that selftrain finished."""
-        return self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
+        return self.protocol == "detect" and self.config.trunk == finished.TRUNK
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled images, by part, and of the list of those whose labels are used."""
@@ -198,9 +197,9 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
     choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
     made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    learned = trained_detectors.labelled(run, before)  # by selftrain
+    learned = finished.labelled(run, before)  # by selftrain
     coming = coming_network(run, before)
-    ready = "detect" in names and trained_detectors.wanted(run, given, before)
+    ready = "detect" in names and finished.wanted(run, given, before)
     read = {name: _read(name, ready and name == "detect", given) for name in names}
     _refuse_unread(given, read, ready)
     found: list[Evaluation] = []
@@ -211,9 +210,11 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
             raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
         splits = protocols.open_data(name, spec)
         if as_it_is:
-            config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
+            from .protocols import trained_detectors
+
+            config = replace(given, protocol=name, labelled=spec, trunk=finished.TRUNK)
             trained_detectors.check(run, config, splits, learned, before)
-            found.append(Evaluation(name, config, splits, chosen_settings(config, trained_detectors.READ)))
+            found.append(Evaluation(name, config, splits, chosen_settings(config, finished.READ)))
         else:
             network = coming or networks.describe(final_network(run))
             config = _resolved(replace(given, protocol=name, labelled=spec), network, splits)
@@ -257,7 +258,7 @@ def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
     """The settings that a protocol reads, and the arm that is trained for it; `ready`: finished detectors."""
     if ready:
         allowed = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
-        return {*trained_detectors.READ, *allowed}
+        return {*finished.READ, *allowed}
     return read_by(given, (name, SUPERVISED) if given.supervised else (name,))
 
 

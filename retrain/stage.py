@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from ktransfer import distributed, networks, rng
 from ktransfer.artifacts.labels import read_labels
@@ -21,6 +20,7 @@ from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.networks.zoos import torchvision_names
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
@@ -154,7 +154,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     """
     config = build(RetrainConfig, options, "retrain")
     if config.arch == LIST:
-        raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
+        raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *torchvision_names()))}")
     networks.check_arch(config.arch, config.width)
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)

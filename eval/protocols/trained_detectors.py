@@ -21,10 +21,11 @@ from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.networks.teachers import SAFETENSORS
 from ktransfer.plan import Plan, latest
-from ktransfer.run import RECORD, done_record, read_record
+from ktransfer.run import RECORD, done_record
 
-from ..arms import FINAL, Arm
+from ..arms import Arm
 from ..config import EvalConfig
+from ..finished import LAST, STAGE, TRUNK
 from ..result import Result
 from . import detect
 
@@ -32,26 +33,6 @@ PROTOCOL = "detect/2 finished"
 TITLE = detect.TITLE
 MEASURES = detect.MEASURES
 NOTE = "detectors as selftrain made them; their size, the images and the least score stand in its json."
-TRUNK = "finished"
-STAGE, LAST = "selftrain", "scores"
-READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
-"""The settings that are read here."""
-
-
-def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> bool:
-    """Whether `--protocol detect` means these: `--trunk` says so, or is not given and the run has no other network."""
-    if config.trunk != EvalConfig.trunk:
-        return config.trunk == TRUNK
-    others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
-    return not others and (latest(before, STAGE) is not None or read_record(run, STAGE, LAST) is not None)
-
-
-def labelled(run: Path, before: Sequence[Plan]) -> str | None:
-    """The labelled images of the run's selftrain, or of the one that comes before in the line."""
-    if coming := latest(before, STAGE):
-        return coming.labelled
-    made = read_record(run, STAGE, LAST)
-    return str(made["config"]["labelled"]) if made else None
 
 
 def check(
