@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ktransfer.plan import Plan, latest
 from ktransfer.run import read_record
@@ -15,17 +16,29 @@ READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seed
 """The settings that are read where they are evaluated."""
 
 
-def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> bool:
-    """Whether `--protocol detect` means these: `--trunk` says so, or is not given and the run has no other network."""
-    if config.trunk != EvalConfig.trunk:
-        return config.trunk == TRUNK
-    others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
-    return not others and (latest(before, STAGE) is not None or read_record(run, STAGE, LAST) is not None)
+class Finished(NamedTuple):
+    """The detectors that the run's selftrain made, or will make where it comes before in the line.
+
+    Attributes:
+        labelled: the labelled images that they learned from; None where the run has none.
+        coming: what will be made.
+    """
+
+    labelled: str | None
+    coming: Plan | None
 
 
-def labelled(run: Path, before: Sequence[Plan]) -> str | None:
-    """The labelled images of the run's selftrain, or of the one that comes before in the line."""
-    if coming := latest(before, STAGE):
-        return coming.labelled
-    made = read_record(run, STAGE, LAST)
-    return str(made["config"]["labelled"]) if made else None
+def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> Finished | None:
+    """The detectors, where `--protocol detect` means these: `--trunk` says so, or is not given and the run has no other
+    network.
+    """
+    coming, made = latest(before, STAGE), read_record(run, STAGE, LAST)
+    if config.trunk == EvalConfig.trunk:
+        others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
+        if others or not (coming or made):
+            return None
+    elif config.trunk != TRUNK:
+        return None
+    if coming:
+        return Finished(coming.labelled, coming)
+    return Finished(str(made["config"]["labelled"]) if made else None, None)
