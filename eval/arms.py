@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -35,24 +36,76 @@ class Arm:
     whole: Network | None = None
 
 
-def find_arms(run: Path, config: EvalConfig, coming: Network | None = None) -> list[Arm]:
-    """Random weights, the run's own network (`coming` where it is still to be made), those of the runs beside, and with
-    `--supervised` the one that learns the true labels (whose weights may be still to be made).
+class Trained(NamedTuple):
+    """The last network of a run, made or still to be made.
+
+    Attributes:
+        run: the run folder.
+        stage: that makes it.
+        weights: where it lies.
+        network: what it is; how many classes it has may be known only when it is made.
+        images: those that the run learned from, where it has learned already.
+    """
+
+    run: Path
+    stage: str
+    weights: Path
+    network: Network
+    images: str | None
+
+    def made(self) -> "Trained":
+        """The same as its weights, by now there, say it."""
+        return self._replace(network=networks.describe(self.weights))
+
+
+def last_network(run: Path, before: Sequence[Plan] = ()) -> Trained:
+    """The last network that the stages before in the same line will make, else that the run has made.
 
     Raises:
-        UsageError: a run holds no finished network, or two have the same name.
+        UsageError: there is none, or it is not finished.
     """
-    runs = [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]
+    pretext, retrain = (read_record(run, stage, name) for stage, name in reversed(FINAL))
+    first = pretext or retrain
+    images = str(first["config"]["data"]) if first else None
+    coming = latest(before, "retrain") or (None if retrain else latest(before, "pretext"))
+    if coming and coming.network and coming.weights:
+        return Trained(run, coming.stage, coming.weights, coming.network, images)
+    if not first:
+        raise UsageError(f"--run {run}: holds no trained network; make one first: ktransfer --run {run} pretext")
+    stage = "retrain" if retrain else "pretext"
+    done_record(run, stage, stage, stage)
+    weights = run / stage / "model.safetensors"
+    return Trained(run, stage, weights, networks.describe(weights), images)
+
+
+def runs_beside(config: EvalConfig) -> list[Path]:
+    """The run folders of `--beside`."""
+    return [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]
+
+
+def trained_networks(run: Path, config: EvalConfig, before: Sequence[Plan] = ()) -> list[Trained]:
+    """The last network of the run, and those of the runs beside.
+
+    Raises:
+        UsageError: a run holds no finished network.
+    """
+    return [last_network(run, before), *(last_network(place) for place in runs_beside(config))]
+
+
+def find_arms(trained: Sequence[Trained], config: EvalConfig) -> list[Arm]:
+    """Random weights, the networks of the run itself and of those beside, and with `--supervised` the one that learns
+    the true labels (whose weights may be still to be made).
+
+    Raises:
+        UsageError: two have the same name.
+    """
     found: list[Arm] = []
-    for place in runs:
-        mine = coming if place == run else None
-        weights = run / "to come" if mine else final_network(place)
-        described = mine or networks.describe(weights)
-        network = resized(described, config.size, config.stride)
-        name = place.resolve().name
+    for one in trained:
+        name = one.run.resolve().name
         if name in (arm.name for arm in found):
-            raise UsageError(f"--beside {place}: a second run named '{name}'; rename its folder")
-        found.append(Arm(name, network, weights, _whole(described, config)))
+            raise UsageError(f"--beside {one.run}: a second run named '{name}'; rename its folder")
+        network = resized(one.network, config.size, config.stride)
+        found.append(Arm(name, network, one.weights, _whole(one.network, config)))
     own = found[0]
     if config.random:
         if RANDOM in (arm.name for arm in found):
@@ -62,7 +115,7 @@ def find_arms(run: Path, config: EvalConfig, coming: Network | None = None) -> l
     if config.supervised:
         if SUPERVISED in (arm.name for arm in found):
             raise UsageError(f"eval: a run named '{SUPERVISED}' beside --supervised; rename its folder")
-        weights = run / "eval" / LEARNED
+        weights = trained[0].run / "eval" / LEARNED
         described = networks.describe(weights) if weights.is_file() else own.network
         network = replace(resized(described, config.size, config.stride), task="classes")
         found.append(Arm(SUPERVISED, network, weights, _whole(described, config)))
@@ -73,27 +126,6 @@ def _whole(described: Network, config: EvalConfig) -> Network | None:
     """See `Arm`."""
     fits = (described.size, described.stride) == (config.size, config.stride)
     return described if fits and networks.trunk(described) != described else None
-
-
-def final_network(run: Path) -> Path:
-    """The weights of the last network that a run made.
-
-    Raises:
-        UsageError: there is none, or it is not finished.
-    """
-    for stage, name in FINAL:
-        if read_record(run, stage, name):
-            done_record(run, stage, name, stage)
-            return run / stage / "model.safetensors"
-    raise UsageError(f"--run {run}: holds no trained network; make one first: ktransfer --run {run} pretext")
-
-
-def coming_network(run: Path, before: Sequence[Plan]) -> Network | None:
-    """The final network that the stages before in the same line will make, if they do."""
-    made = latest(before, "retrain")
-    if made is None and not read_record(run, "retrain", "retrain"):
-        made = latest(before, "pretext")
-    return made.network if made else None
 
 
 def resized(network: Network, size: int, stride: int) -> Network:

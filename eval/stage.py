@@ -5,22 +5,23 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ktransfer import files, networks
+import torch
+
+from ktransfer import files
 from ktransfer.config import Settings, build, chosen, chosen_settings, in_words, read_by, result_settings, settings_of
 from ktransfer.data.loader import typical_short_side
 from ktransfer.errors import Reply, UsageError
 from ktransfer.networks import Network
-from ktransfer.plan import Plan, PlannedStep, latest
+from ktransfer.plan import Plan, PlannedStep
 from ktransfer.progress import say
-from ktransfer.run import begin, input_hash, read_record, versions
+from ktransfer.run import begin, input_hash, versions
 from ktransfer.training.device import choose_device
 
-from . import supervised
-from .arms import SUPERVISED, Arm, coming_network, final_network, find_arms
+from . import finished, supervised
+from .arms import SUPERVISED, Arm, Trained, find_arms, trained_networks
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
 from .protocols import protocol as protocols
-from .protocols import trained_detectors
 from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
@@ -33,25 +34,35 @@ SCHEMA = 2
 class Evaluation(NamedTuple):
     """One protocol as it will be run."""
 
-    protocol: str
+    run: Path
     config: EvalConfig
     splits: Any
     settings: Settings
     """Those of `config` that this protocol reads."""
+    trained: list[Trained]
+    """The networks to evaluate, the run's own first; none where they are finished detectors."""
+    device: torch.device
 
     def module(self) -> protocols.Module:
         """What evaluates: the protocol's module, or that of detectors which are finished."""
-        return protocols.load("trained_detectors" if self.as_they_are else self.protocol)
+        return protocols.load(self.config.protocol if self.trained else "trained_detectors")
 
-    @property
-    def as_they_are(self) -> bool:
-        """Whether detectors are evaluated that selftrain finished."""
-        return self.protocol == "detect" and self.config.trunk == trained_detectors.TRUNK
+    def arms(self) -> list[Arm]:
+        """What is evaluated, its weights by now made."""
+        if not self.trained:
+            from .protocols import trained_detectors
+
+            return trained_detectors.arms(self.run, self.config)
+        return find_arms([one.made() for one in self.trained], self.config)
+
+    def reads(self) -> tuple[str, ...]:
+        """The stage of the run whose outcome is evaluated."""
+        return (self.trained[0].stage if self.trained else finished.STAGE,)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the labelled images, by part, and of the list of those whose labels are used."""
         found = {name: split.fingerprint for name, split in zip(("train", "test"), self.splits, strict=False)}
-        if self.protocol == "lowshot" and self.config.subset:
+        if self.config.protocol == "lowshot" and self.config.subset:
             found["subset"] = files.sha256(Path(self.config.subset))
         return found
 
@@ -61,6 +72,7 @@ class EvalPlan(Plan):
     """What the stage will do: a step for each protocol."""
 
     evaluations: list[Evaluation]
+    supervised: supervised.Training | None
 
 
 def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
@@ -81,16 +93,15 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Path]:
 
 def carry_out(plan: EvalPlan) -> dict[str, Path]:
     """Evaluate by one protocol after the other."""
-    return {evaluating.protocol: _evaluate(plan.run, evaluating) for evaluating in plan.evaluations}
+    if plan.supervised:
+        supervised.train(plan.supervised)
+    return {evaluating.config.protocol: _evaluate(evaluating) for evaluating in plan.evaluations}
 
 
-def _evaluate(run: Path, evaluating: Evaluation) -> Path:
-    name, config, splits, settings = evaluating
-    protocol = evaluating.module()
-    device = choose_device(config)
-    if config.supervised:
-        supervised.train(run, config, device)
-    arms = protocol.arms(run, config) if hasattr(protocol, "arms") else find_arms(run, config)
+def _evaluate(evaluating: Evaluation) -> Path:
+    run, config, splits, settings, _, device = evaluating
+    name, protocol = config.protocol, evaluating.module()
+    arms = evaluating.arms()
     if hasattr(protocol, "check_arms"):  # weights that the line has made since it was planned
         protocol.check_arms(arms, config)
     inputs = evaluating.fingerprints() | {f"network {arm.name}": input_hash(arm.weights) for arm in arms if arm.weights}
@@ -111,7 +122,7 @@ def _evaluate(run: Path, evaluating: Evaluation) -> Path:
             "measures": protocol.MEASURES,
             "data": {"train": len(splits[0]), "test": len(splits[1]), "classes": len(splits[0].classes)},
             "chance": _chance(splits),
-            "command": _command(run, evaluating),
+            "command": _command(evaluating),
             "settings": result_settings(settings),
             "inputs": inputs,
             "versions": versions(),
@@ -145,23 +156,23 @@ def _evaluate(run: Path, evaluating: Evaluation) -> Path:
         return report
 
 
-def _command(run: Path, evaluating: Evaluation) -> str:
+def _command(evaluating: Evaluation) -> str:
     """The line that evaluates the same again: every setting that counts and is not the default, and the paths."""
     names = [name for name in PATHS if name in evaluating.settings.values] + list(result_settings(evaluating.settings))
     names += ["supervised", "supervised_epochs", "size"] if evaluating.config.supervised else []
     own = {name: getattr(evaluating.config, name) for name in dict.fromkeys(names)}
     changed = {name: value for name, value in own.items() if value != getattr(EvalConfig, name)}
-    return in_words(run.resolve().name, "eval", {"protocol": evaluating.protocol} | changed)
+    return in_words(evaluating.run.resolve().name, "eval", {"protocol": evaluating.config.protocol} | changed)
 
 
 def _shown(result: dict[str, Any], evaluating: Evaluation) -> str:
     """The tables for the screen."""
-    return to_markdown(result) + (f"\n{published(evaluating.protocol)}" if evaluating.config.published else "")
+    return to_markdown(result) + (f"\n{published(evaluating.config.protocol)}" if evaluating.config.published else "")
 
 
 def _other_preset(evaluating: Evaluation) -> bool:
     """Whether it is the linear probe as others do it."""
-    return evaluating.protocol == "linear" and evaluating.config.preset != "zhang"
+    return evaluating.config.protocol == "linear" and evaluating.config.preset != "zhang"
 
 
 def _chance(splits: Any) -> float:
@@ -195,44 +206,56 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ev
     given = build(EvalConfig, options, "eval")
     if given.compare:
         raise Reply(compare([run, *(part.strip() for part in given.compare.split(","))], given.published))
-    choose_device(given)
+    device = choose_device(given)
     names = chosen("--protocol", given.protocol, PROTOCOLS, "protocol")
-    made = read_record(run, "pretext", "pretext") or read_record(run, "retrain", "retrain")
-    learned = trained_detectors.labelled(run, before)  # by selftrain
-    coming = coming_network(run, before)
-    ready = "detect" in names and trained_detectors.wanted(run, given, before)
-    read = {name: _read(name, ready and name == "detect", given) for name in names}
-    _refuse_unread(given, read, ready)
-    found: list[Evaluation] = []
-    for name in names:
-        as_it_is = ready and name == "detect"
-        spec = given.labelled or (learned if as_it_is else made and made["config"]["data"])
-        if not spec:
-            raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
-        splits = protocols.open_data(name, spec)
-        if as_it_is:
-            config = replace(given, protocol=name, labelled=spec, trunk=trained_detectors.TRUNK)
-            trained_detectors.check(run, config, splits, learned, before)
-            found.append(Evaluation(name, config, splits, chosen_settings(config, trained_detectors.READ)))
-        else:
-            network = coming or networks.describe(final_network(run))
-            config = _resolved(replace(given, protocol=name, labelled=spec), network, splits)
-            _check_protocol(name, run, config, splits, coming)
-            found.append(Evaluation(name, config, splits, settings_of(config, name)))
-    if given.supervised:
-        supervised.check(run, coming or networks.describe(final_network(run)), [one.config for one in found])
-    final = "retrain" if latest(before, "retrain") or read_record(run, "retrain", "retrain") else "pretext"
+    detectors = finished.wanted(run, given, before) if "detect" in names else None
+    _refuse_unread(given, dict(_read(name, given, detectors is not None) for name in names))
+    trained = [] if detectors and names == ["detect"] else trained_networks(run, given, before)
+    found = [
+        _of_detectors(run, given, detectors, device)
+        if detectors and name == "detect"
+        else _of_networks(run, replace(given, protocol=name), trained, device)
+        for name in names
+    ]
+    training = supervised.check(trained[0], [one.config for one in found], device) if given.supervised else None
     return EvalPlan(
         stage="eval",
         run=run,
-        steps=[
-            PlannedStep(one.protocol, one.settings, one.fingerprints(), ("selftrain",) if one.as_they_are else (final,))
-            for one in found
-        ],
+        steps=[PlannedStep(one.config.protocol, one.settings, one.fingerprints(), one.reads()) for one in found],
         overwrite=given.overwrite,
         stepwise=True,
         evaluations=found,
+        supervised=training,
     )
+
+
+def _of_detectors(run: Path, given: EvalConfig, detectors: finished.Finished, device: torch.device) -> Evaluation:
+    """The evaluation of detectors as selftrain made them."""
+    from .protocols import trained_detectors
+
+    config = replace(given, protocol="detect", labelled=given.labelled or detectors.labelled, trunk=finished.TRUNK)
+    splits = _opened(config)
+    trained_detectors.check(run, config, splits, detectors)
+    return Evaluation(run, config, splits, chosen_settings(config, finished.READ), [], device)
+
+
+def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: torch.device) -> Evaluation:
+    """The evaluation of networks by the protocol of `config`."""
+    config = replace(config, labelled=config.labelled or trained[0].images)
+    splits = _opened(config)
+    config = _resolved(config, trained[0].network, splits)
+    arms = find_arms(trained, config)
+    protocol = protocols.load(config.protocol)
+    protocol.check([arm.network for arm in arms], splits, config, run)
+    if hasattr(protocol, "check_arms"):
+        protocol.check_arms(arms, config)
+    return Evaluation(run, config, splits, settings_of(config, config.protocol), trained, device)
+
+
+def _opened(config: EvalConfig) -> Any:
+    if not config.labelled:
+        raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
+    return protocols.open_data(config.protocol, config.labelled)
 
 
 def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:
@@ -244,25 +267,19 @@ def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:
     return replace(config, **(found_out | own_settings(config, config.protocol)))
 
 
-def _check_protocol(name: str, run: Path, config: EvalConfig, splits: Any, coming: Network | None) -> None:
-    """What the protocol itself finds wrong before the work."""
-    arms = find_arms(run, config, coming)
-    protocol = protocols.load(name)
-    protocol.check([arm.network for arm in arms], splits, config, run)
-    if hasattr(protocol, "check_arms"):
-        protocol.check_arms(arms, config)
-
-
-def _read(name: str, ready: bool, given: EvalConfig) -> set[str]:
-    """The settings that a protocol reads, and the arm that is trained for it; `ready`: finished detectors."""
-    if ready:
+def _read(name: str, given: EvalConfig, finished_detectors: bool) -> tuple[str, set[str]]:
+    """What is evaluated, in words, and the settings that it reads, with those of the arm that is trained for it."""
+    if name == "detect" and finished_detectors:
         allowed = {"random", *(field.name for field in fields(given) if field.metadata["execution"])}
-        return {*trained_detectors.READ, *allowed}
-    return read_by(given, (name, SUPERVISED) if given.supervised else (name,))
+        return "detect of finished detectors", {*finished.READ, *allowed}
+    return name, read_by(given, (name, SUPERVISED) if given.supervised else (name,))
 
 
-def _refuse_unread(given: EvalConfig, read: dict[str, set[str]], ready: bool) -> None:
+def _refuse_unread(given: EvalConfig, read: dict[str, set[str]]) -> None:
     """Refuse options that nothing would read.
+
+    Args:
+        read: what is evaluated, in words -> the settings that it reads.
 
     Raises:
         UsageError: one line.
@@ -271,8 +288,7 @@ def _refuse_unread(given: EvalConfig, read: dict[str, set[str]], ready: bool) ->
     unread = [one for one in fields(given) if one.name not in known and getattr(given, one.name) != one.default]
     if unread:
         flags = ", ".join(f"--{one.name.replace('_', '-')}" for one in unread)
-        names = ", ".join("detect of finished detectors" if ready and name == "detect" else name for name in read)
         whose = ", ".join(unread[0].metadata["of"]) or "others"
         raise UsageError(
-            f"{flags}: not read by {names} (--{unread[0].name.replace('_', '-')}: by {whose}); leave it out"
+            f"{flags}: not read by {', '.join(read)} (--{unread[0].name.replace('_', '-')}: by {whose}); leave it out"
         )

@@ -10,6 +10,7 @@ normalised as the run's own is. Where images have several labels it learns them 
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ from ktransfer.training import checkpoint, loop
 from ktransfer.training.batch_divider import seen_by_batch_norm
 from ktransfer.training.options import LoopOptions, TrainOptions
 
-from .arms import LEARNED, SUPERVISED, final_network, resized
+from .arms import LEARNED, SUPERVISED, Trained, resized
 from .config import EvalConfig
 from .learners.heads import with_classes
 from .learners.tuning import Labelled, crop_loss
@@ -54,11 +55,27 @@ def supervised_network(network: Network, classes: int) -> Network:
     return replace(network, classes=kept, task="classes")
 
 
-def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
+class Training(NamedTuple):
+    """The training of the arm, as it was planned.
+
+    Attributes:
+        network: what is trained.
+    """
+
+    run: Path
+    data: Dataset
+    network: Network
+    recipe: Recipe
+    inputs: dict[str, str]
+    overwrite: bool
+    device: torch.device
+
+
+def check(own: Trained, configs: list[EvalConfig], device: torch.device) -> Training:
     """Find what would keep the arm from being trained once for all protocols.
 
     Args:
-        network: the run's own, as it was trained.
+        own: the run's network, as it was trained.
         configs: those of the protocols, with images, size and stride resolved.
 
     Raises:
@@ -73,20 +90,18 @@ def check(run: Path, network: Network, configs: list[EvalConfig]) -> None:
             "--stride, or evaluate them in runs of their own"
         )
     try:
-        _, recipe, inputs, _ = _planned(network, configs[0])
+        training = _planned(own, configs[0], device)
     except UsageError as error:
         raise UsageError(f"--supervised: {error}") from error
-    found = changes(run, "eval", SUPERVISED, recipe, inputs)
-    old = read_record(run, "eval", SUPERVISED)
-    if old and found and not configs[0].overwrite and not leaves_nothing(run / "eval", old):
-        raise refusal(run, "eval", SUPERVISED, found)
+    found = changes(own.run, "eval", SUPERVISED, training.recipe, training.inputs)
+    old = read_record(own.run, "eval", SUPERVISED)
+    if old and found and not training.overwrite and not leaves_nothing(own.run / "eval", old):
+        raise refusal(own.run, "eval", SUPERVISED, found)
+    return training
 
 
-def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
+def train(training: Training) -> Path:
     """Train the arm, go on with it, or find it done; `--overwrite` makes it again only where it would be another.
-
-    Args:
-        config: with images, size and stride resolved.
 
     Returns:
         Its weights.
@@ -94,8 +109,8 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    data, recipe, inputs, network = _planned(networks.describe(final_network(run)), config)
-    overwrite = config.overwrite and bool(changes(run, "eval", SUPERVISED, recipe, inputs))
+    run, data, network, recipe, inputs, overwrite, device = training
+    overwrite = overwrite and bool(changes(run, "eval", SUPERVISED, recipe, inputs))
     with begin(run, "eval", SUPERVISED, recipe, inputs, [SUPERVISED], overwrite, str(device)) as step:
         weights = step.folder / LEARNED
         if not step.done:
@@ -106,17 +121,17 @@ def train(run: Path, config: EvalConfig, device: torch.device) -> Path:
         return weights
 
 
-def _planned(network: Network, config: EvalConfig) -> tuple[Dataset, Recipe, dict[str, str], Network]:
-    """The images, the recipe, the inputs of the step, and what is trained, for the run's own network."""
+def _planned(own: Trained, config: EvalConfig, device: torch.device) -> Training:
     assert config.labelled is not None
     data, _ = open_splits(config.labelled)
-    evaluated = resized(network, config.size, config.stride)
+    evaluated = resized(own.network, config.size, config.stride)
     shared = {name: getattr(config, name) for name in SHARED}
     look = {name: getattr(evaluated, name) for name in ("arch", "width", "stride", "size", "normalise")}
     recipe = Recipe(epochs=config.supervised_epochs, **shared, **look)
     made = supervised_network(evaluated, len(data.classes))
     micro = seen_by_batch_norm(recipe, lambda: with_classes(made, len(data.classes), recipe.seed, "check"))
-    return data, recipe, {"train": data.fingerprint} | micro, made
+    inputs = {"train": data.fingerprint} | micro
+    return Training(own.run, data, made, recipe, inputs, config.overwrite, device)
 
 
 def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device: torch.device) -> list[str]:

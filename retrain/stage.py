@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from ktransfer import distributed, networks, rng
 from ktransfer.config import build
@@ -20,6 +19,7 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network, teachers
 from ktransfer.networks.teachers import Teacher
+from ktransfer.networks.zoos import torchvision_names
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, read_record
@@ -178,7 +178,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     """
     config = build(RetrainConfig, options, "retrain")
     if config.arch == LIST:
-        raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *zoo.list_models(module=zoo)))}")
+        raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *torchvision_names()))}")
     networks.check_arch(config.arch, config.width)
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)

@@ -1,6 +1,8 @@
 """A line is planned before it starts: what would be done is what is done, and nothing is written for knowing it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -143,3 +145,17 @@ def test_help_lists_commands_by_use(capsys):
         for word in ("Most used:", "--arch", "--labels", "Other options of this stage:", "--crop", "Training:")
     ]
     assert order == sorted(order)
+
+
+def test_planning_imports_nothing_that_only_some_networks_need(tmp_path):
+    """Not torchvision, nor torch's compiler, which that and others load: they take longer than the plan."""
+    script = f"""
+import sys
+from ktransfer import cli, stages
+assert cli.main({["--run", str(tmp_path / "run"), "--dry-run", *words(LINE)]!r}) == 0
+stages.module("export")
+print(*sorted({{name.split(".")[0] for name in sys.modules}} & {{"torchvision", "faiss", "sklearn", "scipy", "onnx"}}))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-2:] == ["", "False"]

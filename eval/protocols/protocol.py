@@ -8,7 +8,6 @@ check_arms (arms, config) -> None; UsageError for what can be known of the weigh
 evaluate      (arm, splits, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
            what is written on the way, and is removed when the outcome is kept
 open_data  (spec) -> splits; where it is missing, `ktransfer.dataset.open_splits`
-arms       (run, config) -> what is evaluated, where these are no networks as `find_arms` gives them; optional
 inputs     (arms, splits, config) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional

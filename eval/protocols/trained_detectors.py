@@ -6,7 +6,6 @@ canvases of its own size, or `--test-scales` of it. Scores from `--threshold` on
 as in `detect/2`. A run that holds no other network is evaluated so by default.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from ktransfer.detection.data import Detection
 from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
 from ktransfer.networks.teachers import SAFETENSORS
-from ktransfer.plan import Plan, latest
-from ktransfer.run import RECORD, done_record, read_record
+from ktransfer.run import RECORD, done_record
 
-from ..arms import FINAL, Arm
+from ..arms import Arm, runs_beside
 from ..config import EvalConfig
+from ..finished import LAST, STAGE, TRUNK, Finished
 from ..result import Result
 from . import detect
 
@@ -32,64 +31,36 @@ PROTOCOL = "detect/2 finished"
 TITLE = detect.TITLE
 MEASURES = detect.MEASURES
 NOTE = "detectors as selftrain made them; their size, the images and the least score stand in its json."
-TRUNK = "finished"
-STAGE, LAST = "selftrain", "scores"
-READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
-"""The settings that are read here."""
 
 
-def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> bool:
-    """Whether `--protocol detect` means these: `--trunk` says so, or is not given and the run has no other network."""
-    if config.trunk != EvalConfig.trunk:
-        return config.trunk == TRUNK
-    others = any(latest(before, stage) or read_record(run, stage, name) for stage, name in FINAL)
-    return not others and (latest(before, STAGE) is not None or read_record(run, STAGE, LAST) is not None)
-
-
-def labelled(run: Path, before: Sequence[Plan]) -> str | None:
-    """The labelled images of the run's selftrain, or of the one that comes before in the line."""
-    if coming := latest(before, STAGE):
-        return coming.labelled
-    made = read_record(run, STAGE, LAST)
-    return str(made["config"]["labelled"]) if made else None
-
-
-def check(
-    run: Path, config: EvalConfig, splits: tuple[Detection, Detection], source: str | None, before: Sequence[Plan]
-) -> None:
+def check(run: Path, config: EvalConfig, splits: tuple[Detection, Detection], finished: Finished) -> None:
     """Find a missing extra, and detectors that do not exist or have other classes.
-
-    Args:
-        source: what selftrain learned from, where it is known.
 
     Raises:
         UsageError: one line.
     """
     metrics.need_extra()
     detect.test_scales(config)
-    coming = latest(before, STAGE)
-    if coming and coming.detector and coming.detector.settings.kind not in detectors.DETECTORS:
+    coming = finished.coming and finished.coming.detector
+    if coming and coming.settings.kind not in detectors.DETECTORS:
         raise UsageError("--protocol detect: selftrain --task segment makes no detector; leave eval out")
     if config.supervised:
         raise UsageError(
             "--supervised: is not for the detectors of selftrain, which are evaluated as they are; leave it out"
         )
-    if coming and coming.detector and source != config.labelled:
-        _same(splits, coming.detector.classes, config)
-    for arm in arms(run, config, coming=coming is not None):
-        assert arm.weights
-        described = saved.describe(arm.weights)
-        if described.settings.kind not in detectors.DETECTORS:
-            raise UsageError(f"{arm.weights}: no detector, but {described.settings.kind}; --protocol detect needs one")
-        _same(splits, described.classes, config)
-
-
-def _same(splits: tuple[Detection, Detection], classes: tuple[str, ...], config: EvalConfig) -> None:
-    if splits[1].classes != classes:
-        raise UsageError(
-            f"--labelled {config.labelled}: has other classes than the detectors ({', '.join(classes[:5])}, ...); "
-            "name images with these classes"
-        )
+    described = [coming] if coming and finished.labelled != config.labelled else []
+    for weights in (arm.weights for arm in arms(run, config, finished.coming is not None)):
+        assert weights
+        described.append(saved.describe(weights))
+        if described[-1].settings.kind not in detectors.DETECTORS:
+            kind = described[-1].settings.kind
+            raise UsageError(f"{weights}: no detector, but {kind}; --protocol detect needs one")
+    for classes in (one.classes for one in described):
+        if splits[1].classes != classes:
+            raise UsageError(
+                f"--labelled {config.labelled}: has other classes than the detectors ({', '.join(classes[:5])}, ...); "
+                "name images with these classes"
+            )
 
 
 def arms(run: Path, config: EvalConfig, coming: bool = False) -> list[Arm]:
@@ -102,7 +73,7 @@ def arms(run: Path, config: EvalConfig, coming: bool = False) -> list[Arm]:
         UsageError: a selftrain is not finished, its files are gone, or two runs have the same name.
     """
     found: dict[str, Arm] = {}
-    for place in [run] + [Path(part.strip()) for part in (config.beside or "").split(",") if part.strip()]:
+    for place in [run, *runs_beside(config)]:
         if coming and place == run:
             continue
         record = done_record(place, STAGE, LAST, STAGE)

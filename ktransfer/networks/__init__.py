@@ -1,5 +1,6 @@
 """Networks by name, layers by the papers' names, weights that say what they are; and networks that others made."""
 
+from ktransfer.networks.layer_maps import feature_maps, has_class_token, layers, tokens_before
 from ktransfer.networks.network import (
     CLASSIFIER,
     HEAD,
@@ -11,18 +12,14 @@ from ktransfer.networks.network import (
     build,
     check_arch,
     describe,
-    feature_maps,
     fitting,
-    has_class_token,
     he_init,
-    layers,
     load,
     normalise,
     save,
     scaled,
     statistics,
     statistics_name,
-    tokens_before,
     trunk,
 )
 

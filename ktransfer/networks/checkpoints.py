@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from ktransfer.errors import UsageError
 from ktransfer.networks.formats import efficientnet
@@ -149,6 +148,8 @@ def _prefixes(
 
 def _namings(model: nn.Module) -> list[Naming]:
     """How others name the tensors of the network; first of all as it does itself."""
+    from torchvision import models as zoo
+
     children = [name for name, _ in model.named_children()]
 
     def numbered(name: str) -> str:  # nn.Sequential(*list(model.children())[:-1]), as in lightly

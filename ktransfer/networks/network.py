@@ -1,18 +1,14 @@
-"""Networks by name, their layers by the papers' names, and weights that say what they are.
+"""Networks by name, and weights that say what they are.
 
 Architectures and sizes: docs/papers.md. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
 torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
 `timm:NAME` is timm's, `hog` and `pixels` are no networks but read like ones (`descriptors.py`).
-
-Layers are named once for every family: `conv1`.. of an AlexNet, `conv1_1`.. of a VGG, `stem`, `layer1`..`layer4` of a
-ResNet, `blocks.0`.. and `norm` of a vision transformer, `features.0`.. (or what stands in the module) of all others.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,20 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from torchvision import models as zoo
-from torchvision.models.vgg import cfgs, make_layers
 
 from ktransfer import files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
 from ktransfer.networks import descriptors
-from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision
+from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
 from ktransfer.training.device import constant
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD = "head."
 CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512))  # channels of VGG-16 up to conv4_3
 
 
 @dataclass(frozen=True)
@@ -129,9 +124,16 @@ class VGGTrunk(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        plan = [scaled(c, network.width) if isinstance(c, int) else c for c in cfgs["D"]]
-        upto = [place for place, c in enumerate(plan) if c == "M"][3]
-        self.features = make_layers(plan[:upto], batch_norm=network.arch.endswith("_bn"))
+        modules: list[nn.Module] = []
+        before = 3
+        for block in BLOCKS:
+            for channels in (scaled(channels, network.width) for channels in block):
+                modules.append(nn.Conv2d(before, channels, 3, padding=1))
+                modules += [nn.BatchNorm2d(channels)] if network.arch.endswith("_bn") else []
+                modules.append(nn.ReLU(inplace=True))
+                before = channels
+            modules.append(nn.MaxPool2d(2, 2))
+        self.features = nn.Sequential(*modules[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, 3, h, w) -> (batch, 512 * width, h / 8, w / 8): conv4_3 after its ReLU."""
@@ -167,9 +169,8 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "
     Raises:
         UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
     """
-    theirs = zoo.list_models(module=zoo)
-    names = TRUNKS if trunk else (*TRUNKS, *theirs)
-    if arch not in names and (trunk or arch.removeprefix(TORCHVISION) not in theirs):
+    if arch not in TRUNKS and (trunk or arch.removeprefix(TORCHVISION) not in torchvision_names()):
+        names = TRUNKS if trunk else (*TRUNKS, *torchvision_names())
         raise UsageError(f"{flag} {arch}: no such network; {nearest(arch, names)}")
     if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
         raise UsageError(f"--width {width}: only alexnet and alexnet_bn can be scaled, not {arch}; leave it at 1")
@@ -206,120 +207,6 @@ def he_init(model: nn.Module, told: bool = True) -> nn.Module:
             if told and name.endswith("fc8"):
                 nn.init.normal_(module.weight, std=0.001)
     return model
-
-
-def layers(network: Network, model: nn.Module) -> dict[str, str]:
-    """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
-    if isinstance(model, descriptors.Hog | descriptors.Pixels):
-        return dict(model.layers)
-    if isinstance(model, AlexNet):
-        return {f"conv{number}": f"relu{number}" for number in range(1, 6)}
-    if isinstance(model, zoo.AlexNet):
-        relus = [number for number, module in model.features.named_children() if isinstance(module, nn.ReLU)]
-        return {f"conv{place}": f"features.{number}" for place, number in enumerate(relus, start=1)}
-    if isinstance(model, VGGTrunk | zoo.VGG):
-        found, block, place = {}, 1, 1
-        for number, module in model.features.named_children():
-            if isinstance(module, nn.ReLU):
-                found[f"conv{block}_{place}"] = f"features.{number}"
-                place += 1
-            elif isinstance(module, nn.MaxPool2d):
-                block, place = block + 1, 1
-        return found
-    if isinstance(model, zoo.VisionTransformer):
-        blocks = [name for name, _ in model.encoder.layers.named_children()]
-        found = {f"blocks.{place}": f"encoder.layers.{name}" for place, name in enumerate(blocks)}
-        return found | {"norm": "encoder.ln"}
-    if tokens_before(model) is not None:  # of timm
-        names = [f"blocks.{name}" for name, _ in model.get_submodule("blocks").named_children()]
-        return {name: name for name in (*names, "norm")}
-    inner = getattr(model, "features", None)
-    prefix, parent = ("features.", inner) if isinstance(inner, nn.Sequential) else ("", model)
-    maps: dict[str, str] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _m, _i, out, path=f"{prefix}{name}": (
-                maps.update({path: path})
-                if isinstance(out, Tensor) and out.ndim == 4 and _as_maps(model, out).shape[-1] > 1
-                else None
-            )
-        )
-        for name, module in parent.named_children()
-    ]
-    _run(model, torch.zeros(1, 3, network.size, network.size))
-    for hook in hooks:
-        hook.remove()
-    if isinstance(model, zoo.ResNet):
-        return {
-            name.replace("maxpool", "stem"): path for name, path in maps.items() if name not in ("conv1", "bn1", "relu")
-        }
-    return maps
-
-
-def tokens_before(model: nn.Module) -> int | None:
-    """How many tokens of a vision transformer stand before those of its patches; None for what has no tokens."""
-    if isinstance(model, zoo.VisionTransformer):
-        return 1
-    before = getattr(model, "num_prefix_tokens", None)  # of timm
-    return before if isinstance(before, int) else None
-
-
-def has_class_token(model: nn.Module) -> bool:
-    """Whether the first token of a vision transformer is that of the class (timm knows others, registers)."""
-    return bool(tokens_before(model)) and bool(getattr(model, "has_class_token", True))
-
-
-class _AllThere(Exception):
-    """The layers that are wanted have been computed."""
-
-
-def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: str = "patch") -> dict[str, Tensor]:
-    """One forward pass, the outputs of several layers.
-
-    Args:
-        paths: layer name -> module path, as `layers` gives them.
-        x: (batch, 3, h, w), normalised.
-        token: what is read of a transformer: "patch", its patches where they lie in the image; "mean" of these; or
-            "cls", its class token.
-
-    Returns:
-        layer name -> (batch, channels, h', w'), with h' = w' = 1 for "mean" and "cls".
-    """
-    found: dict[str, Tensor] = {}
-    # In ours every module is called once, so that nothing behind the last layer of interest has to be computed.
-    ours = isinstance(model, AlexNet | VGGTrunk)
-
-    def note(name: str, out: Tensor) -> None:
-        found[name] = _as_maps(model, out, token)
-        if ours and len(found) == len(paths):
-            raise _AllThere
-
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _m, _i, out, name=name: note(name, out))
-        for name, path in paths.items()
-    ]
-    try:
-        with suppress(_AllThere):
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _as_maps(model: nn.Module, out: Tensor, token: str = "patch") -> Tensor:
-    """(batch, channels, h, w), also of transformers: those that hand over (batch, h, w, channels), or tokens."""
-    before = tokens_before(model)
-    if before is not None and out.ndim == 3:
-        if token == "cls":
-            return out[:, 0, :, None, None]
-        patches = out[:, before:].transpose(1, 2)
-        if token == "mean":
-            return patches.mean(dim=2)[:, :, None, None]
-        side = math.isqrt(patches.shape[2])
-        return patches.reshape(*patches.shape[:2], side, side)
-    last = isinstance(model, zoo.SwinTransformer) or getattr(model, "output_fmt", None) == "NHWC"  # the latter of timm
-    return out.permute(0, 3, 1, 2) if last and out.ndim == 4 else out
 
 
 def normalise(pixels: Tensor, how: str) -> Tensor:
@@ -391,10 +278,3 @@ def load(path: Path, network: Network) -> nn.Module:
     except RuntimeError as error:
         raise UsageError(f"{path}: its weights do not fit {network.arch}: {' '.join(str(error).split())}") from error
     return model
-
-
-def _run(model: nn.Module, x: Tensor) -> None:
-    training = model.training
-    with torch.no_grad():
-        model.eval()(x)
-    model.train(training)

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network, checkpoints, descriptors, published
 from ktransfer.networks.published import POOLED
-from ktransfer.networks.zoos import TIMM, TORCHVISION
+from ktransfer.networks.zoos import TIMM, TORCHVISION, torchvision_names
 from ktransfer.progress import say_once
 from ktransfer.run import input_hash
 from ktransfer.training.device import autocast
@@ -260,8 +259,10 @@ def _says_what_it_is(path: Path) -> bool:
 
 
 def _of_torchvision(given: str, weights: str | None) -> Teacher:
+    from torchvision import models as zoo
+
     name = given.removeprefix(TORCHVISION)
-    names = zoo.list_models(module=zoo)
+    names = torchvision_names()
     if name not in names:
         raise UsageError(f"--teacher {given}: torchvision has no such network; {_near(name, names)}")
     entries: Any = zoo.get_model_weights(name)

@@ -4,11 +4,18 @@ import importlib
 from typing import Any
 
 from torch import nn
-from torchvision import models as zoo
 
 from ktransfer.errors import UsageError
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
+
+
+def torchvision_names() -> list[str]:
+    """The classifiers of torchvision."""
+    from torchvision import models as zoo
+
+    names: list[str] = zoo.list_models(module=zoo)
+    return names
 
 
 def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
@@ -17,6 +24,8 @@ def of_torchvision(arch: str, classes: int, size: int) -> nn.Module:
     Raises:
         UsageError: a vision transformer whose patches do not divide the image.
     """
+    from torchvision import models as zoo
+
     name = arch.removeprefix(TORCHVISION)
     special: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):

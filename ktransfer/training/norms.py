@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def over_all(model: nn.Module, total: Sum) -> Iterator[None]:
     """Within, the model's batch norms learn from all processes' images; names and values stay as they are."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
-        norm.forward = partial(_forward, norm, total)  # type: ignore[method-assign]
+        norm.forward = partial(_uncompiled(), norm, total)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -32,7 +32,13 @@ def over_all(model: nn.Module, total: Sum) -> Iterator[None]:
             del norm.forward
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """`_forward` as torch.compile leaves it alone; a decorator would import torch's compiler in every command."""
+    left_alone: Callable[..., Tensor] = torch.compiler.disable(_forward)
+    return left_alone
+
+
 def _forward(norm: _BatchNorm, total: Sum, x: Tensor) -> Tensor:
     if not norm.training:
         return type(norm).forward(norm, x)

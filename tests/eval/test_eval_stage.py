@@ -11,7 +11,7 @@ from ktransfer import networks
 from ktransfer.cli import main
 from ktransfer.errors import UsageError
 from ktransfer.eval import EvalConfig, evaluate, stage
-from ktransfer.eval.arms import find_arms
+from ktransfer.eval.arms import find_arms, last_network
 from ktransfer.eval.config import DEFAULTS, own_settings
 from ktransfer.eval.protocols import linear
 from ktransfer.networks import Network
@@ -264,7 +264,7 @@ def test_random_weights_have_the_layers_of_the_network(runs):
     weights = run / "retrain" / "model.safetensors"
     for arch, classes in (("vgg16", 5), ("resnet18", 5), ("alexnet", 0)):
         networks.save(weights, {}, Network(arch, size=32, classes=5, task="pseudo-labels"))
-        random, mine = find_arms(run, EvalConfig(size=64, stride=3))
+        random, mine = find_arms([last_network(run)], EvalConfig(size=64, stride=3))
         assert mine.network == Network(arch, 1.0, 3, 64, classes, task="pseudo-labels")
         assert random.network == Network(arch, 1.0, 3, 64, classes, task="random")
         assert (random.weights, mine.weights) == (None, weights)
@@ -299,10 +299,9 @@ def test_misuse_is_one_line_and_writes_nothing(runs, options, words):
 def test_images_without_parts_and_runs_without_networks(runs, folder, tmp_path):
     with pytest.raises(UsageError, match=r"--labelled takes a root with train"):
         evaluate(runs / "target", labelled=str(folder), **FAST)
-    with pytest.raises(UsageError, match="no labelled images"):
-        evaluate(tmp_path / "new", **FAST)
-    with pytest.raises(UsageError, match="holds no trained network"):
-        evaluate(tmp_path / "new", labelled=SCENES, **FAST)
+    for given in ({}, {"labelled": SCENES}):
+        with pytest.raises(UsageError, match="holds no trained network"):
+            evaluate(tmp_path / "new", **given, **FAST)
     assert not (tmp_path / "new").exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.eval import EvalConfig, compare, evaluate, stage, supervised
-from ktransfer.eval.arms import Arm, find_arms, model_of
+from ktransfer.eval.arms import Arm, find_arms, last_network, model_of
 from ktransfer.networks import Network
 from ktransfer.pretext import pretext
 from ktransfer.retrain import retrain
@@ -53,6 +53,10 @@ def trainings(monkeypatch):
 
     monkeypatch.setattr(loop, "fit", watch)
     return seen
+
+
+def trained(run, config):
+    return supervised.train(supervised.check(last_network(run), [config], torch.device("cpu")))
 
 
 def result(run, protocol="linear"):
@@ -119,7 +123,7 @@ def test_it_learns_as_a_retraining_on_the_classes_does(runs, monkeypatch):
     config = EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=2, precision="float32")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "fit", lambda *given: fit(*given[:7], "retrain"))
-        weights = supervised.train(runs / "target", config, torch.device("cpu"))
+        weights = trained(runs / "target", config)
     options = {"arch": "alexnet_bn", "width": 0.05, "stride": 2, "epochs": 2, "precision": "float32"}
     other = retrain(runs / "again", data=SCENES, labels="classes", **options)
     assert networks.describe(weights) == networks.describe(other)
@@ -178,7 +182,7 @@ def test_what_it_cannot_be_trained_for_is_refused_before_anything_is_evaluated(r
     fails("--supervised: .*boxes", **detect)
     assert not (run / "eval").exists()
 
-    supervised.train(run, EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1), torch.device("cpu"))
+    trained(run, EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1))
     trainings.clear()
     fails("supervised in .* was made differently: epochs was 1, is 2", protocol="knn", layers="conv1")
     (planned,) = stage.check(run, {"protocol": "knn", "overwrite": True} | LEARN).evaluations
@@ -197,13 +201,13 @@ def test_it_is_trained_as_the_line_says(runs, trainings, monkeypatch):
     monkeypatch.setattr(loop, "fit", watch)
     config = EvalConfig(labelled=SCENES, size=40, stride=2, supervised_epochs=1, precision="float32")
     told = {"micro_batch": 9, "compile": "off", "cache_images": "off", "workers": 1, "max_broken": 0.5}
-    weights = supervised.train(run, replace(config, **told), torch.device("cpu")).read_bytes()
+    weights = trained(run, replace(config, **told)).read_bytes()
     assert {name: getattr(seen[-1], name) for name in told} == told
     with pytest.raises(UsageError, match="--micro-batch, which batch norm sees, changed"):
-        supervised.train(run, replace(config, **told | {"micro_batch": 8}), torch.device("cpu"))
-    supervised.train(run, replace(config, micro_batch=9), torch.device("cpu"))
+        trained(run, replace(config, **told | {"micro_batch": 8}))
+    trained(run, replace(config, micro_batch=9))
     assert len(seen) == 1
-    other = supervised.train(run, replace(config, overwrite=True), torch.device("cpu"))
+    other = trained(run, replace(config, overwrite=True))
     assert len(seen) == 2 and other.read_bytes() != weights
 
 
@@ -233,16 +237,16 @@ def test_beside_a_teacher_it_is_the_trunk_that_learned(runs):
 def test_arms_with_their_classifiers(runs):
     """fc6 and fc7 are there where the size and the stride are those that they were trained for."""
     run = runs / "target"
-    random, mine, learned = find_arms(run, EvalConfig(size=40, stride=2, supervised=True))
+    random, mine, learned = find_arms([last_network(run)], EvalConfig(size=40, stride=2, supervised=True))
     assert mine.whole == networks.describe(run / "retrain" / "model.safetensors")
     assert random.whole is not None and random.whole.task == "random" and random.whole.classes == 12
     assert learned.name == "supervised" and learned.whole is None  # nothing has learned yet
-    assert all(arm.whole is None for arm in find_arms(run, EvalConfig(size=48, stride=2)))
-    assert all(arm.whole is None for arm in find_arms(runs / "vgg", EvalConfig(size=40, stride=4)))
+    assert all(arm.whole is None for arm in find_arms([last_network(run)], EvalConfig(size=48, stride=2)))
+    assert all(arm.whole is None for arm in find_arms([last_network(runs / "vgg")], EvalConfig(size=40, stride=4)))
     assert {"fc6.weight", "conv1.weight"} <= set(model_of(Arm("a", mine.whole, mine.weights), 0).state_dict())
     networks.save(run / "retrain" / "model.safetensors", {}, Network("resnet18", size=40, classes=5))
-    assert all(arm.whole is None for arm in find_arms(run, EvalConfig(size=40, stride=4)))
-    evaluated = find_arms(run, EvalConfig(size=40, stride=4, supervised=True))[-1]
+    assert all(arm.whole is None for arm in find_arms([last_network(run)], EvalConfig(size=40, stride=4)))
+    evaluated = find_arms([last_network(run)], EvalConfig(size=40, stride=4, supervised=True))[-1]
     assert evaluated.network.task == "classes"
 
 

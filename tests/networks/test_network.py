@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models as zoo
 from torchvision.models import vision_transformer
+from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2 import functional as v2
 
-from ktransfer import networks
+from ktransfer import networks, rng
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
@@ -105,6 +106,18 @@ def test_the_smallest_tiles_and_larger_images_pass():
     for size in (12, 20, 96):
         network = Network("alexnet", 0.1, 2, size, 3)
         assert networks.build(network, 0, "t")(noise(2, 3, size, size)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_fresh_weights_of_a_vgg_are_those_that_torchvisions_layers_would_get(batch_norm):
+    network = Network("vgg16_bn" if batch_norm else "vgg16", 0.125)
+    plan = [networks.scaled(c, network.width) if isinstance(c, int) else c for c in cfgs["D"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.torch_seed(7, "t", 0))
+        theirs = networks.he_init(make_layers(plan[:13], batch_norm=batch_norm))
+    ours = networks.build(network, 7, "t").features
+    assert str(ours) == str(theirs) and plan[13] == "M"
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("arch", ["vgg16", "vgg16_bn"])

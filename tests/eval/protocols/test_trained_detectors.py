@@ -94,7 +94,7 @@ def test_misuse_is_one_line(copy, tmp_path, monkeypatch):
     fails("holds no trained network", tmp_path / "none", labelled=SCENES)
     fails("scores is missing; make it first: .* selftrain", tmp_path / "none", labelled=SCENES, trunk="finished")
     fails("no labelled images were given", tmp_path / "none", trunk="finished")
-    fails("no labelled images were given", protocol="linear")
+    fails("holds no trained network", protocol="linear")
     fails("--supervised: is not for the detectors of selftrain", supervised=True)
     fails("--test-scales 9: must be", test_scales="9")
     fails(r"^--precision, --canvas: not read by detect of finished detectors \(", canvas=64, precision="float32")
