@@ -128,6 +128,8 @@ def _evaluate(evaluating: Evaluation) -> Path:
             "versions": versions(),
             "arms": {},
         }
+        ways = {arm.name: arm.network.normalise for arm in arms}
+        result |= {"normalised": ways} if len(set(ways.values())) > 1 else {}
         for name_of in ("LOWER_IS_BETTER", "NEITHER_IS_BETTER", "RELATIVE", "NOTE"):
             if hasattr(protocol, name_of):
                 result[name_of.lower()] = getattr(protocol, name_of)

@@ -12,6 +12,7 @@ TASKS = {
     "context": "trained on context",
     "pseudo-labels": "retrained on pseudo-labels",
     "classes": "trained on true labels",
+    "features": "retrained on features",
 }
 
 CSV = ("protocol", "arm", "arch", "task", "column", "measure", "value", "low", "high", "deviation")
@@ -41,8 +42,23 @@ def footer(result: dict[str, Any]) -> str:
     most = max((cell["images"] for cell in cells if "images" in cell), default=data["test"])
     evaluated = f" ({most} of them evaluated)" if most < data["test"] else ""
     counts = f"{data['train']} images to train, {data['test']} to test{evaluated}, {data['classes']} classes, "
+    counts += _normalised(result)
     note = result.get("note", f"{counts}chance {result['chance']:.1%}.").replace("{counts}", counts)
     return f"{result['protocol']}: {note}"
+
+
+def _normalised(result: dict[str, Any]) -> str:
+    """Which rows' inputs are normalised otherwise than those of others, as that alone changes a row."""
+    ways: dict[str, list[str]] = {}
+    for name, how in result.get("normalised", {}).items():
+        ways.setdefault(how, []).append(name)
+    if len(ways) < 2:
+        return ""
+    return (
+        "images normalised differently ("
+        + "; ".join(f"{how}: {', '.join(names)}" for how, names in ways.items())
+        + "), "
+    )
 
 
 def columns_of(arms: dict[str, Any], measure: str) -> list[str]:

@@ -377,3 +377,11 @@ def test_what_is_said_of_networks_together_and_of_a_protocol(runs, monkeypatch):
     assert {path.name for path in (runs / "target" / "eval" / "filters").iterdir()} == {"random.png", "target.png"}
     outputs = json.loads((runs / "target" / "eval" / "stage.json").read_text())["filters"]["outputs"]
     assert {"filters/random.png", "filters/target.png"} <= set(outputs)
+
+
+def test_beside_a_network_of_another_normalisation_the_table_says_so(runs, capsys):
+    evaluate(runs / "target", beside=str(runs / "puzzle"), random=False, size=40, **FAST)
+    assert result(runs / "target")["normalised"] == {"target": "imagenet", "puzzle": "picture"}
+    assert "images normalised differently (imagenet: target; picture: puzzle)" in capsys.readouterr().out
+    evaluate(runs / "target", overwrite=True, size=40, **FAST)
+    assert "normalised" not in result(runs / "target")

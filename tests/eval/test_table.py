@@ -123,3 +123,11 @@ def test_how_many_test_images_were_evaluated():
     result = RESULT | {"arms": {"mine": RESULT["arms"]["mine"] | {"scores": {"clean": cell}}}}
     assert "30 to test (12 of them evaluated), 12 classes" in to_markdown(result)
     assert "30 to test, 12 classes" in to_markdown(RESULT)
+
+
+def test_rows_that_are_normalised_differently_are_named():
+    result = RESULT | {"normalised": {"random": "picture", "mine": "imagenet", "other": "picture"}}
+    last = to_markdown(result).splitlines()[-1]
+    assert "12 classes, images normalised differently (picture: random, other; imagenet: mine), chance 8.3%." in last
+    alike = RESULT | {"normalised": {"random": "picture", "mine": "picture"}}
+    assert to_markdown(alike) == to_markdown(RESULT)
