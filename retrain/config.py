@@ -234,6 +234,6 @@ class ExportConfig:
     )
     opset: int = option(18, "version of ONNX's operators", low=18, high=23)
     tolerance: float = option(
-        1e-4, "largest difference of a logit from torch's, as a share of the largest logit where that is above 1", low=0
+        1e-4, "largest difference of a number from torch's, as a share of the largest number where that is above 1", low=0
     )
     overwrite: bool = option(False, "remove what the stage has made, and make it again", execution=True)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ktransfer.errors import StageError, UsageError
 
-from .classifier import Classifier
+from .classifier import Classifier, Tap
+from .onnx_student import EMBEDDING, INPUT, OUTPUT, one_line, session
 
-INPUT = "image"
-OUTPUT = "logits"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 LIMIT = 2**31 - 2**20
 """Bytes of weights: protobuf ends at 2 GiB."""
@@ -34,8 +33,23 @@ def need_packages() -> None:
             raise UsageError(f"export: {name} is not installed; pip install 'ktransfer[export]'")
 
 
+class Both(nn.Module):
+    """A classifier that gives its logits and its embeddings."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+        self.tap: Tap = model.tap()
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, 3, size, size) uint8 -> (batch, classes), (batch, d) float32."""
+        return self.model.outputs(image, self.tap)
+
+
 def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
-    """The network as an ONNX file: `image` (batch, 3, size, size) uint8 -> `logits` (batch, classes) float32.
+    """The network as an ONNX file: `image` (batch, 3, size, size) uint8 -> `logits` (batch, classes) float32 and
+    `embedding` (batch, d) float32, that of the last layer.
 
     The same network gives the same bytes.
 
@@ -47,12 +61,12 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
     Raises:
         StageError: torch cannot write it.
     """
-    size = model.network.size
+    size, both = model.network.size, Both(model)
     options: dict[str, Any] = {
         "dynamo": True,
         "dynamic_shapes": {INPUT: {0: torch.export.Dim("batch")}},
         "input_names": [INPUT],
-        "output_names": [OUTPUT],
+        "output_names": [OUTPUT, EMBEDDING],
         "opset_version": opset,
         "external_data": False,
         "verbose": False,
@@ -61,10 +75,10 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # torch 2.11, of its own exporter
-            program = torch.onnx.export(model, (images,), **options)
+            program = torch.onnx.export(both, (images,), **options)
     except Exception as error:  # whatever an operator that ONNX lacks ends in
         raise StageError(
-            f"export: {model.network.arch} cannot be written as ONNX ({_one_line(error)}); try another --opset"
+            f"export: {model.network.arch} cannot be written as ONNX ({one_line(error)}); try another --opset"
         ) from error
     assert program is not None
     proto: Any = program.model_proto
@@ -72,7 +86,7 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
         _strip(part)
     del proto.metadata_props[:]
     onnx: Any = importlib.import_module("onnx")
-    onnx.helper.set_model_props(proto, dict(facts))
+    onnx.helper.set_model_props(proto, {**facts, EMBEDDING: both.tap.layer})
     written = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:
         raise StageError(f"export: torch wrote opset {written}, not {opset}; give --opset {written}")
@@ -81,28 +95,32 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
 
 
 def difference(content: bytes, model: Classifier) -> float:
-    """How far the logits of onnxruntime are from torch's on random images: the largest difference, as a share of the
-    largest logit where that is above 1; infinite where shapes differ or a number is not finite.
+    """How far logits and embeddings of onnxruntime are from torch's on random images: the largest difference, as a
+    share of the largest number where that is above 1; infinite where shapes differ or a number is not finite.
 
     Raises:
         StageError: onnxruntime does not take the file.
     """
-    runtime: Any = importlib.import_module("onnxruntime")
     dice = torch.Generator().manual_seed(0)
-    worst = 0.0
+    both, worst = Both(model), 0.0
     for batch in BATCHES:
         images = torch.randint(0, 256, (batch, 3, *[model.network.size] * 2), generator=dice, dtype=torch.uint8)
         with torch.inference_mode():
-            wanted: Tensor = model(images)
+            wanted = both(images)
         try:
-            session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(np.asarray(session.run([OUTPUT], {INPUT: images.numpy()})[0]))
+            found = session(content).run([OUTPUT, EMBEDDING], {INPUT: images.numpy()})
         except Exception as error:  # it has a class of errors for each of its return codes
-            raise StageError(f"export: onnxruntime does not take the file ({_one_line(error)})") from error
-        if found.shape != wanted.shape or not bool(found.isfinite().all()):
-            return float("inf")
-        worst = max(worst, float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max())))
+            raise StageError(f"export: onnxruntime does not take the file ({one_line(error)})") from error
+        for own, other in zip(wanted, found, strict=True):
+            worst = max(worst, apart(torch.from_numpy(np.asarray(other)), own))
     return worst
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, see `difference`."""
+    if found.shape != wanted.shape or not bool(found.isfinite().all()):
+        return float("inf")
+    return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
 def _strip(part: Any) -> None:
@@ -119,7 +137,3 @@ def _strip(part: Any) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _strip(attribute.g)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

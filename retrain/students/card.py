@@ -8,7 +8,8 @@ from ktransfer import networks
 from ktransfer.networks import Network
 from ktransfer.run import read_record
 
-from .classifier import Classifier, record_of
+from .classifier import Classifier
+from .loading import record_of
 
 SHOWN = 100
 """Names of classes that are listed."""

@@ -17,17 +17,10 @@ from PIL import Image, ImageOps
 from ktransfer import cli, networks
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
-from ktransfer.retrain import export, exporting, load_model
-from ktransfer.retrain.classifier import Classifier
-from ktransfer.retrain.onnx_file import difference, to_onnx
-
-
-@pytest.fixture(scope="module")
-def exported(of_classes, tmp_path_factory):
-    run = tmp_path_factory.mktemp("exported") / "mine"
-    shutil.copytree(of_classes, run)
-    export(run)
-    return run
+from ktransfer.retrain import export, load_model
+from ktransfer.retrain.students import exporting
+from ktransfer.retrain.students.classifier import Classifier
+from ktransfer.retrain.students.onnx_file import difference, to_onnx
 
 
 def session(content):

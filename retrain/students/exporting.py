@@ -17,9 +17,10 @@ from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 
+from ..config import ExportConfig
 from .card import Exported, card
-from .classifier import MODEL, STAGE, Classifier, class_names, described, weights_at
-from .config import ExportConfig
+from .classifier import Classifier
+from .loading import MODEL, STAGE, class_names, described, weights_at
 from .onnx_file import LIMIT, difference, need_packages, to_onnx
 
 EXPORT = "export"
