@@ -145,6 +145,20 @@ class Classifier(nn.Module):
         return torch.tensor(square, device=device)[None]
 
 
+class Both(nn.Module):
+    """A classifier that gives its logits and its embeddings."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+        self.tap: Tap = model.tap()
+        self.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, 3, size, size) uint8 -> (batch, classes), (batch, d) float32."""
+        return self.model.outputs(image, self.tap)
+
+
 def pixels_of(image: "str | Path | Image.Image | NDArray[np.uint8]", size: int) -> NDArray[np.uint8]:
     """(height, width, 3) uint8 of an image of any kind; of a large JPEG at least `size` pixels are decoded.
 

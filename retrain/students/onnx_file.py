@@ -1,50 +1,27 @@
 """A network as ONNX bytes, and what onnxruntime makes of them."""
 
 import importlib
-import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ktransfer import networks
 from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import Network
 
-from .classifier import Classifier, Tap
+from ..config import ExportConfig
+from .classifier import Both, Classifier
+from .format import Format, Outputs, inside_rows, square_code
 from .onnx_student import EMBEDDING, INPUT, OUTPUT, one_line, session
 
-PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+FILE = "student.onnx"
 LIMIT = 2**31 - 2**20
 """Bytes of weights: protobuf ends at 2 GiB."""
-BATCHES = (1, 5)
-"""Of random images on which both are compared; other sizes than the one with which the network was traced."""
-
-
-def need_packages() -> None:
-    """Look for the packages without importing them.
-
-    Raises:
-        UsageError: one is missing.
-    """
-    for name in PACKAGES:
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"export: {name} is not installed; pip install 'ktransfer[export]'")
-
-
-class Both(nn.Module):
-    """A classifier that gives its logits and its embeddings."""
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        self.model = model
-        self.tap: Tap = model.tap()
-        self.eval()
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, 3, size, size) uint8 -> (batch, classes), (batch, d) float32."""
-        return self.model.outputs(image, self.tap)
 
 
 def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
@@ -94,33 +71,52 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
     return content
 
 
-def difference(content: bytes, model: Classifier) -> float:
-    """How far logits and embeddings of onnxruntime are from torch's on random images: the largest difference, as a
-    share of the largest number where that is above 1; infinite where shapes differ or a number is not finite.
+def computing(content: bytes) -> Callable[[Tensor], Outputs]:
+    """(batch, 3, size, size) uint8 -> logits and embeddings of onnxruntime.
 
     Raises:
-        StageError: onnxruntime does not take the file.
+        StageError: onnxruntime does not take the file; when called, it cannot compute it.
     """
-    dice = torch.Generator().manual_seed(0)
-    both, worst = Both(model), 0.0
-    for batch in BATCHES:
-        images = torch.randint(0, 256, (batch, 3, *[model.network.size] * 2), generator=dice, dtype=torch.uint8)
-        with torch.inference_mode():
-            wanted = both(images)
+    try:
+        opened = session(content)
+    except Exception as error:  # it has a class of errors for each of its return codes
+        raise StageError(f"export: onnxruntime does not take the file ({one_line(error)})") from error
+
+    def compute(images: Tensor) -> Outputs:
         try:
-            found = session(content).run([OUTPUT, EMBEDDING], {INPUT: images.numpy()})
-        except Exception as error:  # it has a class of errors for each of its return codes
-            raise StageError(f"export: onnxruntime does not take the file ({one_line(error)})") from error
-        for own, other in zip(wanted, found, strict=True):
-            worst = max(worst, apart(torch.from_numpy(np.asarray(other)), own))
-    return worst
+            found = opened.run([OUTPUT, EMBEDDING], {INPUT: images.numpy()})
+        except Exception as error:
+            raise StageError(f"export: onnxruntime cannot compute the file ({one_line(error)})") from error
+        return tuple(torch.from_numpy(np.asarray(one)) for one in found)
+
+    return compute
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, see `difference`."""
-    if found.shape != wanted.shape or not bool(found.isfinite().all()):
-        return float("inf")
-    return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+def _check(network: Network) -> None:
+    state = networks.build(network, 0, "check").state_dict()
+    size = sum(value.numel() * value.element_size() for value in state.values())
+    if size > LIMIT:
+        raise UsageError(
+            f"export: {network.arch} has {size / 1e9:.1f} GB of weights, and an ONNX file holds {LIMIT / 1e9:.1f} GB; "
+            "give --format torch"
+        )
+
+
+def _write(model: Classifier, folder: Path, config: ExportConfig, facts: dict[str, str]) -> None:
+    (folder / FILE).write_bytes(to_onnx(model, config.opset, facts))
+
+
+def _rows(network: Network, config: ExportConfig) -> list[tuple[str, str]]:
+    return [*inside_rows(network), ("ONNX", f"opset {config.opset}")]
+
+
+def _code(network: Network) -> tuple[str, str]:
+    return "onnxruntime pillow", (
+        "import numpy, onnxruntime; from PIL import Image, ImageOps\n"
+        f"{square_code(network.size)}\n"
+        f'logits = onnxruntime.InferenceSession("{FILE}", providers=["CPUExecutionProvider"])'
+        '.run(None, {"image": numpy.asarray(image).transpose(2, 0, 1)[None]})[0]'
+    )
 
 
 def _strip(part: Any) -> None:
@@ -137,3 +133,17 @@ def _strip(part: Any) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _strip(attribute.g)
+
+
+FORMAT = Format(
+    folder="",
+    files=(FILE,),
+    packages=dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    check=_check,
+    write=_write,
+    read=lambda folder, network: computing((folder / FILE).read_bytes()),
+    wanted=Both,
+    rows=_rows,
+    code=_code,
+    names_in="the file's metadata, under `classes`",
+)

@@ -98,9 +98,7 @@ def _device(network: Classifier, device: str) -> torch.device:
     if not isinstance(network, OnnxStudent):
         return choose_device(MachineOptions(device=device))
     if device not in ("auto", "cpu"):
-        raise UsageError(
-            f"--device {device}: {network.path.name} runs on the CPU; give the run, or leave it out"
-        )
+        raise UsageError(f"--device {device}: {network.path.name} runs on the CPU; give the run, or leave it out")
     return torch.device("cpu")
 
 

@@ -41,9 +41,7 @@ def check(out: Path) -> None:
         UsageError: pyarrow is missing.
     """
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UsageError(
-            f"--out {out}: pyarrow is not installed; pip install 'ktransfer[parquet]', or name a .npy"
-        )
+        raise UsageError(f"--out {out}: pyarrow is not installed; pip install 'ktransfer[parquet]', or name a .npy")
 
 
 def keys_of(out: Path) -> Path:
