@@ -224,7 +224,7 @@ class ExportConfig:
     Nothing is written where the other library does not compute what torch does.
     """
 
-    first: ClassVar = ("model", "format", "licence", "opset", "tolerance", "overwrite")
+    first: ClassVar = ("model", "format", "int8", "licence", "opset", "tolerance", "overwrite")
 
     model: str | None = option(
         None, "a model.safetensors of retrain, or another run; if not given, this run's", execution=True
@@ -239,6 +239,17 @@ class ExportConfig:
         None, "licence of the weights, for the card; if not given, it is left for you to fill in"
     )
     opset: int = option(18, "version of ONNX's operators", low=18, high=23, of=("onnx",))
+    int8: bool = option(
+        False, "write the network in whole numbers of 8 bits too, with what that costs in the card", of=("onnx",)
+    )
+    data: str | None = option(
+        None,
+        "images that calibrate, and others that are compared; if not given, those that the network was trained on",
+        execution=True,
+        of=("int8",),
+    )
+    calibration: int = option(256, "images that calibrate", low=1, of=("int8",))
+    held_out: int = option(1000, "images that are compared", low=1, of=("int8",))
     tolerance: float = option(
         1e-4,
         "largest difference of a number from torch's, as a share of the largest number where that is above 1",

@@ -3,23 +3,28 @@
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ktransfer import files, networks
-from ktransfer.config import Settings, build, settings_of
+from ktransfer.config import Settings, build, chosen_settings, read_by
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import ImageLoader
+from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 
 from ..config import ExportConfig
-from . import hugging_face, onnx_file, state_dicts, torch_program
+from . import hugging_face, onnx_file, quantising, state_dicts, torch_program
 from .card import Exported, card
 from .classifier import Classifier
 from .format import Format, difference, need_packages, versions
-from .loading import MODEL, STAGE, class_names, described, weights_at
+from .loading import MODEL, STAGE, class_names, described, record_of, weights_at
+from .onnx_student import load_onnx
+from .quantising import Compared
 
 EXPORT = "export"
 CARD = "README.md"
@@ -38,6 +43,11 @@ class ExportPlan(Plan):
 
     config: ExportConfig
     source: Path
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of what is written beside the card, in the folder of the format."""
+        return (*FORMATS[self.config.format].files, *((quantising.FILE,) if self.config.int8 else ()))
 
 
 def export(run: str | Path, **options: Any) -> Path:
@@ -61,8 +71,9 @@ def carry_out(plan: ExportPlan) -> Path:
     """Write the network where the other library computes what torch does, and nothing where it does not."""
     config, weights, made = plan.config, plan.source, FORMATS[plan.config.format]
     digest, (step_name, settings) = input_hash(weights), _step(config)
-    outputs = [str(Path(made.folder) / name) for name in (*made.files, CARD)]
-    with begin(plan.run, EXPORT, step_name, settings, {"weights": digest}, outputs, plan.overwrite, "cpu") as step:
+    outputs = [str(Path(made.folder) / name) for name in (*plan.files, CARD)]
+    inputs = {"weights": digest} | ({"data": plan.images.fingerprint} if plan.images else {})
+    with begin(plan.run, EXPORT, step_name, settings, inputs, outputs, plan.overwrite, "cpu") as step:
         folder = step.folder / made.folder
         student = folder / made.files[0]
         if step.done:
@@ -71,12 +82,13 @@ def carry_out(plan: ExportPlan) -> Path:
         model = Classifier(network, networks.load(weights, network), class_names(weights, network))
         with tempfile.TemporaryDirectory(prefix=".", dir=step.folder) as work:
             off = _written(made, model, Path(work), config, digest)
-            names = [name for name in made.files if (Path(work) / name).is_file()]
+            compared = _quantised(plan, model, Path(work)) if config.int8 else None
+            names = [name for name in plan.files if (Path(work) / name).is_file()]
             for name in names:
                 files.write_bytes(folder / name, (Path(work) / name).read_bytes())
         exported = Exported(
             name=student.name,
-            rows=made.rows(network, config),
+            rows=[*made.rows(network, config), *([(quantising.FILE, compared.words())] if compared else [])],
             difference=off,
             weights_hash=digest,
             versions=versions(made.packages),
@@ -86,8 +98,12 @@ def carry_out(plan: ExportPlan) -> Path:
         files.write_text(folder / CARD, card(exported, model, weights, config.licence))
         size = student.stat().st_size
         # Not the card, in which the licence is filled in.
-        step.finish([folder / name for name in names], result={"difference": off, "bytes": size})
+        result = {"difference": off, "bytes": size} | ({"int8": compared._asdict()} if compared else {})
+        step.finish([folder / name for name in names], result=result)
         say(f"export: done; {network.arch}, {size / 1e6:.1f} MB, differs from torch by {off:.1e}; {student}")
+        if compared:
+            size = (folder / quantising.FILE).stat().st_size
+            say(f"export: {quantising.FILE}, {size / 1e6:.1f} MB: {compared.words()}")
         return student
 
 
@@ -109,6 +125,18 @@ def _written(made: Format, model: Classifier, work: Path, config: ExportConfig, 
     return off
 
 
+def _quantised(plan: ExportPlan, model: Classifier, work: Path) -> Compared:
+    """Write the whole numbers, and see what they cost."""
+    assert plan.images is not None
+    config, data = plan.config, plan.images
+    images = ImageLoader(data, model.network.size, cache="off")
+    calibrating, compared = quantising.split(data, config.calibration, config.held_out)
+    original = (work / onnx_file.FILE).read_bytes()
+    content = quantising.quantise(original, images, calibrating, load_onnx(work / onnx_file.FILE).facts)
+    (work / quantising.FILE).write_bytes(content)
+    return quantising.compare(content, original, images, compared, model.names)
+
+
 def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> ExportPlan:
     """Everything that can be found wrong before the work.
 
@@ -117,8 +145,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     """
     config = build(ExportConfig, options, EXPORT)
     made = FORMATS[config.format]
-    if config.format != "onnx" and config.opset != ExportConfig.opset:
-        raise UsageError(f"export: --opset {config.opset}: --format {config.format} has none; leave it out")
+    _refuse_unread(config)
     need_packages(made.packages)
     coming = None if config.model else latest(before, STAGE)
     inputs: dict[str, str] = {}
@@ -133,14 +160,18 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
         source = weights_at(config.model or run / STAGE / MODEL)
         made.check(described(source))
         inputs, size = {"weights": input_hash(source)}, source.stat().st_size
+    images = _images(config, source, coming) if config.int8 else None
+    if images is not None:
+        inputs["data"] = images.fingerprint
     name, settings = _step(config)
     if not config.overwrite and read_record(run, EXPORT, name) is None:
-        _refuse_others(run / EXPORT / made.folder, (*made.files, CARD))
+        _refuse_others(run / EXPORT / made.folder, (*made.files, *((quantising.FILE,) if config.int8 else ()), CARD))
     return ExportPlan(
         stage=EXPORT,
         run=run,
         steps=[PlannedStep(name, settings, inputs, () if config.model else (STAGE,), disk=size)],
         overwrite=config.overwrite,
+        images=images,
         config=config,
         source=source,
     )
@@ -149,7 +180,33 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
 def _step(config: ExportConfig) -> tuple[str, Settings]:
     """Its name in stage.json, and the settings that it reads."""
     name = EXPORT if config.format == "onnx" else f"{EXPORT}-{config.format}"
-    return name, settings_of(config, config.format)
+    return name, chosen_settings(config, read_by(config, _parts(config)))
+
+
+def _parts(config: ExportConfig) -> tuple[str, ...]:
+    return (config.format, "int8") if config.int8 else (config.format,)
+
+
+def _refuse_unread(config: ExportConfig) -> None:
+    read = read_by(config, _parts(config))
+    for one in fields(config):
+        if one.name not in read and getattr(config, one.name) != one.default:
+            whose = "--int8" if "int8" in one.metadata["of"] else "--format onnx"
+            raise UsageError(f"export: --{one.name.replace('_', '-')} is read by {whose} alone; leave it out")
+
+
+def _images(config: ExportConfig, source: Path, coming: Plan | None) -> Dataset:
+    """Those that calibrate."""
+    spec = config.data
+    if spec is None:
+        record = record_of(source) if coming is None else None
+        spec = record["config"]["data"] if record else coming.images.spec if coming and coming.images else None
+    if spec is None:
+        raise UsageError(f"export --int8: {source} does not say what it was trained on; name images with --data")
+    data = open_dataset(spec)
+    if len(data) < 2:
+        raise UsageError(f"export --int8: {spec} has {len(data)} image; at least 2 are needed")
+    return data
 
 
 def _refuse_others(folder: Path, names: Sequence[str]) -> None:

@@ -59,14 +59,19 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
         ) from error
     assert program is not None
     proto: Any = program.model_proto
-    for part in (proto.graph, *proto.functions):
-        _strip(part)
-    del proto.metadata_props[:]
-    onnx: Any = importlib.import_module("onnx")
-    onnx.helper.set_model_props(proto, {**facts, EMBEDDING: both.tap.layer})
     written = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:
         raise StageError(f"export: torch wrote opset {written}, not {opset}; give --opset {written}")
+    return stripped(proto, {**facts, EMBEDDING: both.tap.layer})
+
+
+def stripped(proto: Any, facts: Mapping[str, str]) -> bytes:
+    """The bytes of a model that says `facts` of itself, and not in which folders it was made."""
+    onnx: Any = importlib.import_module("onnx")
+    for part in (proto.graph, *proto.functions):
+        _strip(part)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, dict(facts))
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
 

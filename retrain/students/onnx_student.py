@@ -29,6 +29,12 @@ class OnnxStudent(Classifier):
         self.session = session
         self.path = path
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the file says of itself."""
+        found: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        return found
+
     def forward(self, image: Tensor) -> Tensor:
         """Logits of uint8 images."""
         return self._run(OUTPUT, image)
@@ -41,7 +47,7 @@ class OnnxStudent(Classifier):
         """
         if EMBEDDING not in {one.name for one in self.session.get_outputs()}:
             raise UsageError(f"{self.path}: has no output `{EMBEDDING}`; export it again, or give the run")
-        held = self.session.get_modelmeta().custom_metadata_map.get(EMBEDDING, "")
+        held = self.facts.get(EMBEDDING, "")
         if layer not in (None, LIST, held):
             raise UsageError(f"--layer {layer}: {self.path} gives {held} alone; give the run or its model.safetensors")
         return Tap(held, EMBEDDING, "")

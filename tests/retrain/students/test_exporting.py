@@ -243,7 +243,7 @@ def test_misuse_is_one_line(of_classes, run, tmp_path, capsys, monkeypatch):
     assert "was not made by ktransfer; move it away, give --overwrite" in said(
         "--run", new, "export", "--model", of_classes
     )
-    assert "--opset 20: --format torch has none" in said(
+    assert "--opset is read by --format onnx alone; leave it out" in said(
         "--run", new, "export", "--model", of_classes, "--format", "torch", "--opset", 20
     )
     find = importlib.util.find_spec
