@@ -240,21 +240,31 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
 
 
 @cli.command()
-@click.option("--model", required=True, help="A model.safetensors that retrain made, or a run folder: its own.")
+@click.option(
+    "--model",
+    required=True,
+    help="A model.safetensors that retrain made, a run folder: its own, or an .onnx that export wrote.",
+)
 @click.option("--data", required=True, help="Images: a folder, one image, a list of paths, a pack, or scenes:.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The table, *.csv.")
-@click.option("--top", default=1, type=click.IntRange(1), show_default=True, help="Most probable labels of an image.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="What to write: labels as .csv; embeddings as .npy, .h5 or .parquet.",
+)
+@click.option("--top", type=click.IntRange(1), help="With .csv: most probable labels of an image.  [default: 1]")
+@click.option("--layer", help="Embeddings of this layer; list: show all.  [default: the last one]")
 @click.option("--batch", default=64, type=click.IntRange(1), show_default=True, help="Images at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")
-def predict(model: str, data: str, out: Path, top: int, batch: int, device: str, workers: int) -> None:
-    """Label images with the target network.
+def predict(model: str, data: str, out: Path | None, **given: Any) -> None:
+    """Label images with the target network, or embed them.
 
-    Writes one row an image: its key, the most probable class (or number of the cluster), and the probability.
+    The ending of --out says which: .csv has one row an image, with its key, the most probable class (or number of the
+    cluster) and the probability; the others have a vector of numbers for each image.
     """
-    from ktransfer.retrain.predicting import predict as carry_out
+    from ktransfer.retrain.students.predicting import predict as carry_out
 
-    carry_out(model, data, out, top, batch, device, workers)
+    carry_out(model, data, out, **given)
 
 
 @cli.command(cls=Alone)

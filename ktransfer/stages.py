@@ -32,7 +32,7 @@ STAGES = {
     "retrain": Stage("ktransfer.retrain.stage", "retrain", "RetrainConfig", "retrain", "data"),
     "selftrain": Stage("ktransfer.retrain.selftraining.stage", "selftrain", "SelftrainConfig", "selftrain"),
     "eval": Stage("ktransfer.eval.stage", "evaluate", "EvalConfig", "eval", "labelled"),
-    "export": Stage("ktransfer.retrain.exporting", "export", "ExportConfig", "export"),
+    "export": Stage("ktransfer.retrain.students.exporting", "export", "ExportConfig", "export"),
 }
 # What the leader of several processes has the others do -> module and function (ktransfer/distributed.py).
 ORDERS = {

@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING
 from ktransfer.lazy import exports
 
 if TYPE_CHECKING:
-    from .classifier import load_model
     from .config import ExportConfig, RetrainConfig, SelftrainConfig
-    from .exporting import export
     from .selftraining.stage import selftrain
     from .stage import retrain
+    from .students.exporting import export
+    from .students.loading import load_model
 
 __all__ = ["ExportConfig", "RetrainConfig", "SelftrainConfig", "export", "load_model", "retrain", "selftrain"]
 __getattr__ = exports(
     __name__,
     {
-        "export": "exporting",
-        "load_model": "classifier",
+        "export": "students.exporting",
+        "load_model": "students.loading",
         "retrain": "stage",
         "selftrain": "selftraining.stage",
         "ExportConfig": "config",

@@ -256,21 +256,40 @@ class SelftrainConfig(TrainOptions):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the target network as an ONNX file, with a card that says what it is and how to run it.
+    """Write the target network in a format that other programs take, with a card that says what it is.
 
-    Normalisation is inside. Nothing is written where onnxruntime does not compute what torch does.
+    Nothing is written where the other library does not compute what torch does.
     """
 
-    first: ClassVar = ("model", "licence", "opset", "tolerance", "overwrite")
+    first: ClassVar = ("model", "format", "int8", "licence", "opset", "tolerance", "overwrite")
 
     model: str | None = option(
         None, "a model.safetensors of retrain, or another run; if not given, this run's", execution=True
     )
+    format: str = option(
+        "onnx",
+        "onnx and torch (a program of torch.export) have normalisation inside and take every network; torchvision and "
+        "timm: weights for their own class of the same name; hf: a folder for transformers (ResNets)",
+        choices=("onnx", "torch", "torchvision", "timm", "hf"),
+    )
     licence: str | None = option(
         None, "licence of the weights, for the card; if not given, it is left for you to fill in"
     )
-    opset: int = option(18, "version of ONNX's operators", low=18, high=23)
+    opset: int = option(18, "version of ONNX's operators", low=18, high=23, of=("onnx",))
+    int8: bool = option(
+        False, "write the network in whole numbers of 8 bits too, with what that costs in the card", of=("onnx",)
+    )
+    data: str | None = option(
+        None,
+        "images that calibrate, and others that are compared; if not given, those that the network was trained on",
+        execution=True,
+        of=("int8",),
+    )
+    calibration: int = option(256, "images that calibrate", low=1, of=("int8",))
+    held_out: int = option(1000, "images that are compared", low=1, of=("int8",))
     tolerance: float = option(
-        1e-4, "largest difference of a logit from torch's, as a share of the largest logit where that is above 1", low=0
+        1e-4,
+        "largest difference of a number from torch's, as a share of the largest number where that is above 1",
+        low=0,
     )
     overwrite: bool = option(False, "remove what the stage has made, and make it again", execution=True)

@@ -8,7 +8,8 @@ from ktransfer import networks
 from ktransfer.networks import Network
 from ktransfer.run import read_record
 
-from .classifier import Classifier, record_of
+from .classifier import Classifier
+from .loading import record_of
 
 SHOWN = 100
 """Names of classes that are listed."""
@@ -20,17 +21,21 @@ class Exported(NamedTuple):
 
     Attributes:
         name: of the file.
-        opset: version of ONNX's operators.
-        difference: from torch (`onnx_file.difference`).
+        rows: lines of the table that tell of the format.
+        difference: from torch (`format.difference`).
         weights_hash: SHA-256 of the weights that were exported.
         versions: of the programs that made it.
+        code: (packages, lines of Python) that use it on `image.jpg`.
+        names_in: where the names of the classes are, "" where only the card has them.
     """
 
     name: str
-    opset: int
+    rows: list[tuple[str, str]]
     difference: float
     weights_hash: str
     versions: str
+    code: tuple[str, str]
+    names_in: str
 
 
 def card(exported: Exported, model: Classifier, weights: Path, licence: str | None) -> str:
@@ -44,31 +49,20 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
         ("network", f"{_arch(network)}, {count:,} weights"),
         ("learned", learned),
         ("images", f"fingerprint {record['inputs']['data']}" if record else "unknown"),
-        ("input", f"`image`: (batch, 3, {network.size}, {network.size}) uint8, RGB, 0 to 255; batch of any size"),
         ("crop", "the centre square of an image, resized with an antialiased bilinear filter"),
-        ("normalisation", f"inside the file: {_normalisation(network)}"),
-        ("output", f"`logits`: (batch, {network.classes}) float32; their softmax is the probability"),
-        ("ONNX", f"opset {exported.opset}; {exported.versions}"),
-        ("checked", f"onnxruntime differs from torch by {exported.difference:.1e} at most on random images"),
+        *exported.rows,
+        ("made by", exported.versions),
+        ("checked", f"read again, it differs from torch by {exported.difference:.1e} at most on random images"),
         ("weights", f"SHA-256 {exported.weights_hash}"),
         *_evaluation(weights, exported.weights_hash),
         ("licence", " ".join(licence.split()).replace("|", "\\|") if licence else FILL_IN),
     ]
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
+    packages, lines = exported.code
     return (
         f"# {exported.name}: {network.arch}, {network.classes} {'classes' if named else 'clusters'}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n{_classes(model.names) if named else ''}"
-        f"Run it (`pip install onnxruntime pillow`):\n\n```python\n{code(exported.name, network.size)}\n```\n"
-    )
-
-
-def code(name: str, size: int) -> str:
-    """The lines of Python that run the file `name` on `image.jpg`."""
-    return (
-        "import numpy, onnxruntime; from PIL import Image, ImageOps\n"
-        f'image = ImageOps.fit(Image.open("image.jpg").convert("RGB"), ({size}, {size}), Image.Resampling.BILINEAR)\n'
-        f'logits = onnxruntime.InferenceSession("{name}", providers=["CPUExecutionProvider"])'
-        '.run(None, {"image": numpy.asarray(image).transpose(2, 0, 1)[None]})[0]'
+        f"| | |\n|---|---|\n{table}\n\n{_classes(model.names, exported.names_in) if named else ''}"
+        f"Run it (`pip install {packages}`):\n\n```python\n{lines}\n```\n"
     )
 
 
@@ -77,16 +71,9 @@ def _arch(network: Network) -> str:
     return f"{network.arch}, width {network.width:g}, stride {network.stride}" if ours else network.arch
 
 
-def _normalisation(network: Network) -> str:
-    if network.normalise == "picture":
-        return "each image by its own mean and deviation"
-    mean, deviation = networks.statistics(network.normalise)
-    return f"mean {', '.join(map(str, mean))} and deviation {', '.join(map(str, deviation))} of values in 0 to 1"
-
-
-def _classes(names: tuple[str, ...]) -> str:
-    if len(names) > SHOWN:
-        return "Names of the classes, in the order of the logits, are in the file's metadata, under `classes`.\n\n"
+def _classes(names: tuple[str, ...], held: str) -> str:
+    if len(names) > SHOWN and held:
+        return f"Names of the classes, in the order of the logits, are in {held}.\n\n"
     return f"Classes, in the order of the logits: {', '.join(f'`{name}`' for name in names)}.\n\n"
 
 

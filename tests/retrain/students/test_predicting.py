@@ -14,7 +14,7 @@ from ktransfer import cli, networks
 from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.retrain import load_model
-from ktransfer.retrain.predicting import predict
+from ktransfer.retrain.students.predicting import predict
 
 
 def rows_of(path):

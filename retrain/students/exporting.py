@@ -1,0 +1,223 @@
+"""The export stage: the target network in a format that other programs take, and a card that says what it is."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ktransfer import files, networks
+from ktransfer.config import Settings, build, chosen_settings, read_by
+from ktransfer.data.dataset import Dataset
+from ktransfer.data.loader import ImageLoader
+from ktransfer.data.opening import open_dataset
+from ktransfer.errors import StageError, UsageError
+from ktransfer.plan import Plan, PlannedStep, latest
+from ktransfer.progress import say
+from ktransfer.run import begin, done_record, input_hash, read_record
+
+from ..config import ExportConfig
+from . import hugging_face, onnx_file, quantising, state_dicts, torch_program
+from .card import Exported, card
+from .classifier import Classifier
+from .format import Format, difference, need_packages, versions
+from .loading import MODEL, STAGE, class_names, described, record_of, weights_at
+from .onnx_student import load_onnx
+from .quantising import Compared
+
+EXPORT = "export"
+CARD = "README.md"
+FORMATS = {
+    "onnx": onnx_file.FORMAT,
+    "torch": torch_program.FORMAT,
+    "torchvision": state_dicts.TORCHVISION_FORMAT,
+    "timm": state_dicts.TIMM_FORMAT,
+    "hf": hugging_face.FORMAT,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan(Plan):
+    """What the stage will do; `source` is the file of the weights, which may be still to be made."""
+
+    config: ExportConfig
+    source: Path
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of what is written beside the card, in the folder of the format."""
+        return (*FORMATS[self.config.format].files, *((quantising.FILE,) if self.config.int8 else ()))
+
+
+def export(run: str | Path, **options: Any) -> Path:
+    """Write the target network below `run/export`, in a format that another library takes, and its card, `README.md`.
+
+    Args:
+        run: the run folder.
+        options: the fields of `ExportConfig`.
+
+    Returns:
+        The path of the file that is meant, such as `student.onnx`, in which normalisation is inside: `image` (batch, 3,
+        size, size) uint8 RGB -> `logits` (batch, classes), `embedding` (batch, d) float32.
+
+    Raises:
+        UsageError, StageError: one line each.
+    """
+    return carry_out(check(Path(run), options))
+
+
+def carry_out(plan: ExportPlan) -> Path:
+    """Write the network where the other library computes what torch does, and nothing where it does not."""
+    config, weights, made = plan.config, plan.source, FORMATS[plan.config.format]
+    digest, (step_name, settings) = input_hash(weights), _step(config)
+    outputs = [str(Path(made.folder) / name) for name in (*plan.files, CARD)]
+    inputs = {"weights": digest} | ({"data": plan.images.fingerprint} if plan.images else {})
+    with begin(plan.run, EXPORT, step_name, settings, inputs, outputs, plan.overwrite, "cpu") as step:
+        folder = step.folder / made.folder
+        student = folder / made.files[0]
+        if step.done:
+            return student
+        network = described(weights)
+        model = Classifier(network, networks.load(weights, network), class_names(weights, network))
+        with tempfile.TemporaryDirectory(prefix=".", dir=step.folder) as work:
+            off = _written(made, model, Path(work), config, digest)
+            compared = _quantised(plan, model, Path(work)) if config.int8 else None
+            names = [name for name in plan.files if (Path(work) / name).is_file()]
+            for name in names:
+                files.write_bytes(folder / name, (Path(work) / name).read_bytes())
+        exported = Exported(
+            name=student.name,
+            rows=[*made.rows(network, config), *([(quantising.FILE, compared.words())] if compared else [])],
+            difference=off,
+            weights_hash=digest,
+            versions=versions(made.packages),
+            code=made.code(network),
+            names_in=made.names_in,
+        )
+        files.write_text(folder / CARD, card(exported, model, weights, config.licence))
+        size = student.stat().st_size
+        # Not the card, in which the licence is filled in.
+        result = {"difference": off, "bytes": size} | ({"int8": compared._asdict()} if compared else {})
+        step.finish([folder / name for name in names], result=result)
+        say(f"export: done; {network.arch}, {size / 1e6:.1f} MB, differs from torch by {off:.1e}; {student}")
+        if compared:
+            size = (folder / quantising.FILE).stat().st_size
+            say(f"export: {quantising.FILE}, {size / 1e6:.1f} MB: {compared.words()}")
+        return student
+
+
+def _written(made: Format, model: Classifier, work: Path, config: ExportConfig, digest: str) -> float:
+    """Write all files, read them with the library that they are for, and compare; how far that is from torch.
+
+    Raises:
+        StageError: it is too far.
+    """
+    made.write(model, work, config, _facts(model, digest))
+    network = model.network
+    off = difference(made.read(work, network), made.wanted(model), network.size)
+    if off > config.tolerance:
+        way = "; try another --opset" if config.format == "onnx" else ""
+        raise StageError(
+            f"export: {made.files[0]} does not compute what torch does: it differs by {off:.1e}, --tolerance is "
+            f"{config.tolerance:g}; nothing was written{way}"
+        )
+    return off
+
+
+def _quantised(plan: ExportPlan, model: Classifier, work: Path) -> Compared:
+    """Write the whole numbers, and see what they cost."""
+    assert plan.images is not None
+    config, data = plan.config, plan.images
+    images = ImageLoader(data, model.network.size, cache="off")
+    calibrating, compared = quantising.split(data, config.calibration, config.held_out)
+    original = (work / onnx_file.FILE).read_bytes()
+    content = quantising.quantise(original, images, calibrating, load_onnx(work / onnx_file.FILE).facts)
+    (work / quantising.FILE).write_bytes(content)
+    return quantising.compare(content, original, images, compared, model.names)
+
+
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> ExportPlan:
+    """Everything that can be found wrong before the work.
+
+    Raises:
+        UsageError: one line for what is wrong.
+    """
+    config = build(ExportConfig, options, EXPORT)
+    made = FORMATS[config.format]
+    _refuse_unread(config)
+    need_packages(made.packages)
+    coming = None if config.model else latest(before, STAGE)
+    inputs: dict[str, str] = {}
+    size = 0
+    if coming is not None:
+        assert coming.network is not None
+        source = run / STAGE / MODEL
+        made.check(coming.network)
+    else:
+        if config.model is None:
+            done_record(run, STAGE, STAGE, STAGE)
+        source = weights_at(config.model or run / STAGE / MODEL)
+        made.check(described(source))
+        inputs, size = {"weights": input_hash(source)}, source.stat().st_size
+    images = _images(config, source, coming) if config.int8 else None
+    if images is not None:
+        inputs["data"] = images.fingerprint
+    name, settings = _step(config)
+    if not config.overwrite and read_record(run, EXPORT, name) is None:
+        _refuse_others(run / EXPORT / made.folder, (*made.files, *((quantising.FILE,) if config.int8 else ()), CARD))
+    return ExportPlan(
+        stage=EXPORT,
+        run=run,
+        steps=[PlannedStep(name, settings, inputs, () if config.model else (STAGE,), disk=size)],
+        overwrite=config.overwrite,
+        images=images,
+        config=config,
+        source=source,
+    )
+
+
+def _step(config: ExportConfig) -> tuple[str, Settings]:
+    """Its name in stage.json, and the settings that it reads."""
+    name = EXPORT if config.format == "onnx" else f"{EXPORT}-{config.format}"
+    return name, chosen_settings(config, read_by(config, _parts(config)))
+
+
+def _parts(config: ExportConfig) -> tuple[str, ...]:
+    return (config.format, "int8") if config.int8 else (config.format,)
+
+
+def _refuse_unread(config: ExportConfig) -> None:
+    read = read_by(config, _parts(config))
+    for one in fields(config):
+        if one.name not in read and getattr(config, one.name) != one.default:
+            whose = "--int8" if "int8" in one.metadata["of"] else "--format onnx"
+            raise UsageError(f"export: --{one.name.replace('_', '-')} is read by {whose} alone; leave it out")
+
+
+def _images(config: ExportConfig, source: Path, coming: Plan | None) -> Dataset:
+    """Those that calibrate."""
+    spec = config.data
+    if spec is None:
+        record = record_of(source) if coming is None else None
+        spec = record["config"]["data"] if record else coming.images.spec if coming and coming.images else None
+    if spec is None:
+        raise UsageError(f"export --int8: {source} does not say what it was trained on; name images with --data")
+    data = open_dataset(spec)
+    if len(data) < 2:
+        raise UsageError(f"export --int8: {spec} has {len(data)} image; at least 2 are needed")
+    return data
+
+
+def _refuse_others(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (folder / name).exists():
+            raise UsageError(
+                f"export: {folder / name} was not made by ktransfer; move it away, give --overwrite, or choose another "
+                "--run"
+            )
+
+
+def _facts(model: Classifier, digest: str) -> dict[str, str]:
+    facts = {"network": json.dumps(asdict(model.network)), "weights": digest}
+    return facts | ({"classes": json.dumps(model.names)} if model.network.task == "classes" else {})

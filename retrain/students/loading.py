@@ -1,0 +1,69 @@
+"""Where a student lies, and what it is: the weight file of a run, one that was copied, or an exported one."""
+
+from pathlib import Path
+from typing import Any
+
+from ktransfer import networks
+from ktransfer.errors import UsageError
+from ktransfer.networks import Network
+from ktransfer.run import done_record, input_hash, read_record
+
+from .classifier import Classifier
+from .onnx_student import ENDING, load_onnx
+
+STAGE = "retrain"
+MODEL = "model.safetensors"
+
+
+def load_model(path: str | Path) -> Classifier:
+    """The classifier of a weight file of ours, of an exported .onnx, or of a run's `retrain/`, on the CPU.
+
+    Raises:
+        UsageError: missing, not of ktransfer, or a network without classes.
+    """
+    weights = weights_at(path)
+    if weights.suffix == ENDING:
+        return load_onnx(weights)
+    network = described(weights)
+    return Classifier(network, networks.load(weights, network), class_names(weights, network))
+
+
+def weights_at(path: str | Path) -> Path:
+    """The file that is meant: itself, or that of the retrain stage of a run.
+
+    Raises:
+        UsageError: the run has none, or there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        done_record(path, STAGE, STAGE, STAGE)
+        path = path / STAGE / MODEL
+    if not path.is_file():
+        raise UsageError(f"--model {path}: no such file; give a {MODEL} or a run folder")
+    return path
+
+
+def described(weights: Path) -> Network:
+    """What a weight file of ours holds, which tells classes.
+
+    Raises:
+        UsageError: not of ktransfer, or a network without classes.
+    """
+    network = networks.describe(weights)
+    if not network.classes:
+        raise UsageError(f"{weights}: a {network.arch} ({network.task}) without classes; give one that retrain made")
+    return network
+
+
+def class_names(weights: Path, network: Network) -> tuple[str, ...]:
+    """The names that the record beside the weights has for them, else numbers from 0."""
+    names = (record_of(weights) or {}).get("classes")
+    return tuple(names) if names else tuple(str(number) for number in range(network.classes))
+
+
+def record_of(weights: Path) -> dict[str, Any] | None:
+    """The record of the retrain stage that made a weight file, where it lies beside it; None where none is of it."""
+    folder = weights.resolve().parent
+    record = read_record(folder.parent, folder.name, STAGE)
+    made = (record or {"outputs": {}})["outputs"].get(weights.name)
+    return record if made and made["sha256"] == input_hash(weights) else None

@@ -1,0 +1,166 @@
+"""`ktransfer predict`: what a target network says of many images, as a table or as embeddings."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ktransfer import files
+from ktransfer.data.dataset import Dataset, of_files
+from ktransfer.data.folders import ENDINGS
+from ktransfer.data.loader import ImageLoader
+from ktransfer.data.opening import open_dataset
+from ktransfer.errors import UsageError
+from ktransfer.progress import bar, say
+from ktransfer.run import input_hash
+from ktransfer.training.device import choose_device
+from ktransfer.training.options import MachineOptions
+
+from . import vectors
+from .classifier import LIST, Classifier, Tap
+from .loading import load_model, weights_at
+from .onnx_student import OnnxStudent
+
+LISTED = 20
+"""Broken images that are listed with their reasons."""
+TABLE = ".csv"
+
+
+def predict(
+    model: str | Path,
+    data: str,
+    out: Path | None,
+    top: int | None = None,
+    layer: str | None = None,
+    batch: int = 64,
+    device: str = "auto",
+    workers: int = 0,
+) -> Path:
+    """Look at the centre square of each image, and write what the network says of it.
+
+    Args:
+        model: a weight file of ours, a run folder, or an exported .onnx.
+        data: images, as `open_dataset` takes them, or one image file.
+        out: its ending says what is written. .csv: a table of key, label, probability, and so on to `top`, cells of
+            broken images being empty; .npy, .h5, .parquet: embeddings.
+        top: labels of an image, at least 1 (the default); all where the network has fewer.
+        layer: whose embeddings; the last one if not given; list: say which there are.
+        batch: images at once.
+        device: auto, cpu, cuda or cuda:N.
+        workers: threads that read images; 0: one a core.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: one line for what is wrong; nothing was written.
+        Reply: `layer` is "list".
+    """
+    if layer == LIST:
+        load_model(model).tap(layer)
+    out = _checked_out(out, data, top, layer)
+    network = load_model(model)
+    where = _device(network, device)
+    tap = None if out.suffix == TABLE else network.tap(layer)
+    network = network.to(where)
+    images = ImageLoader(_opened(data), network.network.size, workers, cache="off", device=where)
+    if tap is None:
+        _label(network, images, out, top or 1, batch)
+    else:
+        vectors.write(out, _embedded(network, tap, images, input_hash(weights_at(model)), batch))
+    _say_done(images, out)
+    return out
+
+
+def _checked_out(out: Path | None, data: str, top: int | None, layer: str | None) -> Path:
+    if out is None:
+        raise UsageError("predict: no --out given; name a .csv for labels, or a .npy, .h5 or .parquet for embeddings")
+    if out.suffix not in (TABLE, *vectors.WRITERS):
+        raise UsageError(f"--out {out}: must end with .csv for labels, or with {', '.join(vectors.WRITERS)}")
+    vectors.check(out)
+    if top is not None and out.suffix != TABLE:
+        raise UsageError(f"--top {top}: {out.name} holds embeddings; name a .csv, or leave --top out")
+    if layer is not None and out.suffix == TABLE:
+        raise UsageError(f"--layer {layer}: {out.name} holds labels; name a .npy, .h5 or .parquet for embeddings")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder is not there'}; name a file")
+    for path in (out, vectors.keys_of(out)) if out.suffix == ".npy" else (out,):
+        if Path(data).exists() and path.exists() and path.samefile(data):
+            what = "the list of the images" if path.suffix in (TABLE, ".txt") else "the file of the images"
+            raise UsageError(f"--out {out}: is {what}; choose another name")
+    return out
+
+
+def _device(network: Classifier, device: str) -> torch.device:
+    if not isinstance(network, OnnxStudent):
+        return choose_device(MachineOptions(device=device))
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: {network.path.name} runs on the CPU; give the run, or leave it out")
+    return torch.device("cpu")
+
+
+def _opened(data: str) -> Dataset:
+    path = Path(data).expanduser()
+    if path.suffix.lower() not in ENDINGS or not path.is_file():
+        return open_dataset(data)
+    return of_files(data, path.parent, path.stem, [path.name], [path.stat().st_size], [""])
+
+
+def _embedded(network: Classifier, tap: Tap, images: ImageLoader, digest: str, batch: int) -> vectors.Embedded:
+    data, size = images.dataset, network.network.size
+
+    def batches(start: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        with bar(len(data), f"embed {tap.layer}", done=start) as shown:
+            for rows, pixels, valid, _ in images.batches(iter(torch.arange(start, len(data)).split(batch))):
+                yield network.embeddings(pixels, tap).cpu().numpy(), valid.numpy()
+                shown.update(len(rows))
+
+    dim = network.embeddings(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=images.device), tap).shape[1]
+    facts = {
+        "teacher": digest,
+        "layer": tap.layer,
+        "pooling": f"token {tap.token}" if tap.token in ("cls", "mean") else "mean",
+        "transform": f"short side {size}, centre square, normalised by {network.network.normalise}",
+        "fingerprint": data.fingerprint,
+    }
+    return vectors.Embedded(data, dim, facts, batches)
+
+
+def _label(network: Classifier, images: ImageLoader, out: Path, top: int, batch: int) -> None:
+    found, top = images.dataset, min(top, network.network.classes)
+    labels = np.full((len(found), top), -1, np.int64)
+    probabilities = np.zeros((len(found), top), np.float32)
+    with bar(len(found), "predict") as shown:
+        for rows, pixels, valid, _ in images.batches(iter(torch.arange(len(found)).split(batch))):
+            kept = rows[valid].numpy()
+            best, places = network.probabilities(pixels[valid.to(images.device)]).topk(top)
+            labels[kept], probabilities[kept] = places.cpu().numpy(), best.cpu().numpy()
+            shown.update(len(rows))
+    files.write_whole(out, lambda part: _write(part, found.keys, labels, probabilities, network.names))
+
+
+def _say_done(images: ImageLoader, out: Path) -> None:
+    broken = images.broken
+    for row in list(broken)[:LISTED]:
+        say(f"predict: {images.dataset.keys[row]}: {broken[row]}")
+    more = f", {len(broken) - LISTED} of them not listed here" if len(broken) > LISTED else ""
+    say(f"predict: done; {len(images.dataset)} images, {len(broken)} broken{more}; {out}")
+
+
+def _write(
+    part: Path,
+    keys: tuple[str, ...],
+    labels: NDArray[np.int64],
+    probabilities: NDArray[np.float32],
+    names: tuple[str, ...],
+) -> None:
+    with part.open("w", encoding="utf-8", newline="") as handle:
+        table = csv.writer(handle, lineterminator="\n")
+        ends = ["", *(f"_{place}" for place in range(2, labels.shape[1] + 1))]
+        table.writerow(["key", *(f"{name}{end}" for end in ends for name in ("label", "probability"))])
+        for key, own, shares in zip(keys, labels.tolist(), probabilities, strict=True):
+            cells = [cell for label, share in zip(own, shares, strict=True) for cell in (names[label], f"{share:.6g}")]
+            table.writerow([key, *(cells if own[0] >= 0 else [""] * len(cells))])
