@@ -36,7 +36,7 @@ class RetrainConfig(TrainOptions):
         execution=True,
     )
     temperature: float = option(
-        0.0, "soft and relations: temperature of the distribution; 0: 0.05 and 0.04", low=0, high=10, before=0.0
+        0.0, "soft, features, relations: temperature; 0: 0.05, 0.05 and 0.04", low=0, high=10, before=0.0
     )
     arch: str = option(
         "alexnet", "alexnet, alexnet_bn, or the name of a classifier of torchvision; list: show all names"

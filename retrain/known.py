@@ -24,7 +24,7 @@ LABELLED = ("clusters", "multi", "soft")
 """The objectives that need pseudo-labels."""
 OF_FEATURES = ("soft", "features", "relations")
 """Those that need the teacher's features."""
-HEATED = ("soft", "relations")
+HEATED = ("soft", "features", "relations")
 """Those that have a temperature."""
 
 
