@@ -13,6 +13,11 @@ from .loading import record_of
 
 SHOWN = 100
 """Names of classes that are listed."""
+WHAT = {
+    "classes": "classes",
+    "pseudo-labels": "clusters, of whose numbers the label is one",
+    "features": "numbers of its teacher's features, by their direction alone",
+}
 FILL_IN = "*to be filled in: that of the images and of the teacher may bind you*"
 
 
@@ -44,10 +49,10 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
     record = record_of(weights) or {}
     count = sum(value.numel() for value in model.model.parameters())
     named = network.task == "classes"
-    learned = f"{network.classes} {'classes' if named else 'clusters, of whose numbers the label is one'}"
+    what = WHAT[network.task]
     rows = [
         ("network", f"{_arch(network)}, {count:,} weights"),
-        ("learned", learned),
+        ("learned", f"{network.classes} {what}"),
         ("images", f"fingerprint {record['inputs']['data']}" if record else "unknown"),
         ("crop", "the centre square of an image, resized with an antialiased bilinear filter"),
         *exported.rows,
@@ -60,7 +65,7 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
     packages, lines = exported.code
     return (
-        f"# {exported.name}: {network.arch}, {network.classes} {'classes' if named else 'clusters'}\n\n"
+        f"# {exported.name}: {network.arch}, {network.classes} {what.split(',')[0]}\n\n"
         f"| | |\n|---|---|\n{table}\n\n{_classes(model.names, exported.names_in) if named else ''}"
         f"Run it (`pip install {packages}`):\n\n```python\n{lines}\n```\n"
     )

@@ -53,6 +53,14 @@ class Classifier(nn.Module):
         self.taps: dict[str | None, Tap] = {}
         self.eval()
 
+    def refuse_without_classes(self) -> None:
+        """UsageError where the network tells its teacher's features, which are no classes."""
+        if self.network.task == "features":
+            raise UsageError(
+                f"{self.network.arch}: learned its teacher's features (--objective features or relations), not "
+                "classes; take its embeddings: embed, or predict --out FILE.npy"
+            )
+
     def forward(self, image: Tensor) -> Tensor:
         """Logits of uint8 images."""
         logits: Tensor = self.model(networks.normalise(image, self.network.normalise))
@@ -114,8 +122,9 @@ class Classifier(nn.Module):
 
         Raises:
             BrokenImage: it cannot be read.
-            UsageError: it is an array of another shape or type, or `top` is below 1.
+            UsageError: it is an array of another shape or type, `top` is below 1, or the network tells no classes.
         """
+        self.refuse_without_classes()
         if top < 1:
             raise UsageError(f"top {top}: must be at least 1")
         found = self.probabilities(self._square(image))[0]

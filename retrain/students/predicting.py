@@ -64,6 +64,8 @@ def predict(
     out = _checked_out(out, data, top, layer)
     network = load_model(model)
     where = _device(network, device)
+    if out.suffix == TABLE:
+        network.refuse_without_classes()
     tap = None if out.suffix == TABLE else network.tap(layer)
     network = network.to(where)
     images = ImageLoader(_opened(data), network.network.size, workers, cache="off", device=where)

@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ktransfer import cli, networks
+from ktransfer.cluster import extract
 from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, UsageError
-from ktransfer.retrain import load_model
+from ktransfer.retrain import export, load_model, retrain
 from ktransfer.retrain.students.predicting import predict
 
 
@@ -137,3 +138,20 @@ def test_the_command_and_its_misuse(of_classes, run, folder, tmp_path, capsys):
     assert not out.exists()
     said(0, "--model", of_classes, *given, "--top", 2, "--device", "cpu")
     assert list(rows_of(out)[0]) == ["key", "label", "probability", "label_2", "probability_2"]
+
+
+def test_a_network_that_learned_features_has_embeddings_and_no_classes(folder, tmp_path, capsys):
+    data = "scenes:images=40,size=48"
+    extract(tmp_path, data=data, teacher="hog", size=48)
+    options = {"data": data, "arch": "alexnet_bn", "width": 0.05, "stride": 2, "epochs": 1, "batch": 8, "device": "cpu"}
+    retrain(tmp_path, objective="features", **options)
+    with pytest.raises(UsageError, match=r"learned its teacher's features[^\n]*\.npy"):
+        predict(tmp_path, str(folder), tmp_path / "found.csv")
+    assert not (tmp_path / "found.csv").exists()
+    with pytest.raises(UsageError, match="not classes"):
+        load_model(tmp_path).predict(folder / "a" / "00.jpg")
+    made = np.load(predict(tmp_path, str(folder), tmp_path / "found.npy"))
+    np.testing.assert_allclose(made[0], load_model(tmp_path).embed(folder / "a" / "00.jpg"), rtol=1e-3, atol=1e-4)
+    file = export(tmp_path)
+    card = (file.parent / "README.md").read_text()
+    assert "numbers of its teacher's features" in card and "clusters" not in card
