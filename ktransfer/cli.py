@@ -268,9 +268,10 @@ def predict(model: str, data: str, out: Path | None, **given: Any) -> None:
 
 
 @cli.command(cls=Alone)
-@click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain"]))
+@click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain", "predict"]))
+@click.option("--model", help="predict: a run, a model.safetensors or an .onnx; if not given, fresh weights of --arch.")
 @click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; if not given, generated JPEGs.")
-@click.option("--arch", help="The network.  [default: vgg16; retrain: alexnet]")
+@click.option("--arch", help="The network.  [default: vgg16; retrain, predict: alexnet]")
 @click.option(
     "--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Factor on the number of channels."
 )
@@ -289,16 +290,17 @@ def predict(model: str, data: str, out: Path | None, **given: Any) -> None:
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), help="File for all numbers, as JSON.")
 def bench(part: str, **given: Any) -> None:
-    """Measure the speed of decoding, training and feature extraction.
+    """Measure the speed of decoding, training, feature extraction and prediction.
 
     Parts are measured alone and together, and compared with what the machine can do at most.
 
     decode: images from files to square pixels. data: everything up to the network's input. step: a pretext training
-    step. extract: features. retrain: a training step of the target network. Only the file of --json is written.
+    step. extract: features. retrain: a training step of the target network. predict: the target network by torch and by
+    onnxruntime, without reading. Only the file of --json is written.
     """
-    from ktransfer.bench.measure import command
+    from ktransfer.bench.parts import measured
 
-    click.echo(command(part, **given))
+    click.echo(measured(part, **given))
 
 
 @cli.command()

@@ -49,6 +49,7 @@ WORKERS = {
     "step": "ktransfer.pretext.speed",
     "extract": "ktransfer.cluster.speed",
     "retrain": "ktransfer.retrain.speed",
+    "predict": "ktransfer.retrain.students.speed",
 }
 # The C++ extension, which may not have been built.
 EXTENSION = "ktransfer.cluster.engines._exact"

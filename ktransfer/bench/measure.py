@@ -159,7 +159,7 @@ def bench(part: str, data: str | None, wanted: Wanted, workers: int, seconds: fl
         }
         rows = _measured(part, work, images, wanted, seconds, made=data is None, ceilings=ceilings)
     facts = {
-        "machine": _machine(device),
+        "machine": machine(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "workers": threads,
@@ -310,7 +310,8 @@ def _peak(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
+    """What computes, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {cores()} cores"
