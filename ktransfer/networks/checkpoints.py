@@ -6,7 +6,9 @@ of their own (`classy_state_dict.base_model.model.trunk._feature_blocks.`, `stat
 their shapes. So no list of prefixes is needed.
 """
 
+import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer.errors import UsageError
-from ktransfer.networks.formats import efficientnet
+from ktransfer.networks.formats import efficientnet, files, unpickling
 from ktransfer.networks.formats.naming import Naming
+from ktransfer.progress import say_once
 
 CLASSIFIERS = ("fc.", "classifier.", "heads.", "head.")
 _SHOWN = 3
 # A running copy beside the network that was trained; DINO's teacher is the one that its authors evaluate.
 _COPY = re.compile(r"(^|[._])(momentum|encoder_k|target|ema|student)([._]|$)")
+# Weights averaged over the training, which the authors evaluate: timm's, ConvNeXt's and EVA's, those of ultralytics.
+_AVERAGED = re.compile(r"^(state_dict_ema|model_ema|ema)\.")
 _COUNTER = "num_batches_tracked"  # of a batch norm; old checkpoints have none, and nothing is computed with it
 _TIMM = (
     (r"^class_token$", "cls_token"),
@@ -60,29 +65,42 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by the dotted path of names that leads to each.
 
     Args:
-        path: .safetensors, or whatever `torch.save` wrote; nothing but tensors and plain containers is unpickled.
+        path: .safetensors, or whatever `torch.save` or `torch.jit.save` wrote; nothing but tensors and plain
+            containers is made of a pickle, whatever else it names is left out, and a line says so.
 
     Raises:
-        UsageError: missing, damaged, holding other objects, or no tensors at all.
+        UsageError: missing, damaged, something else than a checkpoint, or no tensors at all.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; check the path")
     try:
-        held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        files.refuse_others(path)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            found = dict(unpickling.flat(_unpickled(path)))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: cannot be read ({_one_line(error)}); download it again") from error
+    except UsageError:
+        raise
     except Exception as error:  # unpickling a damaged file may raise anything
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise UsageError(
-                f"{path}: has more than tensors ({foreign[1]}), and nothing else is unpickled; where it was made, "
-                "save its tensors alone: torch.save(model.state_dict(), FILE)"
-            ) from error
         raise UsageError(f"{path}: not a complete checkpoint ({_one_line(error)[:100]}); download it again") from error
-    found = dict(_flat(held))
     if not found:
         raise UsageError(f"{path}: holds no tensors by name; give a checkpoint with a state_dict")
     return found
+
+
+def _unpickled(path: Path) -> Any:
+    if not unpickling.is_torchscript(path):
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # about a protocol that torch allows
+                return torch.load(path, "cpu", weights_only=True)
+        except pickle.UnpicklingError:  # it names more than tensors, or is damaged, which the second reading finds too
+            pass
+    held, left = unpickling.read(path)
+    if left:
+        say_once(f"{path}: only its tensors are read; {_some(left, 'left out, and not run')}")
+    return held
 
 
 def fit(path: Path, model: nn.Module, arch: str) -> Fit:
@@ -94,11 +112,11 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
     """
     tensors = read_tensors(path)
     own = model.state_dict()
-    best: tuple[tuple[int, int, bool, int], str, dict[str, str], Naming] | None = None
+    best: tuple[tuple[int, int, int, int], str, dict[str, str], Naming] | None = None
     for naming in _namings(model):
         theirs = {naming.rename(name): name for name in own}
         for prefix, (names, shapes) in _prefixes(tensors, theirs, own).items():
-            score = (shapes, names, _COPY.search(prefix) is None, -len(prefix))
+            score = (shapes, names, _standing(prefix), -len(prefix))
             if best is None or score > best[0]:
                 best = score, prefix, theirs, naming
     if best is None:
@@ -112,7 +130,7 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
         key.removeprefix(prefix) for key in tensors if key.startswith(prefix) and _below(key, prefix) not in theirs
     ]
     line = (
-        f"{path}: {len(found)} tensors of {arch} matched{f' below {prefix[:-1]}' if prefix else ''}, "
+        f"{path}: {len(found)} tensors of {arch} matched{_place(prefix)}, "
         f"{_some(missing, 'missing')}, {_some(unexpected, 'unexpected')}"
     )
     if lost:
@@ -174,14 +192,17 @@ def _renaming(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
     return rename
 
 
-def _flat(held: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    if isinstance(held, Tensor):
-        return [(prefix, held)] if prefix else []
-    if not isinstance(held, Mapping):
-        return []
-    # Optimisers number their parameters: no names, no weights.
-    inner = ((f"{prefix}.{name}" if prefix else name, value) for name, value in held.items() if isinstance(name, str))
-    return [pair for name, value in inner for pair in _flat(value, name)]
+def _standing(prefix: str) -> int:
+    """Of equal copies of a network, the one with the highest is taken."""
+    if _AVERAGED.match(prefix):
+        return 2
+    return 0 if _COPY.search(prefix) else 1
+
+
+def _place(prefix: str) -> str:
+    if not prefix:
+        return ""
+    return f" below {prefix[:-1]}{', its averaged weights' if _AVERAGED.match(prefix) else ''}"
 
 
 def _below(key: str, prefix: str) -> str | None:

@@ -1,7 +1,5 @@
 """Checkpoints as other projects save them: what is in them is found, what is not theirs is refused in one line."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -166,19 +164,28 @@ def test_nothing_of_the_kind_is_refused(tmp_path, resnet):
     assert "no such checkpoint" in refused(tmp_path / "nowhere.pth", resnet)
 
 
-def test_nothing_but_tensors_is_unpickled(tmp_path, resnet):
+def test_nothing_but_tensors_is_unpickled(tmp_path, resnet, capsys):
     ran = tmp_path / "ran"
 
     class Bomb:
         def __reduce__(self):
             return ran.touch, ()
 
-    torch.save({"state_dict": states(resnet), "args": Bomb()}, tmp_path / "bomb.pth")
-    assert "has more than tensors" in refused(tmp_path / "bomb.pth", resnet)
+    mine = states(resnet)
+    torch.save({"state_dict": mine, "args": Bomb()}, tmp_path / "bomb.pth")
+    found = checkpoints.fit(tmp_path / "bomb.pth", resnet, "resnet18")
     assert not ran.exists()
-    torch.save({"state_dict": states(resnet), "args": argparse.Namespace(a=1)}, tmp_path / "args.pth")
-    line = refused(tmp_path / "args.pth", resnet)
-    assert "argparse.Namespace" in line and "torch.save(model.state_dict(), FILE)" in line
+    assert all(torch.equal(found.state[name], value) for name, value in mine.items())
+    assert "only its tensors are read; 2 left out, and not run (__builtin__.getattr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_averaged_weights_are_taken_and_named(tmp_path, resnet, name):
+    mine, other = states(resnet, 1), states(resnet, 2)
+    torch.save({"model": other, "state_dict": other, name: under("module.", mine)}, tmp_path / "both.pth")
+    found = checkpoints.fit(tmp_path / "both.pth", resnet, "resnet18")
+    assert all(torch.equal(found.state[name], value) for name, value in mine.items())
+    assert f"matched below {name}.module, its averaged weights, 2 missing" in found.line
 
 
 @pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "text.pth", "empty.pth"])
