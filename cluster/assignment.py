@@ -1,6 +1,6 @@
 """The assign stage: the nearest centroid of each image is its pseudo-label."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from ktransfer.artifacts.centroids import Centroids, read_centroids, refuse_mism
 from ktransfer.artifacts.features import Features, open_features
 from ktransfer.artifacts.labels import write_labels
 from ktransfer.config import build
-from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
-from ktransfer.plan import Plan, PlannedStep, latest
+from ktransfer.plan import Plan, PlannedStep, carry_out_line, latest, plan_line
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash
 
@@ -24,9 +23,11 @@ from .config import AssignConfig
 from .distributed import open_rows, planned_rows
 from .engines.choose import device_of
 from .engines.engine import described
-from .foreign import adopt, check_keys, is_foreign, open_foreign
+from .extraction import ExtractPlan
+from .foreign import adopt, adopted, check_keys, is_foreign, open_foreign
 from .quality import quality, summary
-from .sources import data_of, labelled_features
+from .sources import data_of, extraction_alike
+from .stage import ClusterPlan
 from .views import made_views
 
 BALANCED_BYTES = 144  # of a row, beyond a plain assignment
@@ -34,9 +35,10 @@ BALANCED_BYTES = 144  # of a row, beyond a plain assignment
 
 @dataclass(frozen=True, kw_only=True)
 class AssignPlan(Plan):
-    """What the stage will do."""
+    """What the stage will do: `features` is the file whose rows get labels, there or still to be made."""
 
     config: AssignConfig
+    features: Path
 
 
 def assign(run: str | Path, **options: Any) -> Path:
@@ -49,29 +51,22 @@ def assign(run: str | Path, **options: Any) -> Path:
     Raises:
         UsageError, StageError: one line each.
     """
-    return carry_out(check(Path(run), options))
+    made: Path = carry_out_line(plan_line([("assign", options)], Path(run)))[-1]
+    return made
 
 
 def carry_out(plan: AssignPlan) -> Path:
-    """Find the features of the images, the nearest centroid of each, and write the labels in three layouts."""
-    run, config = plan.run, plan.config
-    made = done_record(run, "clusters", "cluster", "cluster")
-    centroids_path = run / "clusters" / "clusters.h5"
-    centroids = read_centroids(centroids_path)
-    clustered = Path(made["config"]["features"])
-    if not clustered.is_file():  # the run folder was moved
-        clustered = run / "features" / clustered.name
+    """Find the nearest centroid of each image, and write the labels in three layouts."""
+    run, config, path = plan.run, plan.config, plan.features
     if config.features and is_foreign(config.features):
-        path = adopt(run, config.features, config.keys, config.data, config.overwrite, "assign")
-    else:
-        path = labelled_features(run, config, clustered)
-    features = open_features(path)
+        adopt(run, config.features, config.keys, config.data, config.overwrite, "assign")
+    centroids_path = run / "clusters" / "clusters.h5"
+    centroids, features = read_centroids(centroids_path), open_features(path)
     refuse_mismatch(features, centroids)
-    spec = config.data or data_of(run, path)
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     further = made_views(run / "clusters")
     inputs |= {f"view {view.stem}": input_hash(view) for view in further}
-    config = replace(config, features=str(path), data=spec)
+    config = replace(config, features=str(path), data=config.data or data_of(run, path))
     names = ["labels.csv", "labels.h5", "labels.bin"]
     device = "cpu" if config.balanced else device_of(config.engine)
     with begin(run, "clusters", "assign", config, inputs, names, config.overwrite, device) as step:
@@ -116,6 +111,17 @@ def _labels_of(view: Centroids, features: Features, config: AssignConfig) -> NDA
     return assign_rows(rows, view.centroids, engine)[0]
 
 
+def first(
+    run: Path, options: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
+) -> list[ExtractPlan]:
+    """The extraction that comes before, where images are named whose features no stage of the line makes."""
+    config = build(AssignConfig, options, "assign")
+    if not config.data or config.features:
+        return []
+    plan = extraction_alike(run, config.data, _clustered(run, before), before)
+    return [] if plan.file in [one.file for one in before if isinstance(one, ExtractPlan)] else [plan]
+
+
 def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> AssignPlan:
     """Everything that can be found wrong before the work.
 
@@ -129,19 +135,38 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> As
             f"leave --engine {config.engine} out"
         )
     check_keys(config.features, config.keys)
+    images = None
     if config.features and is_foreign(config.features):
         open_foreign(config.features, config.keys, config.data)
+        path = adopted(run, config.features)
     elif config.features and config.data:
         raise UsageError("assign: both --features and --data were given; give only what is to be labelled")
     elif config.features:
-        open_features(Path(config.features))
-    if latest(before, "cluster") is None:
-        done_record(run, "clusters", "cluster", "cluster")
+        path = open_features(Path(config.features)).path
+    elif config.data:
+        extraction = next(one for one in reversed(before) if isinstance(one, ExtractPlan))
+        path, images = extraction.file, extraction.images
+    else:
+        path = _clustered(run, before)
     return AssignPlan(
         stage="assign",
         run=run,
-        steps=[PlannedStep("assign", config, {}, reads=("cluster",))],
+        steps=[PlannedStep("assign", config, {}, reads=("cluster", *(["extract"] if images else [])))],
         overwrite=config.overwrite,
-        images=open_dataset(config.data) if config.data else None,
+        images=images,
         config=config,
+        features=path,
     )
+
+
+def _clustered(run: Path, before: Sequence[Plan]) -> Path:
+    """The feature file whose rows were clustered, or will be by the line.
+
+    Raises:
+        UsageError: nothing was clustered.
+    """
+    coming = latest(before, "cluster")
+    if isinstance(coming, ClusterPlan):
+        return coming.features
+    path = Path(done_record(run, "clusters", "cluster", "cluster")["config"]["features"])
+    return path if path.is_file() else run / "features" / path.name  # the run folder was moved

@@ -114,8 +114,11 @@ def extract_share(order: dict[str, Any]) -> None:
     ordered_map(images, order["first"], config.batch, compute, order["dim"], None)
 
 
-def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> ExtractPlan:
+def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = (), data: Dataset | None = None) -> ExtractPlan:
     """Everything that can be found wrong before the work.
+
+    Args:
+        data: the images, where they are open already.
 
     Raises:
         UsageError: one line for what is wrong.
@@ -131,7 +134,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     spec = config.data or (made and made["config"]["data"])
     if not spec:
         raise UsageError("extract: no images were given, and the run has none; name them with --data")
-    data = open_dataset(spec)
+    data = data or open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
     device = choose_device(config)

@@ -107,6 +107,11 @@ def preview(features: str, keys: str | None, data: str | None) -> Features:
     return Features(Path(features), found.rows, np.ones(count, np.bool_), np.full(count, -1, np.int32), {})
 
 
+def adopted(run: Path, features: str) -> Path:
+    """Where `adopt` writes a file of features."""
+    return run / "features" / f"{Path(features).stem}.h5"
+
+
 def adopt(run: Path, features: str, keys: str | None, data: str | None, overwrite: bool, stage: str) -> Path:
     """Write a file of features into the run as `features/NAME.h5`, NAME being that of the file.
 

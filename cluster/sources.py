@@ -1,14 +1,18 @@
 """Which feature file a stage works on: the one given, or the one of the run that belongs to its images."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ktransfer.artifacts.features import open_features
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
+from ktransfer.plan import Plan
 from ktransfer.run import input_hash, read_record
 
-from .config import AssignConfig, ClusterConfig
-from .extraction import extract
+from . import extraction
+from .config import ClusterConfig
+from .extraction import ExtractPlan
 
 # What comparable features have in common
 SAME = ("teacher", "arch", "weights", "layer", "token", "pool", "size", "l2", "dtype", "precision")
@@ -60,32 +64,37 @@ def pretext_data(run: Path) -> str | None:
     return record["config"]["data"] if record else None
 
 
-def labelled_features(run: Path, config: AssignConfig, clustered: Path) -> Path:
-    """The feature file whose images get labels, made where it is missing; `clustered` when none is named.
+def extraction_alike(run: Path, spec: str, clustered: Path, before: Sequence[Plan]) -> ExtractPlan:
+    """The extraction of the images that `spec` names, in the way in which the clustered features were made.
+
+    Args:
+        before: the plans of the line so far; one of them may make the clustered features.
 
     Raises:
         UsageError: how the clustered features were made is not known.
     """
-    if config.features:
-        return Path(config.features)
-    if not config.data:
-        return clustered
+    coming = {plan.file: plan for plan in before if isinstance(plan, ExtractPlan)}
     record = read_record(run, "features", clustered.stem) if clustered.parent == run / "features" else None
-    if record is None:
+    if clustered in coming:
+        how = asdict(coming[clustered].config)
+    elif record:
+        how = record["config"]
+    else:
         raise UsageError(
-            f"assign --data {config.data}: {clustered} was not extracted in this run, so the way it was made is not "
+            f"assign --data {spec}: {clustered} was not extracted in this run, so the way it was made is not "
             "known; extract these images in the same way and give the file with --features"
         )
-    if record["config"].get("elsewhere"):
+    if how.get("elsewhere"):
         raise UsageError(
-            f"assign --data {config.data}: {clustered} was made elsewhere; make the features of these images there "
+            f"assign --data {spec}: {clustered} was made elsewhere; make the features of these images there "
             "too, and give them with --features and --keys"
         )
-    data = open_dataset(config.data)
-    taken = read_record(run, "features", data.name)
+    data = open_dataset(spec)
+    there, made = coming.get(run / "features" / f"{data.name}.h5"), read_record(run, "features", data.name)
+    held = there.images.fingerprint if there else made and made["inputs"]["data"]
     # Many data sets are called "train".
-    name = None if not taken or taken["inputs"]["data"] == data.fingerprint else f"{data.name}-{data.fingerprint[:8]}"
-    return extract(run, data=config.data, name=name, **{key: record["config"].get(key) for key in SAME})
+    name = f"{data.name}-{data.fingerprint[:8]}" if held and held != data.fingerprint else None
+    return extraction.check(run, {"data": spec, "name": name, **{key: how.get(key) for key in SAME}}, before, data)
 
 
 def data_of(run: Path, path: Path) -> str | None:

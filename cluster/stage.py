@@ -31,7 +31,7 @@ from .engines.choose import device_of, parts_engine
 from .engines.engine import Engine, Rows
 from .extraction import ExtractPlan
 from .feature_check import check_features
-from .foreign import adopt, check_keys, is_foreign, preview
+from .foreign import adopt, adopted, check_keys, is_foreign, preview
 from .projection import fit_projection
 from .quality import sparkline
 from .record import derived_seed, make_record, record_summary, survey, write_record
@@ -44,9 +44,10 @@ OUTPUTS = ("clusters.h5", "quality.json", "clusters.png", views.FOLDER, "work")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterPlan(Plan):
-    """What the stage will do."""
+    """What the stage will do: `features` is the file whose rows are clustered, there or still to be made."""
 
     config: ClusterConfig
+    features: Path
 
 
 def cluster(run: str | Path, **options: Any) -> Path:
@@ -66,11 +67,9 @@ def cluster(run: str | Path, **options: Any) -> Path:
 
 def carry_out(plan: ClusterPlan) -> Path:
     """Look for the centroids of the features; write them, how good they are, and a sheet."""
-    run, config = plan.run, plan.config
+    run, config, path = plan.run, plan.config, plan.features
     if config.features and is_foreign(config.features):
-        adopted = adopt(run, config.features, config.keys, config.data, config.overwrite, "cluster")
-        config = replace(config, features=str(adopted))
-    path = _features(run, config)
+        adopt(run, config.features, config.keys, config.data, config.overwrite, "cluster")
     features = open_features(path)
     _refuse_rows(config, int(features.valid.sum()), features.rows.shape[1])
     inputs = {"features": input_hash(path)}
@@ -200,11 +199,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
     coming = None if config.features else latest(before, "extract")
     memory = 0
     if isinstance(coming, ExtractPlan):
-        count, columns = len(coming.images), coming.dim
+        path, count, columns = coming.file, len(coming.images), coming.dim
         _refuse_rows(config, count, columns)
     else:
         path = _features(run, config)
-        features = preview(str(path), config.keys, config.data) if is_foreign(str(path)) else open_features(path)
+        if is_foreign(str(path)):
+            features, path = preview(str(path), config.keys, config.data), adopted(run, str(path))
+        else:
+            features = open_features(path)
         count, columns = int(features.valid.sum()), features.rows.shape[1]
         _refuse_rows(config, count, columns)
         dim = config.pca or columns
@@ -219,6 +221,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Cl
         steps=[PlannedStep("cluster", config, {}, reads, disk=disk, memory=memory)],
         overwrite=config.overwrite,
         config=config,
+        features=path,
     )
 
 

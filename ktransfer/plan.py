@@ -5,10 +5,10 @@ The module of a stage (the table in `stages.py`) has these names:
 check      (run, options, before) -> its `Plan`; UsageError for all that can be found before the work.
            `before` are the plans of the stages that come earlier in the line.
 carry_out  (plan) -> what the stage makes; opens nothing that the plan holds, and checks only what was not there yet
-first      (run, options, before, tables) -> [(stage, options)] that the line must do before it without being named;
-           `tables` are the settings of a file, by stage. Optional.
+first      (run, options, before, tables) -> what the line must do before it without being named: (stage, options) of
+           each, or its plan; `tables` are the settings of a file, by stage. Optional.
 
-The stage's function in Python is `carry_out(check(run, options))`.
+The stage's function in Python is `carry_out(check(run, options))`, or plans and carries out such a line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,15 +126,27 @@ def plan_line(wanted: Sequence[Call], run: Path, tables: Mapping[str, Mapping[st
         takes = stages.STAGES[stage].takes
         if named and takes:
             given.setdefault(takes, named)
-        module = stages.module(stage)
-        for other, options in module.first(run, given, line, tables) if hasattr(module, "first") else []:
-            line.append(stages.module(other).check(run, options, line))
-        line.append(module.check(run, given, line))
+        line += _with_first(run, stage, given, line, tables)
         if line[-1].alone and len(wanted) > 1:
             raise UsageError(
                 f"{stage} {line[-1].alone}: a self-test makes nothing for other stages; give it as the only stage"
             )
     return line
+
+
+def _with_first(
+    run: Path, stage: str, given: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
+) -> list[Plan]:
+    """The plan of a stage, and before it those of the stages that it needs."""
+    module = stages.module(stage)
+    line: list[Plan] = []
+    for one in module.first(run, given, before, tables) if hasattr(module, "first") else []:
+        if isinstance(one, Plan):
+            line.append(one)
+        else:
+            other, options = one
+            line += _with_first(run, other, options, [*before, *line], tables)
+    return [*line, module.check(run, given, [*before, *line])]
 
 
 def carry_out_line(line: Sequence[Plan]) -> list[Any]:

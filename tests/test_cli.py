@@ -118,7 +118,7 @@ MISUSES = [
     (["--run", "new", "extract"], "no images were given"),
     (["--run", "new", "extract", "--data", "flat"], "pretext is missing; make it first"),
     (["--run", "new", "retrain"], "cluster is missing; make it first"),
-    (["--run", "new", "eval"], "no labelled images were given"),
+    (["--run", "new", "eval"], "holds no trained network"),
     (["--run", "new", "cluster"], "no images were given"),
     (["--run", "new", "assign"], "cluster is missing; make it first"),
     (["pretext", "--data", "flat"], "no run folder given; name one: ktransfer --run"),

@@ -133,6 +133,27 @@ def test_images_are_opened_once_for_a_stage(tmp_path, monkeypatch):
     assert opened == [SCENES]
 
 
+def test_images_of_a_second_data_set_are_a_step_of_their_own(made, tmp_path, monkeypatch):
+    """Those that get the labels: extracted as the clustered ones were, or as the line will extract those."""
+    from ktransfer.cluster import extraction, sources
+
+    other, opened = "scenes:images=24,size=48,seed=5", []
+    for module in (extraction, sources):
+        open_dataset = module.open_dataset
+        monkeypatch.setattr(module, "open_dataset", lambda spec, found=open_dataset: opened.append(spec) or found(spec))
+    for run, line in ((made, []), (tmp_path / "run", [*LINE[:1], ("extract", {"pool": 2}), LINE[1]])):
+        opened.clear()
+        planned = plan.plan_line([*line, ("assign", {"data": other})], run)
+        extracted, assigned = planned[-2:]
+        assert [one.stage for one in planned[-2:]] == ["extract", "assign"] and opened.count(other) == 1
+        assert extracted.images.spec == other and assigned.images is extracted.images
+        assert assigned.features == extracted.file == run / "features" / f"scenes-{extracted.images.fingerprint[:8]}.h5"
+        assert extracted.config.pool == (2 if line else 4)
+        assert whats(planned)[f"extract {extracted.file.stem}"] == "runs"
+    twice = plan.plan_line([("assign", {"data": other}), ("assign", {"data": other})], made)
+    assert [one.stage for one in twice] == ["extract", "assign", "assign"]
+
+
 def test_help_lists_commands_by_use(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
