@@ -41,7 +41,7 @@ STOPPED = "stopped; nothing is lost. To continue: ktransfer"
     type=click.Path(path_type=Path),
     help="Settings of any stages, as TOML; options of the command line take precedence.",
 )
-@click.option("--recipe", help="Settings that come with ktransfer: paper or laptop.")
+@click.option("--recipe", help="Settings that come with ktransfer: paper, laptop or small.")
 @click.option("--dry-run", is_flag=True, help="Check all stages and show what each would do, without doing it.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(run_folder: Path | None, file: Path | None, recipe: str | None, dry_run: bool, debug: bool) -> None:
