@@ -243,24 +243,28 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
 @click.option(
     "--model",
     required=True,
-    help="A model.safetensors that retrain made, a run folder: its own, or an .onnx that export wrote.",
+    help="A model.safetensors of retrain or selftrain, a run folder: its own, or an .onnx of export.",
 )
 @click.option("--data", required=True, help="Images: a folder, one image, a list of paths, a pack, or scenes:.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="What to write: labels as .csv; embeddings as .npy, .h5 or .parquet.",
+    help="What to write: labels as .csv; embeddings as .npy, .h5 or .parquet; boxes and masks as .json.",
 )
 @click.option("--top", type=click.IntRange(1), help="With .csv: most probable labels of an image.  [default: 1]")
 @click.option("--layer", help="Embeddings of this layer; list: show all.  [default: the last one]")
+@click.option("--draw", type=click.Path(path_type=Path), help="Boxes and masks: a folder for the images with them.")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), help="Boxes and masks: lowest score.  [default: all; drawn: 0.5]"
+)
 @click.option("--batch", default=64, type=click.IntRange(1), show_default=True, help="Images at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")
 def predict(model: str, data: str, out: Path | None, **given: Any) -> None:
-    """Label images with the target network, or embed them.
+    """Label images with the target network, embed them, or find objects in them.
 
     The ending of --out says which: .csv has one row an image, with its key, the most probable class (or number of the
-    cluster) and the probability; the others have a vector of numbers for each image.
+    cluster) and the probability; .json has COCO's boxes and masks; the others have a vector for each image.
     """
     from ktransfer.retrain.students.predicting import predict as carry_out
 

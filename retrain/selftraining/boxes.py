@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,19 @@ YEAR = re.compile(r"^20\d\d_")
 UNREADABLE = (1, 1)  # the size of an image that cannot be read; its canvas says why when it is wanted
 
 
-def without_boxes(data: Dataset, like: Detection, sizes: NDArray[np.int32] | None = None) -> Detection:
+class Named(Protocol):
+    """What has classes, as a COCO file numbers them: a `Detection`, or a detector."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names."""
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Their numbers."""
+
+
+def without_boxes(data: Dataset, like: Named, sizes: NDArray[np.int32] | None = None) -> Detection:
     """The images of any data set with their sizes and no objects; `classes` are those of `like`.
 
     Args:

@@ -168,8 +168,8 @@ class Both(nn.Module):
         return self.model.outputs(image, self.tap)
 
 
-def pixels_of(image: "str | Path | Image.Image | NDArray[np.uint8]", size: int) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8 of an image of any kind; of a large JPEG at least `size` pixels are decoded.
+def pixels_of(image: "str | Path | Image.Image | NDArray[np.uint8]", size: int | None) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8 of an image of any kind; a large JPEG is decoded smaller where `size` allows that.
 
     Raises:
         BrokenImage, UsageError: as `Classifier.predict`.

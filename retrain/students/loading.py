@@ -3,25 +3,60 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
 from ktransfer import networks
+from ktransfer.detection import saved
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.run import done_record, input_hash, read_record
 
 from .classifier import Classifier
+from .detector import Detector
 from .onnx_student import ENDING, load_onnx
 
 STAGE = "retrain"
+SELFTRAIN = "selftrain"
 MODEL = "model.safetensors"
 
 
-def load_model(path: str | Path) -> Classifier:
-    """The classifier of a weight file of ours, of an exported .onnx, or of a run's `retrain/`, on the CPU.
+def load_model(path: str | Path) -> Classifier | Detector:
+    """The student of a weight file of ours, of an exported .onnx, or of a run (`retrain/`, else `selftrain/`), on the
+    CPU: one that tells classes, or one that finds objects.
 
     Raises:
         UsageError: missing, not of ktransfer, or a network without classes.
     """
     weights = weights_at(path)
+    return load_detector(weights, torch.device("cpu")) if is_detector(weights) else classifier_of(weights)
+
+
+def is_detector(weights: Path) -> bool:
+    """Whether a file says that it holds a detector or segmenter; one that cannot be read does not."""
+    try:
+        with safe_open(weights, framework="pt") as handle:
+            return "detector" in (handle.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_detector(weights: Path, device: torch.device) -> Detector:
+    """The detector or segmenter of a weight file of `selftrain`.
+
+    Raises:
+        UsageError: its weights do not fit.
+    """
+    model, made = saved.load(weights)
+    return Detector(model, made, device)
+
+
+def classifier_of(weights: Path) -> Classifier:
+    """The classifier of a weight file of ours, or of an exported .onnx, on the CPU.
+
+    Raises:
+        UsageError: not of ktransfer, or a network without classes.
+    """
     if weights.suffix == ENDING:
         return load_onnx(weights)
     network = described(weights)
@@ -29,13 +64,16 @@ def load_model(path: str | Path) -> Classifier:
 
 
 def weights_at(path: str | Path) -> Path:
-    """The file that is meant: itself, or that of the retrain stage of a run.
+    """The file that is meant: itself, or that of the retrain stage of a run, of selftrain where it has no other.
 
     Raises:
         UsageError: the run has none, or there is no such file.
     """
     path = Path(path)
     if path.is_dir():
+        detector = path / SELFTRAIN / "student" / MODEL
+        if read_record(path, STAGE, STAGE) is None and detector.is_file():
+            return detector
         done_record(path, STAGE, STAGE, STAGE)
         path = path / STAGE / MODEL
     if not path.is_file():

@@ -21,12 +21,15 @@ from ktransfer.training.options import MachineOptions
 
 from . import vectors
 from .classifier import LIST, Classifier, Tap
-from .loading import load_model, weights_at
+from .detector import write
+from .loading import classifier_of, is_detector, load_detector, weights_at
 from .onnx_student import OnnxStudent
 
 LISTED = 20
 """Broken images that are listed with their reasons."""
-TABLE = ".csv"
+TABLE, JSON = ".csv", ".json"
+DETECTED = 8
+"""Images that a detector sees at once, at most."""
 
 
 def predict(
@@ -35,19 +38,24 @@ def predict(
     out: Path | None,
     top: int | None = None,
     layer: str | None = None,
+    draw: Path | None = None,
+    threshold: float | None = None,
     batch: int = 64,
     device: str = "auto",
     workers: int = 0,
 ) -> Path:
-    """Look at the centre square of each image, and write what the network says of it.
+    """Look at each image, of a classifier at its centre square, and write what the network says of it.
 
     Args:
         model: a weight file of ours, a run folder, or an exported .onnx.
         data: images, as `open_dataset` takes them, or one image file.
         out: its ending says what is written. .csv: a table of key, label, probability, and so on to `top`, cells of
-            broken images being empty; .npy, .h5, .parquet: embeddings.
+            broken images being empty; .npy, .h5, .parquet: embeddings; .json: COCO's boxes and masks of a detector or
+            segmenter.
         top: labels of an image, at least 1 (the default); all where the network has fewer.
         layer: whose embeddings; the last one if not given; list: say which there are.
+        draw: a folder for the images with their boxes and masks.
+        threshold: lowest score of a box (`detector.write`).
         batch: images at once.
         device: auto, cpu, cuda or cuda:N.
         workers: threads that read images; 0: one a core.
@@ -59,10 +67,16 @@ def predict(
         UsageError: one line for what is wrong; nothing was written.
         Reply: `layer` is "list".
     """
+    weights = weights_at(model)
+    if is_detector(weights):
+        return _find(weights, data, out, {"top": top, "layer": layer}, draw, threshold, batch, device, workers)
     if layer == LIST:
-        load_model(model).tap(layer)
+        classifier_of(weights).tap(layer)
     out = _checked_out(out, data, top, layer)
-    network = load_model(model)
+    for name, value in (("draw", draw), ("threshold", threshold)):
+        if value is not None:
+            raise UsageError(f"--{name} {value}: {weights} finds no objects; leave it out")
+    network = classifier_of(weights)
     where = _device(network, device)
     if out.suffix == TABLE:
         network.refuse_without_classes()
@@ -72,14 +86,43 @@ def predict(
     if tap is None:
         _label(network, images, out, top or 1, batch)
     else:
-        vectors.write(out, _embedded(network, tap, images, input_hash(weights_at(model)), batch))
-    _say_done(images, out)
+        vectors.write(out, _embedded(network, tap, images, input_hash(weights), batch))
+    _say_done(images.dataset, images.broken, out)
+    return out
+
+
+def _find(
+    weights: Path,
+    data: str,
+    out: Path | None,
+    others: dict[str, object],
+    draw: Path | None,
+    threshold: float | None,
+    batch: int,
+    device: str,
+    workers: int,
+) -> Path:
+    """The same by a detector or segmenter."""
+    if out is None or out.suffix != JSON:
+        raise UsageError(f"--out {out or ''}: {weights} finds objects; name a .json, in COCO's format")
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(f"--{name} {value}: {weights} finds objects and tells no classes of images; leave it out")
+    _check_place(out, data)
+    if draw is not None and draw.exists() and not draw.is_dir():
+        raise UsageError(f"--draw {draw}: is a file; name a folder")
+    detector = load_detector(weights, choose_device(MachineOptions(device=device)))
+    images = _opened(data)
+    broken = write(detector, images, out, draw, threshold, min(batch, DETECTED), workers)
+    _say_done(images, broken, out)
     return out
 
 
 def _checked_out(out: Path | None, data: str, top: int | None, layer: str | None) -> Path:
     if out is None:
         raise UsageError("predict: no --out given; name a .csv for labels, or a .npy, .h5 or .parquet for embeddings")
+    if out.suffix == JSON:
+        raise UsageError(f"--out {out}: .json is for detectors and segmenters; name a .csv, .npy, .h5 or .parquet")
     if out.suffix not in (TABLE, *vectors.WRITERS):
         raise UsageError(f"--out {out}: must end with .csv for labels, or with {', '.join(vectors.WRITERS)}")
     vectors.check(out)
@@ -87,13 +130,17 @@ def _checked_out(out: Path | None, data: str, top: int | None, layer: str | None
         raise UsageError(f"--top {top}: {out.name} holds embeddings; name a .csv, or leave --top out")
     if layer is not None and out.suffix == TABLE:
         raise UsageError(f"--layer {layer}: {out.name} holds labels; name a .npy, .h5 or .parquet for embeddings")
+    _check_place(out, data)
+    return out
+
+
+def _check_place(out: Path, data: str) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder is not there'}; name a file")
     for path in (out, vectors.keys_of(out)) if out.suffix == ".npy" else (out,):
         if Path(data).exists() and path.exists() and path.samefile(data):
             what = "the list of the images" if path.suffix in (TABLE, ".txt") else "the file of the images"
             raise UsageError(f"--out {out}: is {what}; choose another name")
-    return out
 
 
 def _device(network: Classifier, device: str) -> torch.device:
@@ -144,12 +191,11 @@ def _label(network: Classifier, images: ImageLoader, out: Path, top: int, batch:
     files.write_whole(out, lambda part: _write(part, found.keys, labels, probabilities, network.names))
 
 
-def _say_done(images: ImageLoader, out: Path) -> None:
-    broken = images.broken
+def _say_done(data: Dataset, broken: dict[int, str], out: Path) -> None:
     for row in list(broken)[:LISTED]:
-        say(f"predict: {images.dataset.keys[row]}: {broken[row]}")
+        say(f"predict: {data.keys[row]}: {broken[row]}")
     more = f", {len(broken) - LISTED} of them not listed here" if len(broken) > LISTED else ""
-    say(f"predict: done; {len(images.dataset)} images, {len(broken)} broken{more}; {out}")
+    say(f"predict: done; {len(data)} images, {len(broken)} broken{more}; {out}")
 
 
 def _write(

@@ -17,7 +17,7 @@ from . import onnx_file, quantising
 from .classifier import Classifier
 from .exporting import EXPORT
 from .format import need_packages
-from .loading import load_model, weights_at
+from .loading import classifier_of, weights_at
 from .onnx_student import OnnxStudent, load_onnx
 
 CLASSES = 1000
@@ -48,7 +48,7 @@ def work(model: str | None, wanted: Wanted) -> Ways:
     elif wanted.arch or wanted.size:
         raise UsageError("bench predict: --model says what the network is; leave --arch and --size out")
     else:
-        student = load_model(model)
+        student = classifier_of(weights_at(model))
     if isinstance(student, OnnxStudent):
         return Ways(student.network, {"onnx": student})
     ways = {"torch": _on(student.to(wanted.device), wanted.device), **_exported(model)}
