@@ -4,7 +4,7 @@
     python benchmarks/transfer.py --peer peer/bin/python --data IMAGES --teacher vits --epochs 10
 
 The same images, student (ResNet-18), crop, batch, precision and cores; a teacher of the same architecture with random
-weights, as only speed is measured: `toy` costs next to nothing, `vits` is a ViT-S/14. lightly-train asks the teacher in
+weights, as only speed is measured: `toy` costs next to nothing (the pixels here), `vits` is a ViT-S/14. lightly-train asks the teacher in
 every step about the crop that the student sees; here it is asked once about each image, and what it said is in a file.
 Each command is timed whole, from the start of Python to its end, in turn; medians over --rounds, and the ratio of each.
 """
@@ -20,10 +20,8 @@ import time
 from pathlib import Path
 
 SIZE, BATCH = 84, 64
-TEACHERS = {
-    "toy": ("dinov2/_vittest14", "test_vit"),
-    "vits": ("dinov2/vits14-noreg-notpretrained", "vit_small_patch14_dinov2"),
-}
+VIT = "vit_small_patch14_dinov2"
+TEACHERS = {"toy": "dinov2/_vittest14", "vits": "dinov2/vits14-noreg-notpretrained"}
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 THEIRS = """
 import lightly_train
@@ -45,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        weights = random_teacher(Path(folder), TEACHERS[given.teacher][1])
+        weights = random_vit(Path(folder))
         seconds: dict[str, list[float]] = {"lightly-train": [], "ktransfer": []}
         for number in range(given.rounds):
             place = Path(folder) / str(number)
@@ -58,20 +56,19 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {given.epochs} epochs, teacher {given.teacher}, {given.precision}")
     for name, values in seconds.items():
         print(f"{name:14} {statistics.median(values):8.1f} s")
-    print(
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); most memory of a process {memory:.1f} GB"
-    )
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    print(f"ratio {statistics.median(ratios):.2f} ({spread}); the largest process held {memory:.1f} GB")
 
 
-def random_teacher(folder: Path, name: str) -> Path:
-    """Random weights of a network of timm, as a file."""
+def random_vit(folder: Path) -> Path:
+    """Random weights of timm's ViT-S/14, as a file."""
     import timm
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     path = folder / "teacher.safetensors"
-    save_file(timm.create_model(name, img_size=SIZE, num_classes=0).state_dict(), path)
+    save_file(timm.create_model(VIT, img_size=SIZE, num_classes=0).state_dict(), path)
     return path
 
 
@@ -82,7 +79,7 @@ def theirs(given: argparse.Namespace, place: Path) -> list[str]:
         THEIRS.format(
             out=str(place / "peer"),
             data=given.data,
-            teacher=TEACHERS[given.teacher][0],
+            teacher=TEACHERS[given.teacher],
             size=SIZE,
             batch=BATCH,
             epochs=given.epochs,
@@ -95,8 +92,9 @@ def theirs(given: argparse.Namespace, place: Path) -> list[str]:
 
 def ours(given: argparse.Namespace, place: Path, weights: Path) -> list[str]:
     """The same as one line of this project."""
+    teacher = ["timm:" + VIT, "--weights", str(weights), "--size", str(SIZE)] if given.teacher == "vits" else ["pixels"]
     line = [sys.executable, "-m", "ktransfer", "--run", str(place / "run"), "extract", "--data", given.data]
-    line += ["--teacher", f"timm:{TEACHERS[given.teacher][1]}", "--weights", str(weights), "--size", str(SIZE)]
+    line += ["--teacher", *teacher]
     line += ["--precision", given.precision, "retrain", "--objective", "features", "--arch", "resnet18"]
     line += ["--size", str(SIZE), "--batch", str(BATCH), "--epochs", str(given.epochs), "--precision", given.precision]
     return [*line, "--grey", "0.2", "--jitter", "0.5"]

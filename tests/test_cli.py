@@ -191,7 +191,7 @@ MISUSES = [
     (["--config", "nowhere.toml", "--run", "new", "pretext"], "--config nowhere.toml: No such file or directory"),
     (["--config", "flat", "--run", "new", "pretext"], "--config flat: Is a directory"),
     (["--config", "note.txt", "--run", "new", "pretext"], "not valid TOML"),
-    (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: no such recipe; give one of laptop, paper, small"),
+    (["--recipe", "cake", "--run", "new", "pretext"], "--recipe cake: no such recipe; give one of laptop, paper, sm"),
     (["--run", "flat/new", *PUZZLE, "--data", "flat"], "--run flat/new: is inside the image folder of pretext"),
     (["--run", "run", "extract", "--data", "flat", "--name", "../x"], "--name ../x: must be a plain file name"),
     (["--run", "new", "pretext", "--data", "flat", "--arch", "alexnet", "--size", "33"], "give a larger --size"),
