@@ -4,8 +4,9 @@
     python benchmarks/transfer.py --peer peer/bin/python --data IMAGES --teacher vits --epochs 10
 
 The same images, student (ResNet-18), crop, batch, precision and cores; a teacher of the same architecture with random
-weights, as only speed is measured: `toy` costs next to nothing (the pixels here), `vits` is a ViT-S/14. lightly-train asks the teacher in
-every step about the crop that the student sees; here it is asked once about each image, and what it said is in a file.
+weights, as only speed is measured: `vits` is a ViT-S/14, `toy` costs next to nothing (here it is the pixels).
+lightly-train asks the teacher in every step about the crop that the student sees; here it is asked once about each
+image, and what it said is in a file.
 Each command is timed whole, from the start of Python to its end, in turn; medians over --rounds, and the ratio of each.
 """
 

