@@ -22,7 +22,7 @@ from torch import Tensor
 MOST = 1_000_000  # objects looked at: one that holds itself, or many others many times over, has an end
 DEEPEST = 60
 # The one in Python: that in C takes as much memory as the largest number that a damaged pickle happens to hold.
-_Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_Unpickler: Any = pickle._Unpickler
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a pickled nn.Module
 _JIT = "__torch__"  # the classes of TorchScript
 
