@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer.errors import UsageError
-from ktransfer.networks.formats import efficientnet, files, unpickling
+from ktransfer.networks.formats import efficientnet, files, timm_filters, unpickling
 from ktransfer.networks.formats.naming import Naming
 from ktransfer.progress import say_once
 
@@ -111,6 +111,18 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
             shape differs.
     """
     tensors = read_tensors(path)
+    try:
+        return _fit(path, tensors, model, arch)
+    except UsageError:
+        converted, prefix = timm_filters.convert(tensors, model)
+        if any(name not in converted for name in _needed(model.state_dict())):
+            raise
+        found = _fit(path, converted, model, arch)
+        where = f" below {prefix[:-1]}" if prefix else ""
+        return found._replace(line=f"{found.line}; its own names{where} converted by timm")
+
+
+def _fit(path: Path, tensors: Mapping[str, Tensor], model: nn.Module, arch: str) -> Fit:
     own = model.state_dict()
     best: tuple[tuple[int, int, int, int], str, dict[str, str], Naming] | None = None
     for naming in _namings(model):
@@ -123,8 +135,7 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
         raise UsageError(f"{path}: its names, such as {next(iter(tensors))}, are not those of {arch}; give its --arch")
     _, prefix, theirs, naming = best
     found = {theirs[key.removeprefix(prefix)]: key for key in tensors if _below(key, prefix) in theirs}
-    needed = [name for name in own if not name.startswith(CLASSIFIERS) and not name.endswith(_COUNTER)]
-    lost = [name for name in needed if name not in found]
+    lost = [name for name in _needed(own) if name not in found]
     missing = [name for name in own if name not in found and not name.endswith(_COUNTER)]
     unexpected = [
         key.removeprefix(prefix) for key in tensors if key.startswith(prefix) and _below(key, prefix) not in theirs
@@ -137,7 +148,13 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
         raise UsageError(
             f"{line}; its trunk is not complete without {lost[0]}: give the --arch that the checkpoint was trained as"
         )
-    state = {name: tensors[key] for name, key in found.items() if not name.startswith(CLASSIFIERS)}
+    # A network of timm is made without its classifier: what stands below such a name is the norm of the pooled vector.
+    headless = timm_filters.is_timm(model)
+    state = {
+        name: tensors[key]
+        for name, key in found.items()
+        if not name.startswith(CLASSIFIERS) or (headless and tensors[key].shape == own[name].shape)
+    }
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise UsageError(
@@ -145,6 +162,11 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
                 "--arch (and --size) that the checkpoint was trained with"
             )
     return Fit(state, line, naming.adapt)
+
+
+def _needed(own: Mapping[str, Tensor]) -> list[str]:
+    """The trunk: everything below the classifier."""
+    return [name for name in own if not name.startswith(CLASSIFIERS) and not name.endswith(_COUNTER)]
 
 
 def _prefixes(

@@ -21,6 +21,8 @@ from torch import Tensor
 
 MOST = 1_000_000  # objects looked at: one that holds itself, or many others many times over, has an end
 DEEPEST = 60
+# The one in Python: that in C takes as much memory as the largest number that a damaged pickle happens to hold.
+_Unpickler: Any = pickle._Unpickler
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a pickled nn.Module
 _JIT = "__torch__"  # the classes of TorchScript
 
@@ -85,6 +87,9 @@ class _Allowed:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> Any:
+    last = offset + sum((many - 1) * step for many, step in zip(size, stride, strict=True))
+    if 0 not in size and last >= storage.size():  # torch would make the storage larger
+        raise pickle.UnpicklingError("a tensor is larger than what is stored")
     made: Any = torch._utils._rebuild_tensor(storage, offset, size, stride)
     return made
 
@@ -166,7 +171,7 @@ def _pickle_module(left: dict[str, None]) -> Any:
     allowed = {name: _Allowed(function) for name, function in _FUNCTIONS.items()}
     made: dict[str, type[Inert]] = {}
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(_Unpickler):  # type: ignore[misc]
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in allowed:
                 return allowed[module, name]
