@@ -27,7 +27,8 @@ TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.25}
 LEARN = {"stride": 2, "size": 64, "batch": 64, "lr": 0.05, "epochs": 60, "crop": 0.3, "normalise": "picture"}
 SEVERAL = {"objective": "multi"}
 
-PROBE = {"epochs": 20}
+PROBE = {"epochs": 10, "size": LEARN["size"], "stride": LEARN["stride"]}
+MORE = 2  # times as many images are evaluated, so that the intervals are narrow enough to tell the rows apart
 SHOWN = ("conv3", "conv4", "conv5")
 ARMS = {
     "published": "clusters of a network that others published, which learned from ImageNet's labels",
@@ -50,6 +51,7 @@ def run_demo(out: Path, images: int = 2000) -> None:
         UsageError, StageError: as the stages do.
     """
     data = f"scenes:images={images},size={SIZE}"
+    labelled = f"scenes:images={MORE * images},size={SIZE}"
     transfer, published, direct, supervised = (out / name for name in ("transfer", "published", "direct", "supervised"))
     missing = _not_installed()
     if missing:
@@ -67,7 +69,7 @@ def run_demo(out: Path, images: int = 2000) -> None:
         *((published, *step) for step in ([] if missing else [("extract", {"data": data} | PUBLISHED), *labels])),
         (direct, "pretext", {"data": data} | TARGET | PUZZLE),
         (supervised, "retrain", {"data": data, "labels": "classes"} | TARGET | LEARN),
-        (transfer, "eval", {"labelled": data, "beside": ",".join(map(str, beside))} | PROBE),
+        (transfer, "eval", {"labelled": labelled, "beside": ",".join(map(str, beside))} | PROBE),
     ]
     done: list[Plan] = []
     for run, stage, options in line:

@@ -16,7 +16,7 @@ def test_the_demo_ends_with_the_table_the_times_and_files_that_exist(
     monkeypatch.setattr(demo, "PUZZLE", {"permutations": 10, "epochs": 1, "batch": 16})
     monkeypatch.setattr(demo, "LEARN", {"stride": 2, "size": 56, "epochs": 1, "batch": 16, "normalise": "picture"})
     monkeypatch.setattr(demo, "PUBLISHED", {"teacher": "efficientnet-lite0", "size": 32})
-    monkeypatch.setattr(demo, "PROBE", {"epochs": 1})
+    monkeypatch.setattr(demo, "PROBE", {"epochs": 1, "size": 56, "stride": 2})
     demo.run_demo(tmp_path / "demo", images=36)
     shown = capsys.readouterr().out
     for arm in ("random weights", "trained on Jigsaw++", "retrained on pseudo-labels", "trained on true labels"):
