@@ -19,7 +19,7 @@ SIZE = 96
 CLUSTERS, VIEWS = 50, 8
 
 PUZZLE = {"permutations": 100, "epochs": 30, "batch": 64, "lr": 0.05}
-# The layer and pooling whose clusters agree best between two starts of k-means (docs/choices/puzzles.md); no label was
+# The layer and pooling whose clusters agree best between two starts of k-means (docs/results.md); no label was
 # looked at.
 LAYER = {"layer": "conv3_3", "pool": 2}
 PUBLISHED = {"teacher": "efficientnet-lite0", "size": 96}
