@@ -59,11 +59,11 @@ def extract(run: str | Path, **options: Any) -> Path:
 
 def carry_out(plan: ExtractPlan) -> Path:
     """Read the images in batches, and write the teacher's features row by row."""
-    config, data, teacher, device = plan.config, plan.images, plan.teacher, plan.device
+    run, config, data, teacher, device = plan.run, plan.config, plan.images, plan.teacher, plan.device
     network, dim, file, name = teacher.network, plan.dim, plan.file, plan.file.stem
     inputs = {"data": data.fingerprint, "teacher": teachers.identity(teacher)}
     outputs = [f"{name}.h5", f"{name}.h5.part", f"{name}.h5.progress"]
-    with begin(plan.run, "features", name, config, inputs, outputs, plan.overwrite, str(device)) as step:
+    with begin(run, "features", name, config, inputs, outputs, plan.overwrite, str(device)) as step:
         if step.done:
             return file
         compute = _reader(teacher, config, device)
@@ -78,7 +78,7 @@ def carry_out(plan: ExtractPlan) -> Path:
         writer = create_or_resume(file, data.keys, data.targets, dim, config.dtype, attributes)
         first = writer.rows_done
         if distributed.world_size() > 1:
-            order = {"do": "extract", "run": str(plan.run.resolve()), "teacher": inputs["teacher"], "first": first}
+            order = {"do": "extract", "run": str(run.resolve()), "teacher": inputs["teacher"], "first": first}
             distributed.send_order(order | {"config": asdict(config), "dim": dim} | data_facts(data))
             distributed.agree(None)
         with bar(len(data), f"extract {config.layer}", done=first) as shown:

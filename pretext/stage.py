@@ -37,13 +37,16 @@ LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of
 
 @dataclass(frozen=True, kw_only=True)
 class PretextPlan(Plan):
-    """What the stage will do: `config` with size and tile resolved; `network` is what it will make."""
+    """What the stage will do: `config` with size and tile resolved, `rows` to learn from, and held out for measuring;
+    `network` is what it will make.
+    """
 
     config: PretextConfig
     images: Dataset
     network: Network
     task: Task
     device: torch.device
+    rows: tuple[Tensor, Tensor]
 
 
 def pretext(run: str | Path, **options: Any) -> Path:
@@ -65,22 +68,22 @@ def pretext(run: str | Path, **options: Any) -> Path:
 
 def carry_out(plan: PretextPlan) -> Path:
     """Learn, measure on held-out images, and write the weights."""
-    config, data, task, device = plan.config, plan.images, plan.task, plan.device
-    rows, held_out = _split(data, config)
+    run, config, data, task, device = plan.run, plan.config, plan.images, plan.task, plan.device
+    network, (rows, held_out) = plan.network, plan.rows
     if plan.alone:
         solving.learn_by_heart(config, task, data, torch.cat([rows, held_out])[: config.overfit], device)
-        return plan.run / "pretext" / "model.safetensors"
+        return run / "pretext" / "model.safetensors"
 
     (planned,) = plan.steps
     outputs = ("model.safetensors", *sorted(set(SHEETS.values())), "metrics.jsonl", "checkpoint", "events")
-    with begin(plan.run, "pretext", "pretext", config, planned.inputs, outputs, plan.overwrite, str(device)) as step:
+    with begin(run, "pretext", "pretext", config, planned.inputs, outputs, plan.overwrite, str(device)) as step:
         weights, sheet = step.folder / "model.safetensors", step.folder / SHEETS[config.task]
         if step.done:
             return weights
         images = ImageLoader(data, config.size, config.workers, cache=config.cache_images, device=device)
         used = readable_by_all(images, torch.cat([rows, held_out]), config.max_broken)
         rows, held_out = (part[torch.isin(part, used)] for part in (rows, held_out))
-        model = solving.new_network(config, plan.network, task)
+        model = solving.new_network(config, network, task)
         _preview(sheet, images, rows, task, device)
         evaluate = partial(solving.accuracy, task=task, images=images, rows=held_out, config=config, device=device)
         tell_plan(model, partial(solving.loss, task=task), images, rows, config, device, "pretext", task.following)
@@ -89,7 +92,7 @@ def carry_out(plan: PretextPlan) -> Path:
             distributed.send_order(order, rows.numpy())
             distributed.agree(None)
         _train(config, task, model, images, rows, device, step.folder, evaluate)
-        networks.save(weights, model.weights(), plan.network)
+        networks.save(weights, model.weights(), network)
         result = loop.evaluated(model, evaluate)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         step.finish([weights, sheet], result=result, broken=broken)
@@ -189,6 +192,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Pr
         config=config,
         task=task,
         device=device,
+        rows=_split(data, config),
     )
 
 

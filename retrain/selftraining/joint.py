@@ -18,23 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ktransfer import rng
-from ktransfer.config import chosen, settings_of
+from ktransfer.config import chosen
 from ktransfer.data.dataset import UNKNOWN, Dataset
 from ktransfer.data.loader import readable
-from ktransfer.detection import canvas, detectors, saved
+from ktransfer.detection import canvas, detectors
 from ktransfer.detection.data import subset
 from ktransfer.detection.losses import truth
-from ktransfer.detection.saved import Described
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import Boxed, augment
 from ktransfer.errors import StageError, UsageError
-from ktransfer.run import begin, input_hash
 from ktransfer.training import loop
 from ktransfer.training.batch import Batch, Loss
 
 from ..config import SelftrainConfig
 from . import boxes, early_stopping, student
-from .parts import SHEET, Data, finish, left_out
+from .parts import SHEET, Data, Work, begun, finish, left_out
 from .student import Student, Weighing
 
 NAME, SELF = "joint", "self"
@@ -92,26 +90,14 @@ def classes(data: Data) -> dict[str, str]:
     return {"classes": hashlib.sha256(held.targets.tobytes() + repr(held.classes).encode()).hexdigest()}
 
 
-def train(
-    run: Path,
-    config: SelftrainConfig,
-    data: Data,
-    device: torch.device,
-    made_of: tuple[Described, Path | None, bool],
-) -> Path:
+def train(run: Path, work: Work) -> Path:
     """The training, as a step of selftrain; the path of its detector.
-
-    Args:
-        made_of: what the detector is, the weights that its trunk begins with, and whether these were made elsewhere.
 
     Raises:
         StageError: none of the images of either kind can be read.
     """
-    described, init, foreign = made_of
-    inputs = {"labelled": data.labelled.fingerprint, "unlabelled": data.unlabelled.fingerprint}
-    inputs |= classes(data) | ({"init": input_hash(init)} if init else {})
-    outputs, settings = [NAME, f"{NAME}.ids.json"], settings_of(config, NAME)
-    with begin(run, "selftrain", NAME, settings, inputs, outputs, False, str(device)) as step:
+    config, data, device = work.config, work.data, work.device
+    with begun(run, work, NAME, work.beginning(), [NAME, f"{NAME}.ids.json"]) as step:
         folder, weights = step.folder / NAME, step.folder / NAME / "model.safetensors"
         if step.done:
             return weights
@@ -125,11 +111,10 @@ def train(
         if not len(rows) or not len(added):
             raise StageError(f"{NAME}: none of the images with {'classes' if len(rows) else 'boxes'} can be read")
         config = replace(config, epochs=student.passes(config, rows, True))
-        average = saved.make(described, config.seed, init, foreign) if config.ema else None
-        detector = saved.make(described, config.seed, init, foreign)
-        model = Joint(detector, len(data.unlabelled.classes), config.seed, average, config.ema)
+        average = work.new_detector() if config.ema else None
+        model = Joint(work.new_detector(), len(data.unlabelled.classes), config.seed, average, config.ema)
         draw_augmented(folder / SHEET, images, source, config.augment, seed, torch.cat([rows[:SHOWN], added[:SHOWN]]))
-        known, how = truth(images, config.size, device), described.network.normalise
+        known, how = truth(images, config.size, device), work.detector.network.normalise
         loss = losses(
             student.losses(known, how, config.augment, seed),
             known.extents,
@@ -144,7 +129,7 @@ def train(
         loop.fit(model, loss, source, batches, config, folder, device, NAME, early)
         facts = {"labelled": split, "of a class": len(listed), "classes": len(data.unlabelled.classes)}
         facts |= early_stopping.facts(early, evaluating)
-        finish(step, NAME, data, images, source.broken, model, described, early, facts)
+        finish(step, NAME, data, images, source.broken, model, work.detector, early, facts)
         return weights
 
 

@@ -1,6 +1,7 @@
 """What the trainings of a self-training share: its images, those that must not be learned from, and their files."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +15,16 @@ from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, save_ids, subset
 from ktransfer.detection.saved import Described
+from ktransfer.plan import PlannedStep
 from ktransfer.progress import say
-from ktransfer.run import Step
+from ktransfer.run import Step, begin, changes, input_hash
 from ktransfer.training import checkpoint
 from ktransfer.training.stopping import Stopping
 
 from ..config import SelftrainConfig
 from . import boxes, early_stopping
 
+STAGE = "selftrain"
 SHEET = "augmented.png"
 PARTS = ".parts"  # ending of the folder of what a labelling has so far
 
@@ -32,6 +35,45 @@ class Data(NamedTuple):
     labelled: Detection
     unlabelled: Dataset
     test: Detection
+
+
+class Work(NamedTuple):
+    """What all steps of a self-training share.
+
+    Attributes:
+        steps: those that were planned, by name.
+        detector: what each training makes.
+        init: the weights that its backbone begins with, maybe still to be made; None for random ones.
+        foreign: whether those were made elsewhere.
+    """
+
+    config: SelftrainConfig
+    data: Data
+    device: torch.device
+    steps: dict[str, PlannedStep]
+    detector: Described
+    init: Path | None
+    foreign: bool
+
+    def new_detector(self) -> nn.Module:
+        """The detector before it learns."""
+        return saved.make(self.detector, self.config.seed, self.init, self.foreign)
+
+    def beginning(self) -> dict[str, str]:
+        """The hash of the weights that the backbone begins with, by now made."""
+        return {"init": input_hash(self.init)} if self.init else {}
+
+
+def begun(run: Path, work: Work, name: str, inputs: dict[str, str], outputs: list[str]) -> AbstractContextManager[Step]:
+    """A step, opened.
+
+    Args:
+        inputs: those that were not known when it was planned.
+    """
+    step = work.steps[name]
+    inputs = step.inputs | inputs
+    again = step.cheap and bool(changes(run, STAGE, name, step.settings, inputs))
+    return begin(run, STAGE, name, step.settings, inputs, outputs, again, str(work.device))
 
 
 class Shown(NamedTuple):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ktransfer import files
-from ktransfer.config import build, settings_of
+from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import cache_place, readable
 from ktransfer.data.opening import open_dataset
@@ -32,14 +32,14 @@ from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
 from ktransfer.networks.teachers import Teacher
 from ktransfer.plan import Plan, latest
 from ktransfer.progress import say, track
-from ktransfer.run import begin, changes, done_record, input_hash
+from ktransfer.run import done_record, input_hash
 from ktransfer.training import loop
 from ktransfer.training.device import choose_device
 
 from ..config import RATES, SelftrainConfig
 from . import boxes, early_stopping, joint, student
-from .parts import PARTS, SHEET, Data, finish, held_out, show, tested
-from .steps import STAGE, end_of, planned, remove, rounds
+from .parts import PARTS, SHEET, STAGE, Data, Work, begun, finish, held_out, show, tested
+from .steps import end_of, planned, remove, rounds
 from .tasks import TASKS, suited
 
 SHOWN = 8  # images on it
@@ -49,12 +49,9 @@ FEW = 0.2  # of the things in a labelled image: with fewer, students found less 
 
 @dataclass(frozen=True, kw_only=True)
 class SelftrainPlan(Plan):
-    """What the stage will do: `config` with the rate resolved, and the images; `detector` is what each training
-    makes."""
+    """What the stage will do: `work` with the settings resolved and the images; `detector` is what it makes."""
 
-    config: SelftrainConfig
-    data: Data
-    device: torch.device
+    work: Work
 
 
 def selftrain(run: str | Path, **options: Any) -> Path:
@@ -75,19 +72,19 @@ def selftrain(run: str | Path, **options: Any) -> Path:
 
 def carry_out(plan: SelftrainPlan) -> Path:
     """Train the teacher, label, train the student, as often as there are rounds, and evaluate all of them."""
-    run, config, data, device = plan.run, plan.config, plan.data, plan.device
+    run, work, config = plan.run, plan.work, plan.work.config
     if config.overwrite:
         remove(run, plan.steps)
-    weights = [Path(config.teacher) if config.teacher else _train(run, config, data, device, "teacher", None)]
+    weights = [Path(config.teacher) if config.teacher else _train(run, work, "teacher", None)]
     arms = {"teacher": weights[0]}
     for number in rounds(config):
         end = end_of(number)
-        pseudo = Path(config.pseudo) if config.pseudo else _label(run, config, data, device, weights[-1], end)
-        weights.append(_train(run, config, data, device, f"student{end}", pseudo))
+        pseudo = Path(config.pseudo) if config.pseudo else _label(run, work, weights[-1], end)
+        weights.append(_train(run, work, f"student{end}", pseudo))
         arms["student"] = weights[-1]
     if joint.NAME in joint.methods(config):
-        arms[joint.NAME] = joint.train(run, config, data, device, _described(run, config, data.labelled))
-    return _evaluate(run, config, data, device, arms)
+        arms[joint.NAME] = joint.train(run, work)
+    return _evaluate(run, work, arms)
 
 
 def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> SelftrainPlan:
@@ -130,7 +127,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
     task.check(config, len(labelled), len(unlabelled))
     cache_place(config.cache_images, len(labelled) + len(unlabelled), config.size, device)
-    described, file, foreign = _described(run, config, labelled, before)
+    described, file, foreign = _detector(run, config, whole.classes, before)
     coming = config.init == RUN and latest(before, "retrain") is not None  # what lies there now will be another one
     saved.make(described, 0, None if coming else file, foreign, coming)  # what does not fit is found here
     if config.teacher:
@@ -156,41 +153,35 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
         )
     data = Data(labelled, unlabelled, test)
     reads = ("retrain",) if config.init == RUN else ()
+    steps = [step._replace(reads=reads) for step in planned(config, data, None if coming else file)]
     return SelftrainPlan(
         stage=STAGE,
         run=run,
-        steps=[step._replace(reads=reads) for step in planned(config, data, None if coming else file)],
+        steps=steps,
         overwrite=config.overwrite,
         images=labelled,
         detector=described,
         labelled=config.labelled,
-        config=config,
-        data=data,
-        device=device,
+        work=Work(config, data, device, {step.name: step for step in steps}, described, file, foreign),
     )
 
 
-def _train(
-    run: Path, config: SelftrainConfig, data: Data, device: torch.device, name: str, pseudo: Path | None
-) -> Path:
+def _train(run: Path, work: Work, name: str, pseudo: Path | None) -> Path:
     """One training: of the teacher on the labelled images, or of a student on these and on pseudo-boxes."""
-    described, init, foreign = _described(run, config, data.labelled)
-    inputs = {"labelled": data.labelled.fingerprint} | ({"init": input_hash(init)} if init else {})
-    if pseudo:
-        inputs |= {"pseudo-boxes": input_hash(pseudo), "unlabelled": data.unlabelled.fingerprint}
-    settings, outputs = settings_of(config, "student" if pseudo else "teacher"), [name, f"{name}.ids.json"]
-    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
+    config, data, device = work.config, work.data, work.device
+    inputs = {"pseudo-boxes": input_hash(pseudo)} if pseudo else {}
+    with begun(run, work, name, work.beginning() | inputs, [name, f"{name}.ids.json"]) as step:
         folder, weights = step.folder / name, step.folder / name / "model.safetensors"
         if step.done:
             return weights
-        model: nn.Module = saved.make(described, config.seed, init, foreign)
-        how, task = described.network.normalise, TASKS[config.task]
+        model = work.new_detector()
+        how, task = work.detector.network.normalise, TASKS[config.task]
         images, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
         by_class: dict[str, Any] = {}
         if pseudo:
             images, more, by_class = _with_pseudo(config, data, name, pseudo)
             facts |= more
-            average = saved.make(described, config.seed, init, foreign) if config.ema else None
+            average = work.new_detector() if config.ema else None
             model = student.Student(model, average, config.ema)
         source = canvas.canvases(images, config.size, config.workers, config.cache_images, device)
         good = readable(source, torch.arange(len(images)), config.max_broken)
@@ -214,7 +205,7 @@ def _train(
         loop.fit(model, loss, source, batches, config, folder, device, name, early)
         facts |= early_stopping.facts(early, evaluating)
         broken = source.broken | unknown
-        finish(step, name, data, images, broken, model, described, early, facts, by_class)
+        finish(step, name, data, images, broken, model, work.detector, early, facts, by_class)
         return weights
 
 
@@ -260,12 +251,11 @@ def _with_pseudo(
     return student.joined(data.labelled, subset(other, listed)), facts, by_class
 
 
-def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device, teacher: Path, end: str) -> Path:
+def _label(run: Path, work: Work, teacher: Path, end: str) -> Path:
     """What a teacher sees in the unlabelled images, with scores from the threshold on."""
-    name, other = f"pseudo{end}", data.unlabelled
-    inputs = {"teacher": input_hash(teacher), "unlabelled": other.fingerprint}
-    settings, outputs = settings_of(config, "pseudo"), [f"{name}.json", name, f"{name}{PARTS}"]
-    with begin(run, STAGE, name, settings, inputs, outputs, False, str(device)) as step:
+    config, data, device = work.config, work.data, work.device
+    name, other, inputs = f"pseudo{end}", data.unlabelled, {"teacher": input_hash(teacher)}
+    with begun(run, work, name, inputs, [f"{name}.json", name, f"{name}{PARTS}"]) as step:
         path, parts = step.folder / f"{name}.json", step.folder / f"{name}{PARTS}"
         if step.done:
             return path
@@ -281,12 +271,10 @@ def _label(run: Path, config: SelftrainConfig, data: Data, device: torch.device,
         return path
 
 
-def _evaluate(run: Path, config: SelftrainConfig, data: Data, device: torch.device, arms: dict[str, Path]) -> Path:
+def _evaluate(run: Path, work: Work, arms: dict[str, Path]) -> Path:
     """What teacher and student reach on the test part."""
-    inputs = {name: input_hash(path) for name, path in arms.items()} | {"test": data.test.fingerprint}
-    settings = settings_of(config, "scores")
-    again = bool(changes(run, STAGE, "scores", settings, inputs))  # it is cheap
-    with begin(run, STAGE, "scores", settings, inputs, ["scores.json"], again, str(device)) as step:
+    config, data, device = work.config, work.data, work.device
+    with begun(run, work, "scores", {name: input_hash(path) for name, path in arms.items()}, ["scores.json"]) as step:
         path = step.folder / "scores.json"
         if not step.done:
             found: dict[str, Any] = {}
@@ -301,8 +289,8 @@ def _evaluate(run: Path, config: SelftrainConfig, data: Data, device: torch.devi
         return path
 
 
-def _described(
-    run: Path, config: SelftrainConfig, data: Detection, before: Sequence[Plan] = ()
+def _detector(
+    run: Path, config: SelftrainConfig, classes: tuple[str, ...], before: Sequence[Plan]
 ) -> tuple[Described, Path | None, bool]:
     """What the detector is, the weights that its backbone begins with, and whether those were made elsewhere."""
     network, weights, foreign = _backbone(run, config, before)
@@ -318,7 +306,7 @@ def _described(
         threshold=config.test_threshold,
     )
     network = replace(network, size=config.size)
-    described = Described(network, task.NECKS[settings.kind], settings, data.classes, config.size, config.channels)
+    described = Described(network, task.NECKS[settings.kind], settings, classes, config.size, config.channels)
     return described, weights, foreign
 
 

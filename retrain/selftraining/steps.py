@@ -11,9 +11,7 @@ from ktransfer.run import RECORD, changes, input_hash, locked, read_record
 
 from ..config import SelftrainConfig
 from . import joint
-from .parts import Data
-
-STAGE = "selftrain"
+from .parts import STAGE, Data
 
 
 def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[PlannedStep]:

@@ -17,7 +17,7 @@ from ktransfer.progress import say
 from ktransfer.run import leaves_nothing, read_record
 
 from ..config import SelftrainConfig
-from . import stage, steps, tables
+from . import parts, stage, steps, tables
 from .tables import Cell, Recipe
 
 TABLES = ("selftrain", "grid", "names")
@@ -83,8 +83,8 @@ def _check(run: Path, options: dict[str, Any], where: str) -> None:
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
     for step in planned:
-        old, found = read_record(run, steps.STAGE, step.name), steps.otherwise(run, step)
-        if old and found and not step.cheap and not leaves_nothing(run / steps.STAGE, old):
+        old, found = read_record(run, parts.STAGE, step.name), steps.otherwise(run, step)
+        if old and found and not step.cheap and not leaves_nothing(run / parts.STAGE, old):
             raise UsageError(
                 f"{where}: its {step.name} was made differently: {'; '.join(found)}. Remove {run} to make the cell "
                 "again, or choose another --run"

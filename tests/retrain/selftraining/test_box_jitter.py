@@ -158,9 +158,8 @@ def test_in_the_pseudo_step_it_leaves_out_boxes(tmp_path):
     folder = selftrain(tmp_path / "all", **options).parent
     teacher, held = folder / "teacher" / "model.safetensors", []
     for run in ("some", "again"):
-        planned = stage.check(tmp_path / run, options | {"jitter_filter": 0.1})
-        config, data = planned.config, planned.data
-        path = stage._label(tmp_path / run, config, data, CPU, teacher, "")
+        work = stage.check(tmp_path / run, options | {"jitter_filter": 0.1}).work
+        path = stage._label(tmp_path / run, work, teacher, "")
         held.append(path.read_bytes())
         record = json.loads(path.with_name("stage.json").read_text())["pseudo"]["result"]
     assert held[0] == held[1]

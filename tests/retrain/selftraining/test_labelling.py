@@ -60,14 +60,12 @@ def test_broken_images_are_in_no_batch(images, tmp_path, monkeypatch):
 
 def test_too_many_broken_images_stop_labelling_and_evaluating(teacher, images, tmp_path):
     options = SMALL | {"unlabelled": str(images / "train")}
-    planned = stage.check(tmp_path / "run", options)
-    config, data = planned.config, planned.data
-    device = torch.device("cpu")
+    work = stage.check(tmp_path / "run", options).work
     with pytest.raises(StageError, match="8 of 16 images"):
-        stage._label(tmp_path / "run", config, data, device, teacher, "")
-    data = data._replace(test=open_detection(str(images))[0])
+        stage._label(tmp_path / "run", work, teacher, "")
+    work = work._replace(data=work.data._replace(test=open_detection(str(images))[0]))
     with pytest.raises(StageError, match="8 of 16 images"):
-        stage._evaluate(tmp_path / "run", config, data, device, {"teacher": teacher})
+        stage._evaluate(tmp_path / "run", work, {"teacher": teacher})
 
 
 def test_a_labelling_that_is_killed_goes_on(teacher, images, tmp_path, monkeypatch):
@@ -87,9 +85,8 @@ def test_a_labelling_that_is_killed_goes_on(teacher, images, tmp_path, monkeypat
         whole.clear()
         monkeypatch.setattr(detecting, "detect", detect)
         monkeypatch.setattr(stage, "open_dataset", read)
-        planned = stage.check(tmp_path / run, options)
-        config, data = planned.config, planned.data
-        path = stage._label(tmp_path / run, config, data, torch.device("cpu"), teacher, "")
+        work = stage.check(tmp_path / run, options).work
+        path = stage._label(tmp_path / run, work, teacher, "")
         record[run] = json.loads(path.with_name("stage.json").read_text())["pseudo"]
         assert [one.name for one in path.parent.iterdir() if "pseudo" in one.name] == ["pseudo.json"]
         return path.read_bytes()
@@ -125,11 +122,11 @@ def images_read(whole):
 
 def test_images_of_the_test_part_are_not_labelled(teacher, images, tmp_path, capsys):
     options = SMALL | {"labelled": str(images / "train.json"), "unlabelled": str(images / "train")}
-    planned = stage.check(tmp_path / "run", options | {"max_broken": 0.9})
-    config, data = planned.config, planned.data
-    path = stage._label(tmp_path / "run", config, data, torch.device("cpu"), teacher, "")
+    work = stage.check(tmp_path / "run", options | {"max_broken": 0.9}).work
+    path = stage._label(tmp_path / "run", work, teacher, "")
     listed = {one["file_name"].rsplit("/", 1)[-1] for one in json.loads(path.read_text())["images"]}
-    good = {key.rsplit("/", 1)[-1] for row, key in enumerate(data.test.keys) if not broken(data.test, row)}
+    test = work.data.test
+    good = {key.rsplit("/", 1)[-1] for row, key in enumerate(test.keys) if not broken(test, row)}
     assert good
     assert not good & listed
     assert listed

@@ -293,7 +293,7 @@ def test_a_labelled_image_that_evaluates_too_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"1 of its training images are test images too, such as train/chair/0"):
         stage.check(tmp_path / "run", given)
     ids.write_text("[1, 3, 4]")
-    assert len(stage.check(tmp_path / "run", given | {"ids": str(ids)}).data.labelled) == 3
+    assert len(stage.check(tmp_path / "run", given | {"ids": str(ids)}).work.data.labelled) == 3
 
 
 def test_labelled_images_without_a_box_are_told_by_what_chose_them(tmp_path):
@@ -333,17 +333,17 @@ def test_the_detector_s_constants_are_options(tmp_path):
 
 def test_rates_are_those_of_the_papers_in_proportion_to_the_batch(tmp_path):
     wide = SMALL | {"backbone": "vgg16_bn", "batch": 64, "lr": 0.0}
-    assert stage.check(tmp_path, wide).config.lr == pytest.approx(0.08)
+    assert stage.check(tmp_path, wide).work.config.lr == pytest.approx(0.08)
     masks = wide | {"task": "segment", "head": "fpn", "test_threshold": SelftrainConfig.test_threshold}
-    assert stage.check(tmp_path, masks).config.lr == pytest.approx(0.02)
-    assert stage.check(tmp_path, wide | {"lr": 0.3}).config.lr == 0.3
+    assert stage.check(tmp_path, masks).work.config.lr == pytest.approx(0.02)
+    assert stage.check(tmp_path, wide | {"lr": 0.3}).work.config.lr == 0.3
 
 
 @pytest.mark.parametrize("each", [1, 8])
 def test_few_pseudo_boxes_are_told(tmp_path, capsys, each):
     """One box in every eighth image, or in every image."""
     planned = stage.check(tmp_path / "run", SMALL)
-    config, data = planned.config, planned.data
+    config, data = planned.work.config, planned.work.data
     other = boxes.without_boxes(data.unlabelled, data.labelled)
     one = Prediction(torch.tensor([[1.0, 1.0, 30.0, 30.0]]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
     none = Prediction(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
