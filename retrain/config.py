@@ -261,7 +261,7 @@ class ExportConfig:
     Nothing is written where the other library does not compute what torch does.
     """
 
-    first: ClassVar = ("model", "format", "int8", "licence", "opset", "tolerance", "overwrite")
+    first: ClassVar = ("model", "format", "int8", "licence", "overwrite")
 
     model: str | None = option(
         None, "a model.safetensors of retrain, or another run; if not given, this run's", execution=True

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as zoo
-from torchvision.models.resnet import Bottleneck
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
@@ -37,9 +35,8 @@ def _check(network: Network) -> None:
 def _write(model: Classifier, folder: Path, config: ExportConfig, facts: dict[str, str]) -> None:
     transformers: Any = importlib.import_module("transformers")
     own = model.model
-    assert isinstance(own, zoo.ResNet)
-    blocks: list[nn.Module] = [own.get_submodule(name)[-1] for name in STAGES]
-    bottleneck = isinstance(blocks[0], Bottleneck)
+    blocks: list[nn.Module] = [list(own.get_submodule(name).children())[-1] for name in STAGES]
+    bottleneck = hasattr(blocks[0], "bn3")
     settings = transformers.ResNetConfig(
         embedding_size=64,
         hidden_sizes=[block.get_submodule("bn3" if bottleneck else "bn2").num_features for block in blocks],

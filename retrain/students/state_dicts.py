@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
-from ktransfer.networks.zoos import TIMM, TORCHVISION, of_torchvision
+from ktransfer.networks.zoos import TIMM, TORCHVISION, of_torchvision, torchvision_names
 
 from ..config import ExportConfig
 from .classifier import Classifier
@@ -31,7 +30,7 @@ def _write(model: Classifier, folder: Path, config: ExportConfig, facts: dict[st
 def _check_torchvision(network: Network) -> None:
     """Our AlexNet is another one than torchvision's of that name."""
     name = network.arch.removeprefix(TORCHVISION)
-    if network.arch in networks.TRUNKS[:2] or name not in zoo.list_models(module=zoo):
+    if network.arch in networks.TRUNKS[:2] or name not in torchvision_names():
         raise UsageError(f"export: {network.arch} is no network of torchvision; give another --format: {OTHERS}")
 
 
