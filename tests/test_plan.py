@@ -172,9 +172,8 @@ def test_planning_imports_nothing_that_only_some_networks_need(tmp_path):
     """Not torchvision, nor torch's compiler, which that and others load: they take longer than the plan."""
     script = f"""
 import sys
-from ktransfer import cli, stages
+from ktransfer import cli
 assert cli.main({["--run", str(tmp_path / "run"), "--dry-run", *words(LINE)]!r}) == 0
-stages.module("export")
 print(*sorted({{name.split(".")[0] for name in sys.modules}} & {{"torchvision", "faiss", "sklearn", "scipy", "onnx"}}))
 print("torch._dynamo" in sys.modules)
 """
