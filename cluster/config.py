@@ -21,7 +21,7 @@ class ExtractConfig(MachineOptions):
     teacher: str | None = option(
         None,
         "a model.safetensors, a checkpoint of another project (with --arch), torchvision:NAME, timm:NAME, "
-        "efficientnet-lite0, hog or pixels; if not given, the run's teacher",
+        "a folder of Hugging Face, efficientnet-lite0, hog or pixels; if not given, the run's teacher",
         execution=True,
     )
     arch: str | None = option(None, "the network of a checkpoint of another project, such as resnet50")

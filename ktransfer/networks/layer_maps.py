@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ktransfer.networks import descriptors
+from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.network import AlexNet, Network, VGGTrunk
 
 OURS = (AlexNet, VGGTrunk, descriptors.Hog, descriptors.Pixels)
@@ -19,7 +20,7 @@ OURS = (AlexNet, VGGTrunk, descriptors.Hog, descriptors.Pixels)
 
 def layers(network: Network, model: nn.Module) -> dict[str, str]:
     """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
-    if isinstance(model, descriptors.Hog | descriptors.Pixels):
+    if isinstance(model, descriptors.Hog | descriptors.Pixels | HuggingFace):
         return dict(model.layers)
     if isinstance(model, AlexNet):
         return {f"conv{number}": f"relu{number}" for number in range(1, 6)}
@@ -112,8 +113,8 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: s
     # In ours every module is called once, so that nothing behind the last layer of interest has to be computed.
     ours = isinstance(model, AlexNet | VGGTrunk)
 
-    def note(name: str, out: Tensor) -> None:
-        found[name] = _as_maps(model, out, token)
+    def note(name: str, out: Tensor | tuple[Tensor, ...]) -> None:
+        found[name] = _as_maps(model, out[0] if isinstance(out, tuple) else out, token)
         if ours and len(found) == len(paths):
             raise _AllThere
 
@@ -138,6 +139,8 @@ def _as_maps(model: nn.Module, out: Tensor, token: str = "patch") -> Tensor:
     from torchvision import models as zoo
 
     before = tokens_before(model)
+    if isinstance(model, HuggingFace) and before is None:
+        before = 0  # of a Swin all rows are patches
     if before is not None and out.ndim == 3:
         if token == "cls":
             return out[:, 0, :, None, None]

@@ -3,7 +3,8 @@
 Architectures and sizes: docs/papers.md. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
 torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
-`timm:NAME` is timm's, `hog` and `pixels` are no networks but read like ones (`descriptors.py`).
+`timm:NAME` is timm's, `transformers:FOLDER` that of a folder of Hugging Face, `hog` and `pixels` are no networks but
+read like ones (`descriptors.py`).
 """
 
 import json
@@ -21,6 +22,7 @@ from ktransfer import files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
 from ktransfer.networks import descriptors
+from ktransfer.networks.formats import hugging_face
 from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
 from ktransfer.training.device import constant
 
@@ -191,6 +193,8 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
             return descriptors.MODULES[network.arch]()
         if network.arch.startswith(TIMM):
             return of_timm(network.arch, network.size)
+        if network.arch.startswith(hugging_face.PREFIX):
+            return hugging_face.build(Path(network.arch.removeprefix(hugging_face.PREFIX)))
         return of_torchvision(network.arch, network.classes or 1000, network.size)
 
 

@@ -1,8 +1,8 @@
-"""What `--teacher` names: weights of ours, those of torchvision or timm, a checkpoint made elsewhere, HOG or pixels.
+"""What `--teacher` names: weights of ours, of torchvision, timm or transformers, a checkpoint made elsewhere, or HOG.
 
 Nothing is ever downloaded. How images are normalised for a teacher is in `Network.normalise`: each by its own mean and
-deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, unless torchvision or timm state others
-for the very weights; 0..1 for HOG and pixels.
+deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, unless torchvision, timm or a folder of
+Hugging Face state others for the very weights; 0..1 for HOG and pixels.
 """
 
 import difflib
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network, checkpoints, descriptors, published
+from ktransfer.networks.formats import hugging_face, preprocessing
+from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.published import POOLED
 from ktransfer.networks.zoos import TIMM, TORCHVISION, torchvision_names
 from ktransfer.progress import say_once
@@ -30,8 +32,8 @@ from ktransfer.training.device import autocast
 from ktransfer.training.options import MachineOptions
 
 KINDS = (
-    "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, efficientnet-lite0, hog "
-    "or pixels"
+    "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, a folder of Hugging "
+    "Face, efficientnet-lite0, hog or pixels"
 )
 SIZE = 224
 SAFETENSORS = ".safetensors"
@@ -39,7 +41,9 @@ SAFETENSORS = ".safetensors"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network and the file of its weights, None where it has none (HOG, pixels); `foreign`: not of ktransfer.
+    """A network and the file or folder of its weights, None where it has none (HOG, pixels).
+
+    `foreign`: not of ktransfer.
 
     `layer` is what is read where no layer is asked for; None: the last one that has maps.
     """
@@ -88,6 +92,13 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
             )
         return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
     path = Path(given)
+    if path.is_dir():
+        if arch:
+            raise UsageError(
+                f"--arch {arch}: only extract --teacher takes a folder such as {given}, which says which network it "
+                "is; leave --arch out"
+            )
+        return _sized(_of_folder(path), size)
     if not path.is_file():
         raise UsageError(f"--teacher {given}: no such file; give {KINDS}")
     if arch is None:
@@ -106,6 +117,8 @@ def identity(teacher: Teacher) -> str:
     """Hex SHA-256 of the weights, or of the name and version of what has none."""
     if teacher.weights is None:
         return sha256(f"ktransfer {teacher.network.arch} 1".encode()).hexdigest()
+    if teacher.weights.is_dir():
+        return hugging_face.identity(teacher.weights)
     return input_hash(teacher.weights)
 
 
@@ -119,6 +132,10 @@ def load(teacher: Teacher) -> nn.Module:
         return networks.build(teacher.network, 0, "load").eval()
     if not teacher.foreign:
         return networks.load(teacher.weights, teacher.network).eval()
+    if teacher.weights.is_dir():
+        read, line = hugging_face.load(teacher.weights)
+        say_once(line)
+        return read.eval()
     model: Any = networks.build(teacher.network, 0, "load")
     found = checkpoints.fit(teacher.weights, model, teacher.network.arch)
     say_once(found.line)
@@ -143,7 +160,7 @@ def shapes(network: Network, model: nn.Module) -> dict[str, tuple[int, int, int]
     with networks.fitting(network), torch.no_grad():
         paths = networks.layers(network, model)
         maps = networks.feature_maps(model, paths, x)
-        if _pools(network):
+        if _pools(network, model):
             maps[POOLED] = _pooled(model, x)
     return {name: (found.shape[1], found.shape[2], found.shape[3]) for name, found in maps.items()}
 
@@ -223,9 +240,9 @@ def rows_reader(
     return compute
 
 
-def _pools(network: Network) -> bool:
+def _pools(network: Network, model: nn.Module) -> bool:
     """Whether the network, made without its classifier, ends with the vector that a classifier would get."""
-    return network.arch.startswith(TIMM)
+    return network.arch.startswith(TIMM) or (isinstance(model, HuggingFace) and model.pools)
 
 
 def _pooled(model: nn.Module, x: Tensor) -> Tensor:
@@ -286,6 +303,17 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
     network = Network(given, size=int(states.get("crop_size", SIZE)), normalise=how)
     return Teacher(network, path, foreign=True)
+
+
+def _of_folder(path: Path) -> Teacher:
+    folder = hugging_face.open_folder(path)
+    stated = preprocessing.read(path, folder.side or SIZE)
+    if stated.line:
+        say_once(stated.line)
+    mean, deviation = stated.mean, stated.deviation
+    how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
+    network = Network(f"{hugging_face.PREFIX}{path}", size=stated.size, normalise=how)
+    return Teacher(network, path, foreign=True, layer=POOLED if folder.pools else None)
 
 
 def _near(name: str, names: list[str]) -> str:
