@@ -20,8 +20,8 @@ class ExtractConfig(MachineOptions):
     name: str | None = option(None, "name of the feature file; if not given, that of the data folder")
     teacher: str | None = option(
         None,
-        "a model.safetensors, a checkpoint of another project (with --arch), torchvision:NAME, timm:NAME, "
-        "a folder of Hugging Face, efficientnet-lite0, hog or pixels; if not given, the run's teacher",
+        "a model.safetensors, a checkpoint of another project (with --arch), torchvision:NAME, timm:NAME, a folder of "
+        "Hugging Face, efficientnet-lite0, hog, pixels or pkg.module:function; if not given, the run's teacher",
         execution=True,
     )
     arch: str | None = option(None, "the network of a checkpoint of another project, such as resnet50")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ktransfer.networks import descriptors
 from ktransfer.networks.formats.hugging_face import HuggingFace
+from ktransfer.networks.functions import Function
 from ktransfer.networks.network import AlexNet, Network, VGGTrunk
 
 OURS = (AlexNet, VGGTrunk, descriptors.Hog, descriptors.Pixels)
@@ -20,7 +21,7 @@ OURS = (AlexNet, VGGTrunk, descriptors.Hog, descriptors.Pixels)
 
 def layers(network: Network, model: nn.Module) -> dict[str, str]:
     """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
-    if isinstance(model, descriptors.Hog | descriptors.Pixels | HuggingFace):
+    if isinstance(model, descriptors.Hog | descriptors.Pixels | HuggingFace | Function):
         return dict(model.layers)
     if isinstance(model, AlexNet):
         return {f"conv{number}": f"relu{number}" for number in range(1, 6)}

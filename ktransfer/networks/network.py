@@ -3,8 +3,8 @@
 Architectures and sizes: docs/papers.md. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
 torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
-`timm:NAME` is timm's, `transformers:FOLDER` that of a folder of Hugging Face, `hog` and `pixels` are no networks but
-read like ones (`descriptors.py`).
+`timm:NAME` is timm's, `transformers:FOLDER` that of a folder of Hugging Face, `hog`, `pixels` and `function:NAME` are
+no networks but read like ones (`descriptors.py`, `functions.py`).
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ktransfer import files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
-from ktransfer.networks import descriptors
+from ktransfer.networks import descriptors, functions
 from ktransfer.networks.formats import hugging_face
 from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
 from ktransfer.training.device import constant
@@ -191,6 +191,8 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
             return he_init(VGGTrunk(network))
         if network.arch in descriptors.MODULES:
             return descriptors.MODULES[network.arch]()
+        if network.arch.startswith(functions.PREFIX):
+            return functions.Function(network.arch.removeprefix(functions.PREFIX))
         if network.arch.startswith(TIMM):
             return of_timm(network.arch, network.size)
         if network.arch.startswith(hugging_face.PREFIX):

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors, published
+from ktransfer.networks import Network, checkpoints, descriptors, functions, published
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
+from ktransfer.networks.functions import Function
 from ktransfer.networks.published import POOLED
 from ktransfer.networks.zoos import TIMM, TORCHVISION, torchvision_names
 from ktransfer.progress import say_once
@@ -33,7 +34,7 @@ from ktransfer.training.options import MachineOptions
 
 KINDS = (
     "a model.safetensors of ktransfer, a checkpoint with --arch, torchvision:NAME, timm:NAME, a folder of Hugging "
-    "Face, efficientnet-lite0, hog or pixels"
+    "Face, efficientnet-lite0, hog, pixels or pkg.module:function"
 )
 SIZE = 224
 SAFETENSORS = ".safetensors"
@@ -72,7 +73,8 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         UsageError: no such teacher, weights that are not here, options that it does not have.
     """
     library = given.startswith((TORCHVISION, TIMM))
-    named = library or given in descriptors.MODULES or given in published.NAMES
+    own = not library and functions.is_name(given)
+    named = library or own or given in descriptors.MODULES or given in published.NAMES
     if weights and not library:
         raise UsageError(f"--weights {weights}: only for --teacher torchvision:NAME or timm:NAME; leave it out")
     if arch and named:
@@ -91,6 +93,9 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
                 f"--teacher {given}: nothing is downloaded; download its weights and name the file with --weights"
             )
         return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
+    if own:
+        own_network = Network(f"{functions.PREFIX}{given}", size=SIZE, normalise=descriptors.UNIT)
+        return _sized(Teacher(own_network, None, layer=POOLED), size)
     path = Path(given)
     if path.is_dir():
         if arch:
@@ -115,6 +120,8 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
 
 def identity(teacher: Teacher) -> str:
     """Hex SHA-256 of the weights, or of the name and version of what has none."""
+    if teacher.network.arch.startswith(functions.PREFIX):
+        return functions.identity(teacher.network.arch.removeprefix(functions.PREFIX))
     if teacher.weights is None:
         return sha256(f"ktransfer {teacher.network.arch} 1".encode()).hexdigest()
     if teacher.weights.is_dir():
@@ -242,7 +249,7 @@ def rows_reader(
 
 def _pools(network: Network, model: nn.Module) -> bool:
     """Whether the network, made without its classifier, ends with the vector that a classifier would get."""
-    return network.arch.startswith(TIMM) or (isinstance(model, HuggingFace) and model.pools)
+    return network.arch.startswith(TIMM) or (isinstance(model, HuggingFace | Function) and model.pools)
 
 
 def _pooled(model: nn.Module, x: Tensor) -> Tensor:
