@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -212,3 +213,20 @@ def test_what_does_not_go_together_is_one_line(prepared, tmp_path):
     assign(tmp_path)
     with pytest.raises(UsageError, match=r"of one clustering; make several: [^\n]*--views 8"):
         retrain(tmp_path, **SMALL | {"objective": "multi"})
+
+
+@pytest.mark.parametrize("objective", ["features", "multi"])
+def test_two_processes_learn_what_one_learns(prepared, tmp_path, launch, objective):
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        for name in ("features", "clusters"):
+            shutil.copytree(prepared / name, run / name)
+        line = ("--run", run, "retrain", "--data", SCENES, "--objective", objective, "--arch", "alexnet")
+        fixed = ("--width", "0.05", "--stride", "2", "--epochs", "2", "--batch", "10", "--precision", "float32")
+        status, said = launch(processes, *line, *fixed)
+        assert status == [0] * processes, said
+        found.append(load_file(run / "retrain" / "model.safetensors"))
+    one, two = found
+    for name, value in one.items():
+        assert (two[name] - value).norm() <= 1e-4 * value.norm() + 1e-6
