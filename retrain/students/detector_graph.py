@@ -29,10 +29,10 @@ def first_of_equals(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class RetinaGraph(nn.Module):
-    """A RetinaNet on one canvas, which computes what `predictions.detect` does with its torchvision's own class.
+    """A RetinaNet on one canvas, which computes what `predictions.detect` does by torchvision's own class.
 
-    Its parts are separate, so that what another library makes of each can be compared: two that differ in the last digit
-    of a score may choose different boxes of a crowd, and both are right.
+    Its parts are separate, so that what another library makes of each can be compared: two that differ in the last
+    digit of a score may choose different boxes of a crowd, and both are right.
     """
 
     anchors: Tensor
