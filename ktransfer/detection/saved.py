@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
@@ -57,13 +58,17 @@ def describe(path: Path) -> Described:
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            found = json.loads((handle.metadata() or {})["detector"])
-        network, settings = Network(**found["network"]), Settings(**found["settings"])
-        return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"])
+            return described(json.loads((handle.metadata() or {})["detector"]))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give the model.safetensors") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: holds no detector; give the model.safetensors of a selftrain step") from error
+
+
+def described(found: dict[str, Any]) -> Described:
+    """What a dictionary of `asdict` says; KeyError, TypeError or ValueError where it says something else."""
+    network, settings = Network(**found["network"]), Settings(**found["settings"])
+    return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"])
 
 
 def load(path: Path) -> tuple[nn.Module, Described]:
@@ -72,12 +77,12 @@ def load(path: Path) -> tuple[nn.Module, Described]:
     Raises:
         UsageError: as `describe`, or weights that do not fit.
     """
-    described = describe(path)
-    model = make(described, 0, filled_later=True)
+    made = describe(path)
+    model = make(made, 0, filled_later=True)
     with safe_open(path, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(f"{path}: its weights do not fit: {' '.join(str(error).split())}") from error
-    return model, described
+    return model, made

@@ -1,6 +1,7 @@
 """The card beside an exported network: what it is, what it learned, how good it is, how to run it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,16 @@ class Exported(NamedTuple):
     code: tuple[str, str]
     names_in: str
 
+    def last_rows(self, licence: str | None, evaluation: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+        """Lines of the table that every file has."""
+        return [
+            ("made by", self.versions),
+            ("checked", f"read again, it differs from torch by {self.difference:.1e} at most on random images"),
+            ("weights", f"SHA-256 {self.weights_hash}"),
+            *evaluation,
+            ("licence", " ".join(licence.split()).replace("|", "\\|") if licence else FILL_IN),
+        ]
+
 
 def card(exported: Exported, model: Classifier, weights: Path, licence: str | None) -> str:
     """The text of README.md."""
@@ -56,17 +67,19 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
         ("images", f"fingerprint {record['inputs']['data']}" if record else "unknown"),
         ("crop", "the centre square of an image, resized with an antialiased bilinear filter"),
         *exported.rows,
-        ("made by", exported.versions),
-        ("checked", f"read again, it differs from torch by {exported.difference:.1e} at most on random images"),
-        ("weights", f"SHA-256 {exported.weights_hash}"),
-        *_evaluation(weights, exported.weights_hash),
-        ("licence", " ".join(licence.split()).replace("|", "\\|") if licence else FILL_IN),
+        *exported.last_rows(licence, _evaluation(weights, exported.weights_hash)),
     ]
+    title = f"{exported.name}: {network.arch}, {network.classes} {what.split(',')[0]}"
+    classes = class_list(model.names, exported.names_in, "in the order of the logits") if named else ""
+    return page(title, rows, classes, exported.code)
+
+
+def page(title: str, rows: Sequence[tuple[str, str]], classes: str, code: tuple[str, str]) -> str:
+    """A card: a table, the names of the classes, and the code that uses the file."""
     table = "\n".join(f"| {name} | {text} |" for name, text in rows)
-    packages, lines = exported.code
+    packages, lines = code
     return (
-        f"# {exported.name}: {network.arch}, {network.classes} {what.split(',')[0]}\n\n"
-        f"| | |\n|---|---|\n{table}\n\n{_classes(model.names, exported.names_in) if named else ''}"
+        f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{classes}"
         f"Run it (`pip install {packages}`):\n\n```python\n{lines}\n```\n"
     )
 
@@ -76,10 +89,11 @@ def _arch(network: Network) -> str:
     return f"{network.arch}, width {network.width:g}, stride {network.stride}" if ours else network.arch
 
 
-def _classes(names: tuple[str, ...], held: str) -> str:
+def class_list(names: tuple[str, ...], held: str, order: str) -> str:
+    """A line that names the classes, or says where their names are held."""
     if len(names) > SHOWN and held:
-        return f"Names of the classes, in the order of the logits, are in {held}.\n\n"
-    return f"Classes, in the order of the logits: {', '.join(f'`{name}`' for name in names)}.\n\n"
+        return f"Names of the classes, {order}, are in {held}.\n\n"
+    return f"Classes, {order}: {', '.join(f'`{name}`' for name in names)}.\n\n"
 
 
 def _evaluation(weights: Path, weights_hash: str) -> list[tuple[str, str]]:

@@ -78,7 +78,7 @@ class Detector:
         data = self.opened(
             Dataset("image", "image", ("image",), np.array([UNKNOWN], np.int32), (), "", lambda *_: pixels)
         )
-        found, outlines = see(self, canvas.canvases(data, self.described.size, 1, cache="off"), data, 1)
+        found, outlines = self.see(canvas.canvases(data, self.described.size, 1, cache="off"), data, 1)
         one = found[0]
         names = tuple(self.described.classes[label] for label in one.labels.tolist())
         shapes = None if outlines is None else np.array([masks.decoded(mask) for mask in _lengths(outlines[0])], bool)
@@ -91,28 +91,24 @@ class Detector:
         classes = self.described.classes
         return boxes.without_boxes(data, Named(classes, tuple(range(1, len(classes) + 1))))
 
+    def see(
+        self, source: ImageLoader, data: Detection, batch: int
+    ) -> tuple[dict[int, Prediction], dict[int, Sequence[Outline]] | None]:
+        """Row -> objects, and their masks where the network has some; broken images are left out."""
+        outlines: dict[int, Sequence[Outline]] | None = {} if self.masked else None
+        if outlines is not None and self.segments:
+            return _segment(self, source, data, batch, outlines), outlines
+        rows, made = torch.arange(len(data)), self.described
+        size, settings = made.size, made.settings
+        found = predictions.detect(
+            self.model, data, source, rows, size, settings, self.device, batch, "predict", outlines
+        )
+        return found, outlines
 
-def see(
-    detector: Detector, source: ImageLoader, data: Detection, batch: int
-) -> tuple[dict[int, Prediction], dict[int, Sequence[Outline]] | None]:
-    """Row -> objects, and their masks where the network has some; broken images are left out."""
-    outlines: dict[int, Sequence[Outline]] | None = {} if detector.masked else None
-    described, rows = detector.described, torch.arange(len(data))
-    if outlines is not None and detector.segments:
-        return _segment(detector, source, data, batch, outlines), outlines
-    found = predictions.detect(
-        detector.model,
-        data,
-        source,
-        rows,
-        described.size,
-        described.settings,
-        detector.device,
-        batch,
-        "predict",
-        outlines,
-    )
-    return found, outlines
+    def logits(self, pixels: Tensor, sides: Tensor) -> Tensor:
+        """Those of a segmenter: (b, 3, s, s) uint8 canvases, (b, 2) float32 extents -> (b, classes + 1, s, s)."""
+        found: Tensor = self.model(canvas.normalise(pixels, sides, self.model.backbone.how))  # type: ignore[union-attr,arg-type]
+        return found
 
 
 def write(
@@ -134,7 +130,7 @@ def write(
     """
     data = detector.opened(images)
     source = canvas.canvases(data, detector.described.size, workers, cache="off", device=detector.device)
-    found, outlines = see(detector, source, data, batch)
+    found, outlines = detector.see(source, data, batch)
     if threshold is not None:
         found, outlines = _above(found, outlines, threshold)
     boxes.write(out, data, found, {"description": "predicted by ktransfer"}, outlines)
@@ -149,8 +145,7 @@ def _segment(
     detector: Detector, source: ImageLoader, data: Detection, batch: int, outlines: dict[int, Sequence[Outline]]
 ) -> dict[int, Prediction]:
     """One object for each class that some pixel has, in the order of their scores."""
-    model, found = detector.model, dict[int, Prediction]()
-    assert isinstance(model, segmentation.Segmenter)
+    found: dict[int, Prediction] = {}
     edges = canvas.extents(data, detector.described.size)
     with bar(len(data), "predict") as shown:
         for chosen, pixels, valid, _ in source.batches(iter(torch.arange(len(data)).split(batch))):
@@ -159,8 +154,9 @@ def _segment(
             if not len(kept):
                 continue
             sides = edges[kept].to(detector.device)
-            prepared = canvas.normalise(pixels[valid.to(pixels.device)].to(detector.device), sides, model.backbone.how)
-            for row, logits in zip(kept.tolist(), model(prepared), strict=True):
+            canvases = pixels[valid.to(pixels.device)].to(detector.device)
+            found_logits = detector.logits(canvases, sides)
+            for row, logits in zip(kept.tolist(), found_logits, strict=True):
                 width, height = (int(side) for side in edges[row])
                 size = (int(data.sizes[row, 1]), int(data.sizes[row, 0]))
                 whole = F.interpolate(logits[None, :, :height, :width], size=size, mode="bilinear")[0]

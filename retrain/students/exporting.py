@@ -12,17 +12,29 @@ from ktransfer.config import Settings, build, chosen_settings, read_by
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
+from ktransfer.detection import saved
+from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 
 from ..config import ExportConfig
-from . import hugging_face, onnx_file, quantising, state_dicts, torch_program
+from . import detector_file, hugging_face, onnx_file, quantising, state_dicts, torch_program
 from .card import Exported, card
 from .classifier import Classifier
 from .format import Format, difference, need_packages, versions
-from .loading import MODEL, STAGE, class_names, described, record_of, weights_at
+from .loading import (
+    MODEL,
+    SELFTRAIN,
+    STAGE,
+    class_names,
+    described,
+    is_detector,
+    record_of,
+    student_detector,
+    weights_at,
+)
 from .onnx_student import load_onnx
 from .quantising import Compared
 
@@ -43,6 +55,8 @@ class ExportPlan(Plan):
 
     config: ExportConfig
     source: Path
+    objects: str = ""
+    """What finds them, "detector" or "segmenter"; empty of a network that tells classes."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -69,6 +83,8 @@ def export(run: str | Path, **options: Any) -> Path:
 
 def carry_out(plan: ExportPlan) -> Path:
     """Write the network where the other library computes what torch does, and nothing where it does not."""
+    if plan.objects:
+        return _carry_out_objects(plan)
     config, weights, made = plan.config, plan.source, FORMATS[plan.config.format]
     digest, (step_name, settings) = input_hash(weights), _step(config)
     outputs = [str(Path(made.folder) / name) for name in (*plan.files, CARD)]
@@ -107,6 +123,50 @@ def carry_out(plan: ExportPlan) -> Path:
         return student
 
 
+def _carry_out_objects(plan: ExportPlan) -> Path:
+    """The same of a detector or segmenter."""
+    config, digest, (step_name, settings) = plan.config, input_hash(plan.source), _step(plan.config, plan.objects)
+    name = f"{plan.objects}.onnx"
+    outputs = [f"{plan.objects}/{file}" for file in (name, CARD)]
+    with begin(plan.run, EXPORT, step_name, settings, {"weights": digest}, outputs, plan.overwrite, "cpu") as step:
+        target = step.folder / plan.objects / name
+        if step.done:
+            return target
+        model, made = saved.load(plan.source)
+        graph = detector_file.graph_of(model.eval(), made)
+        content = detector_file.to_onnx(graph, made, config.opset, digest)
+        off = detector_file.difference(content, graph, made)
+        _refuse_different(name, off, config)
+        files.write_bytes(target, content)
+        packages = onnx_file.FORMAT.packages
+        exported = Exported(
+            name=name,
+            rows=[],
+            difference=off,
+            weights_hash=digest,
+            versions=versions(packages),
+            code=detector_file.code_of(name, made),
+            names_in=onnx_file.FORMAT.names_in,
+        )
+        files.write_text(target.parent / CARD, detector_file.card(exported, model, made, config.opset, config.licence))
+        step.finish([target], result={"difference": off, "bytes": len(content)})
+        say(
+            f"export: done; {made.settings.kind} on {made.network.arch}, {len(content) / 1e6:.1f} MB, differs from "
+            f"torch by {off:.1e}; {target}"
+        )
+        return target
+
+
+def _refuse_different(name: str, off: float, config: ExportConfig) -> None:
+    """StageError where what was written is too far from torch."""
+    if off > config.tolerance:
+        way = "; try another --opset" if config.format == "onnx" else ""
+        raise StageError(
+            f"export: {name} does not compute what torch does: it differs by {off:.1e}, --tolerance is "
+            f"{config.tolerance:g}; nothing was written{way}"
+        )
+
+
 def _written(made: Format, model: Classifier, work: Path, config: ExportConfig, digest: str) -> float:
     """Write all files, read them with the library that they are for, and compare; how far that is from torch.
 
@@ -116,12 +176,7 @@ def _written(made: Format, model: Classifier, work: Path, config: ExportConfig, 
     made.write(model, work, config, _facts(model, digest))
     network = model.network
     off = difference(made.read(work, network), made.wanted(model), network.size)
-    if off > config.tolerance:
-        way = "; try another --opset" if config.format == "onnx" else ""
-        raise StageError(
-            f"export: {made.files[0]} does not compute what torch does: it differs by {off:.1e}, --tolerance is "
-            f"{config.tolerance:g}; nothing was written{way}"
-        )
+    _refuse_different(made.files[0], off, config)
     return off
 
 
@@ -147,17 +202,21 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     made = FORMATS[config.format]
     _refuse_unread(config)
     need_packages(made.packages)
-    coming = None if config.model else latest(before, STAGE)
+    coming = None if config.model else latest(before, STAGE) or latest(before, SELFTRAIN)
     inputs: dict[str, str] = {}
     size = 0
+    if coming is not None and coming.detector is not None:
+        return _check_objects(run, config, student_detector(run), coming.detector, inputs)
     if coming is not None:
         assert coming.network is not None
         source = run / STAGE / MODEL
         made.check(coming.network)
     else:
-        if config.model is None:
+        if config.model is None and not student_detector(run).is_file():
             done_record(run, STAGE, STAGE, STAGE)
-        source = weights_at(config.model or run / STAGE / MODEL)
+        source = weights_at(config.model or run)
+        if is_detector(source):
+            return _check_objects(run, config, source, saved.describe(source), {"weights": input_hash(source)})
         made.check(described(source))
         inputs, size = {"weights": input_hash(source)}, source.stat().st_size
     images = _images(config, source, coming) if config.int8 else None
@@ -177,9 +236,34 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     )
 
 
-def _step(config: ExportConfig) -> tuple[str, Settings]:
+def _check_objects(
+    run: Path, config: ExportConfig, source: Path, made: Described, inputs: dict[str, str]
+) -> ExportPlan:
+    """The same of a detector or segmenter."""
+    objects = detector_file.kind_of(made)
+    if config.format != "onnx" or config.int8:
+        given = "--int8" if config.int8 else f"--format {config.format}"
+        raise UsageError(f"export: {given} is for networks that tell classes, {source} finds objects; leave it out")
+    name, settings = _step(config, objects)
+    if not config.overwrite and read_record(run, EXPORT, name) is None:
+        _refuse_others(run / EXPORT / objects, (f"{objects}.onnx", CARD))
+    size = source.stat().st_size if inputs else 0
+    reads = () if config.model else (SELFTRAIN,)
+    return ExportPlan(
+        stage=EXPORT,
+        run=run,
+        steps=[PlannedStep(name, settings, inputs, reads, disk=size)],
+        overwrite=config.overwrite,
+        config=config,
+        source=source,
+        objects=objects,
+    )
+
+
+def _step(config: ExportConfig, objects: str = "") -> tuple[str, Settings]:
     """Its name in stage.json, and the settings that it reads."""
-    name = EXPORT if config.format == "onnx" else f"{EXPORT}-{config.format}"
+    kind = objects or ("" if config.format == "onnx" else config.format)
+    name = f"{EXPORT}-{kind}" if kind else EXPORT
     return name, chosen_settings(config, read_by(config, _parts(config)))
 
 

@@ -85,11 +85,12 @@ def difference(found: Callable[[Tensor], Outputs], wanted: Callable[[Tensor], Ou
         images = torch.randint(0, 256, (batch, 3, size, size), generator=dice, dtype=torch.uint8)
         with torch.inference_mode():
             for other, own in zip(found(images), wanted(images), strict=True):
-                worst = max(worst, _apart(other, own))
+                worst = max(worst, apart(other, own))
     return worst
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The same of one output."""
     if found.shape != wanted.shape or not bool(found.isfinite().all()):
         return float("inf")
     return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))

@@ -14,6 +14,7 @@ from ktransfer.run import done_record, input_hash, read_record
 
 from .classifier import Classifier
 from .detector import Detector
+from .onnx_detector import finds_objects, load_onnx_detector
 from .onnx_student import ENDING, load_onnx
 
 STAGE = "retrain"
@@ -33,7 +34,13 @@ def load_model(path: str | Path) -> Classifier | Detector:
 
 
 def is_detector(weights: Path) -> bool:
-    """Whether a file says that it holds a detector or segmenter; one that cannot be read does not."""
+    """Whether a file says that it holds a detector or segmenter; a weight file that cannot be read does not.
+
+    Raises:
+        UsageError: an .onnx that onnxruntime does not take.
+    """
+    if weights.suffix == ENDING:
+        return finds_objects(weights)
     try:
         with safe_open(weights, framework="pt") as handle:
             return "detector" in (handle.metadata() or {})
@@ -42,11 +49,13 @@ def is_detector(weights: Path) -> bool:
 
 
 def load_detector(weights: Path, device: torch.device) -> Detector:
-    """The detector or segmenter of a weight file of `selftrain`.
+    """The detector or segmenter of a weight file of `selftrain`, or of an exported .onnx, which is on the CPU.
 
     Raises:
-        UsageError: its weights do not fit.
+        UsageError: its weights do not fit; an .onnx that ktransfer did not write.
     """
+    if weights.suffix == ENDING:
+        return load_onnx_detector(weights)
     model, made = saved.load(weights)
     return Detector(model, made, device)
 
@@ -71,7 +80,7 @@ def weights_at(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        detector = path / SELFTRAIN / "student" / MODEL
+        detector = student_detector(path)
         if read_record(path, STAGE, STAGE) is None and detector.is_file():
             return detector
         done_record(path, STAGE, STAGE, STAGE)
@@ -79,6 +88,11 @@ def weights_at(path: str | Path) -> Path:
     if not path.is_file():
         raise UsageError(f"--model {path}: no such file; give a {MODEL} or a run folder")
     return path
+
+
+def student_detector(run: Path) -> Path:
+    """Where `selftrain` writes the student's weights."""
+    return run / SELFTRAIN / "student" / MODEL
 
 
 def described(weights: Path) -> Network:

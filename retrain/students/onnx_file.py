@@ -2,13 +2,13 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import StageError, UsageError
@@ -39,30 +39,55 @@ def to_onnx(model: Classifier, opset: int, facts: Mapping[str, str]) -> bytes:
         StageError: torch cannot write it.
     """
     size, both = model.network.size, Both(model)
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
+    dynamic = {INPUT: {0: torch.export.Dim("batch")}}
+    proto = traced(both, {INPUT: images}, dynamic, (OUTPUT, EMBEDDING), opset, model.network.arch)
+    return stripped(proto, {**facts, EMBEDDING: both.tap.layer})
+
+
+def traced(
+    module: nn.Module,
+    inputs: dict[str, Tensor],
+    dynamic: dict[str, Any] | None,
+    outputs: Sequence[str],
+    opset: int,
+    words: str,
+) -> Any:
+    """A module as ONNX's ModelProto.
+
+    Args:
+        inputs: name -> an example; `dynamic` its sides that may differ.
+        outputs: their names.
+        words: what it is, for errors.
+
+    Raises:
+        StageError: torch cannot write it.
+    """
     options: dict[str, Any] = {
         "dynamo": True,
-        "dynamic_shapes": {INPUT: {0: torch.export.Dim("batch")}},
-        "input_names": [INPUT],
-        "output_names": [OUTPUT, EMBEDDING],
+        "dynamic_shapes": dynamic,
+        "input_names": list(inputs),
+        "output_names": list(outputs),
         "opset_version": opset,
         "external_data": False,
         "verbose": False,
     }
-    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # two: a batch of one would be taken for a constant
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # torch 2.11, of its own exporter
-            program = torch.onnx.export(both, (images,), **options)
+            # torchvision, in what it says of the shape of its nms.
+            warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)
+            program = torch.onnx.export(module, tuple(inputs.values()), **options)
     except Exception as error:  # whatever an operator that ONNX lacks ends in
         raise StageError(
-            f"export: {model.network.arch} cannot be written as ONNX ({one_line(error)}); try another --opset"
+            f"export: {words} cannot be written as ONNX ({one_line(error)}); try another --opset"
         ) from error
     assert program is not None
     proto: Any = program.model_proto
     written = next(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:
         raise StageError(f"export: torch wrote opset {written}, not {opset}; give --opset {written}")
-    return stripped(proto, {**facts, EMBEDDING: both.tap.layer})
+    return proto
 
 
 def stripped(proto: Any, facts: Mapping[str, str]) -> bytes:

@@ -19,6 +19,8 @@ ENDING = ".onnx"
 INPUT = "image"
 OUTPUT = "logits"
 EMBEDDING = "embedding"
+DETECTOR = "detector"
+"""Of the metadata, as of a weight file: what a detector or segmenter is."""
 
 
 class OnnxStudent(Classifier):
@@ -70,13 +72,10 @@ def load_onnx(path: Path) -> OnnxStudent:
     Raises:
         UsageError: onnxruntime is missing or does not take the file, or it was not made by ktransfer.
     """
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise UsageError(f"{path}: onnxruntime is not installed; pip install 'ktransfer[export]'")
-    try:
-        found = session(path.read_bytes())
-    except Exception as error:
-        raise UsageError(f"{path}: onnxruntime does not take it ({one_line(error)}); export it again") from error
+    found = opened(path)
     facts = found.get_modelmeta().custom_metadata_map
+    if DETECTOR in facts:
+        raise UsageError(f"{path}: finds objects and tells no classes of images; give a student.onnx, or a run")
     try:
         network = Network(**json.loads(facts["network"]))
         names = json.loads(facts["classes"]) if "classes" in facts else range(network.classes)
@@ -88,6 +87,20 @@ def load_onnx(path: Path) -> OnnxStudent:
             "`ktransfer export` wrote"
         ) from error
     return OnnxStudent(network, found, tuple(map(str, names)), path)
+
+
+def opened(path: Path) -> Any:
+    """An inference session of a file.
+
+    Raises:
+        UsageError: onnxruntime is missing or does not take the file.
+    """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(f"{path}: onnxruntime is not installed; pip install 'ktransfer[export]'")
+    try:
+        return session(path.read_bytes())
+    except Exception as error:
+        raise UsageError(f"{path}: onnxruntime does not take it ({one_line(error)}); export it again") from error
 
 
 def session(content: bytes) -> Any:

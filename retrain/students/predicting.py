@@ -23,7 +23,7 @@ from . import vectors
 from .classifier import LIST, Classifier, Tap
 from .detector import write
 from .loading import classifier_of, is_detector, load_detector, weights_at
-from .onnx_student import OnnxStudent
+from .onnx_student import ENDING
 
 LISTED = 20
 """Broken images that are listed with their reasons."""
@@ -77,7 +77,7 @@ def predict(
         if value is not None:
             raise UsageError(f"--{name} {value}: {weights} finds no objects; leave it out")
     network = classifier_of(weights)
-    where = _device(network, device)
+    where = _device(weights, device)
     if out.suffix == TABLE:
         network.refuse_without_classes()
     tap = None if out.suffix == TABLE else network.tap(layer)
@@ -111,7 +111,7 @@ def _find(
     _check_place(out, data)
     if draw is not None and draw.exists() and not draw.is_dir():
         raise UsageError(f"--draw {draw}: is a file; name a folder")
-    detector = load_detector(weights, choose_device(MachineOptions(device=device)))
+    detector = load_detector(weights, _device(weights, device))
     images = _opened(data)
     broken = write(detector, images, out, draw, threshold, min(batch, DETECTED), workers)
     _say_done(images, broken, out)
@@ -143,11 +143,11 @@ def _check_place(out: Path, data: str) -> None:
             raise UsageError(f"--out {out}: is {what}; choose another name")
 
 
-def _device(network: Classifier, device: str) -> torch.device:
-    if not isinstance(network, OnnxStudent):
+def _device(weights: Path, device: str) -> torch.device:
+    if weights.suffix != ENDING:
         return choose_device(MachineOptions(device=device))
     if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: {network.path.name} runs on the CPU; give the run, or leave it out")
+        raise UsageError(f"--device {device}: {weights.name} runs on the CPU; give the run, or leave it out")
     return torch.device("cpu")
 
 
