@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -58,10 +59,11 @@ def identity(name: str) -> str:
     Raises:
         UsageError: there is no such function.
     """
+    function = _found(name)
     try:
-        source = inspect.getsourcefile(inspect.unwrap(_found(name)))
+        source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # an object that can be called, or written in C
-        source = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+        source = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     return sha256(f"{PREFIX}{name} {input_hash(Path(source)) if source else ''}".encode()).hexdigest()
 
 

@@ -31,6 +31,11 @@ def maps(pixels):
 def short(pixels):
     return torch.ones(len(pixels) + 1, 3)
 
+class Counting:
+    def __call__(self, pixels):
+        return torch.ones(len(pixels), 2)
+
+counting = Counting()
 number = 3
 """
 
@@ -64,6 +69,7 @@ def test_identity_is_the_name_and_the_file(mine):
 
     first = identity("corners")
     assert first == identity("corners") != identity("means")
+    assert len({first, identity("means"), identity("counting")}) == 3
     mine.write_text(CODE + "# changed\n")
     assert identity("corners") != first
     assert teachers.find("my_teachers:corners", None, None, 0).network.size == 224
