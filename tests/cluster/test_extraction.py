@@ -218,7 +218,7 @@ def test_a_teacher_of_its_own(run, tmp_path):
         ({"teacher": "hog", "size": 30}, r"--size 30: hog has cells of 8 pixels"),
         ({"teacher": "hog", "layer": "conv1"}, r"--layer conv1: hog has no such layer; valid: hog"),
         ({"teacher": "torchvision:resnet81"}, r"no such network; did you mean 'resnet18'"),
-        ({"teacher": "hogg"}, r"--teacher hogg: no such file; give .*hog or pixels"),
+        ({"teacher": "hogg"}, r"--teacher hogg: no such file; give .*hog, pixels or pkg.module:function"),
         ({"size": 5}, r"--size 5: vgg16_bn does not take images so small"),
         ({"teacher": "none.safetensors"}, "none.safetensors"),
         ({"data": "nowhere"}, "nowhere does not exist"),
