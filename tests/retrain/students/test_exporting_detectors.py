@@ -79,7 +79,7 @@ def test_onnxruntime_finds_what_torchvision_does(run):
     feed = {"image": image.numpy(), "extent": extent.numpy()}
     counts = []
     for threshold in (0.0101, 0.0, 0.99):
-        found = student.run(["boxes", "scores", "labels"], feed | {"threshold": np.float32(threshold)})
+        found = student.run(["boxes", "scores", "labels"], feed | {"threshold": np.array(threshold, np.float32)})
         wanted = by_torchvision(run / "selftrain/student/model.safetensors", image, extent, threshold)
         for own, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(own, other.numpy(), atol=1e-3, rtol=1e-4)
