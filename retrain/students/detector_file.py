@@ -50,6 +50,7 @@ def kind_of(described: Described) -> str:
 
 def graph_of(model: nn.Module, described: Described) -> Graph:
     """The module that is traced, in evaluation mode."""
+    model.eval()  # before any pixel passes: a batch norm would learn from it
     if kind_of(described) == "segmenter":
         return SegmenterGraph(model)
     return RetinaGraph(model, described.size, described.settings)
@@ -187,7 +188,7 @@ def code_of(name: str, described: Described) -> tuple[str, str]:
     if segments:
         last = f"classes = {found}.run(None, {inputs})[0][0].argmax(0)[: image.height, : image.width]"
     else:
-        least = f'"{THRESHOLD}": numpy.float32({described.settings.threshold:g})'
+        least = f'"{THRESHOLD}": numpy.array({described.settings.threshold:g}, numpy.float32)'
         last = f"boxes, scores, labels, *_ = {found}.run(None, {inputs[:-1]}, {least}}})"
     return "onnxruntime pillow", (
         f"import numpy, onnxruntime; from PIL import Image, ImageOps\nimage = {square}; canvas = {canvas}\n{last}"

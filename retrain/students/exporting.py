@@ -133,7 +133,7 @@ def _carry_out_objects(plan: ExportPlan) -> Path:
         if step.done:
             return target
         model, made = saved.load(plan.source)
-        graph = detector_file.graph_of(model.eval(), made)
+        graph = detector_file.graph_of(model, made)
         content = detector_file.to_onnx(graph, made, config.opset, digest)
         off = detector_file.difference(content, graph, made)
         _refuse_different(name, off, config)

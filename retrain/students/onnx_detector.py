@@ -40,7 +40,7 @@ class OnnxDetector(Detector):
         if self.segments:
             return super().see(source, data, batch)
         edges, scaled = (part(data, self.described.size) for part in (canvas.extents, canvas.factors))
-        found, least = dict[int, Prediction](), {THRESHOLD: np.float32(self.described.settings.threshold)}
+        found, least = dict[int, Prediction](), {THRESHOLD: np.array(self.described.settings.threshold, np.float32)}
         with bar(len(data), "predict") as shown:
             for chosen, pixels, valid, _ in source.batches(iter(torch.arange(len(data)).split(batch))):
                 shown.update(len(chosen))

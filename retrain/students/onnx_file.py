@@ -77,6 +77,8 @@ def traced(
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # torch 2.11, of its own exporter
             # torchvision, in what it says of the shape of its nms.
             warnings.filterwarnings("ignore", "`create_unbacked_symint`", FutureWarning)
+            # Of two inputs with the same batch.
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             program = torch.onnx.export(module, tuple(inputs.values()), **options)
     except Exception as error:  # whatever an operator that ONNX lacks ends in
         raise StageError(
