@@ -66,7 +66,7 @@ def last_network(run: Path, before: Sequence[Plan] = ()) -> Trained:
     """
     pretext, retrain = (read_record(run, stage, name) for stage, name in reversed(FINAL))
     first = pretext or retrain
-    images = str(first["config"]["data"]) if first else None
+    images = first["config"].get("data") if first else None
     coming = latest(before, "retrain") or (None if retrain else latest(before, "pretext"))
     if coming and coming.network and coming.weights:
         return Trained(run, coming.stage, coming.weights, coming.network, images)

@@ -149,7 +149,7 @@ MISUSES = [
     (["--run", "new", *PUZZLE, "--data", "flat", "extract", "--layer", "conv9"], "valid: conv1_1, conv1_2, conv2_1"),
     (["--run", "new", "extract", "--data", "flat", "--teacher", "note.txt"], "not a weight file of ktransfer"),
     (["--run", "new", "extract", "--data", "flat", "--teacher", "flat/1.jpg"], "not a weight file of ktransfer"),
-    (["--run", "new", "extract", "--data", "flat", "--teacher", "flat"], "no such file; give a model.safetensors"),
+    (["--run", "new", "extract", "--data", "flat", "--teacher", "flat"], "flat: a folder without config.json"),
     (["--run", "new", "extract", "--data", "flat", "--teacher", "nowhere"], "no such file; give a model.safetensors"),
     (["--run", "new", "cluster", "--features", "note.txt", "--k", "4"], "not a whole HDF5 file"),
     (["--run", "new", "cluster", "--features", "flat/1.jpg", "--k", "4"], "not a whole HDF5 file"),

@@ -13,6 +13,8 @@ from ktransfer.pretext import solving, tasks
 from ktransfer.pretext.config import PretextConfig
 from ktransfer.retrain import stage
 from ktransfer.retrain.config import RetrainConfig
+from ktransfer.retrain.objectives import clusters
+from ktransfer.retrain.objectives.objective import Known
 from ktransfer.training.batch import Batch
 
 aten = torch.ops.aten
@@ -48,7 +50,8 @@ def retrain(whole):
     network = Network("alexnet", 0.05, 2, 64, 3)
     model = networks.build(network, 0, "t")
     config = RetrainConfig(size=64)
-    return partial(stage._loss, model, batch(72, whole), labels=torch.arange(6) % 3, network=network, config=config)
+    objective = clusters.objective(Known(torch.arange(6)[:, None] % 3), 0, torch.device("cpu"))
+    return partial(stage._loss, model, batch(72, whole), objective=objective, network=network, config=config)
 
 
 def probes(whole):
