@@ -43,7 +43,8 @@ PSEUDO = "pseudo-labels"
 @dataclass(frozen=True, kw_only=True)
 class RetrainPlan(Plan):
     """What the stage will do: `config` with data and size resolved; `network` is what it will make, whose number of
-    classes is 2 where the labels are still to be made.
+    classes is 2 where the labels are still to be made; `known` what was read of the images, and from what, None where
+    the line may still make it.
     """
 
     config: RetrainConfig
@@ -51,6 +52,7 @@ class RetrainPlan(Plan):
     network: Network
     device: torch.device
     initial: Teacher | None
+    known: tuple[Known, dict[str, str]] | None
 
 
 def retrain(run: str | Path, **options: Any) -> Path:
@@ -72,8 +74,8 @@ def retrain(run: str | Path, **options: Any) -> Path:
 def carry_out(plan: RetrainPlan) -> Path:
     """Read what is known of the images, learn it, and write the weights."""
     config, data, device = plan.config, plan.images, plan.device
-    known, inputs = find_known(plan.run, config, data)
-    inputs |= _init_hash(plan.initial)
+    known, inputs = plan.known or find_known(plan.run, config, data)
+    inputs = inputs | _init_hash(plan.initial)
     inputs |= seen_by_batch_norm(config, lambda: networks.build(plan.network, config.seed, "retrain"))
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
@@ -102,7 +104,7 @@ def carry_out(plan: RetrainPlan) -> Path:
         result = {"classes": kept.classes, "images": len(rows)}
         step.finish([weights], broken=broken, result=result, **names)
         checkpoint.remove(step.folder)
-        say(f"retrain: done; {config.arch} learned {network.classes} {network.task} of {len(rows)} images; {weights}")
+        say(f"retrain: done; {config.arch} learned {kept.classes} {kept.task} of {len(rows)} images; {weights}")
         return weights
 
 
@@ -188,12 +190,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
     refuse_together(config)
-    classes, inputs = 2, {"data": data.fingerprint}
-    if config.labels or not latest(before, "extract", "cluster", "assign"):
-        known, inputs = find_known(run, config, data)
-        classes = int(known.labels[:, 0].max()) + 1 or 2
+    classes, inputs, known = 2, {"data": data.fingerprint}, None
+    coming = latest(before, "extract", "cluster", "assign")
+    if config.labels or not coming:
+        found = find_known(run, config, data)
+        classes, inputs = int(found[0].labels[:, 0].max()) + 1 or 2, found[1]
+        known = None if coming else found
     initial = find_initial(config)
-    inputs |= _init_hash(initial)
+    inputs = inputs | _init_hash(initial)
     task = CLASSES if config.labels == CLASSES else PSEUDO
     network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
@@ -210,6 +214,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         config=config,
         device=device,
         initial=initial,
+        known=known,
     )
 
 
