@@ -21,7 +21,7 @@ SECTIONS = {
     ),
     "Evaluation": ("eval",),
     "Use of the target network": ("export", "predict"),
-    "Tools": ("study", "demo", "pack", "scenes", "perms", "bench", "doctor"),
+    "Tools": ("status", "study", "demo", "pack", "scenes", "perms", "bench", "doctor"),
 }
 FIRST = "Most used"
 OWN = "Other options of this stage"

@@ -1,21 +1,67 @@
-"""Progress bars and lines on stderr, of the first process where there are several; stdout is for results."""
+"""Progress bars and lines on stderr, of the first process where there are several; stdout is for results.
 
+What a bar shows is also kept in a file of the run while a line of stages works in it (`kept_in`), for `ktransfer
+status`.
+"""
+
+import contextlib
+import io
+import json
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 from tqdm import tqdm
 
-from ktransfer import distributed
+from ktransfer import distributed, files
 
 T = TypeVar("T")
 
+EVERY = 5.0  # seconds between two states of a bar in the file, and between two lines of one in JSON
+_json = False
+_file: Path | None = None
+_line: list[str] = []
 
-def bar(total: int, label: str, unit: str = "images", done: int = 0) -> "tqdm[Any]":
+
+class State(TypedDict):
+    """What is known of a line of stages that works: its stages, the bar that moved last, and when (Unix time)."""
+
+    line: list[str]
+    label: str
+    done: int
+    total: int
+    unit: str
+    per_second: float
+    time: float
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """tqdm's, which also tells the file and, with `--log-format json`, writes lines instead of itself."""
+
+    told = 0.0
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """As tqdm's."""
+        shown = super().update(n)
+        if not self.disable and time.monotonic() - self.told > EVERY:
+            self.told = time.monotonic()
+            _tell(self)
+        return shown
+
+    def display(self, *given: Any, **more: Any) -> bool:
+        """As tqdm's; nothing with `--log-format json`."""
+        return True if _json else bool(super().display(*given, **more))
+
+
+def bar(total: int, label: str, unit: str = "images", done: int = 0) -> Bar:
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
-    look = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
-    return tqdm(total=total, initial=done, desc=label, disable=not distributed.is_leader(), **look)
+    look: dict[str, Any] = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
+    if _json:
+        look["file"] = io.StringIO()
+    return Bar(total=total, initial=done, desc=label, disable=not distributed.is_leader(), **look)
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str = "images") -> Iterator[T]:
@@ -35,4 +81,48 @@ def say_once(line: str) -> None:
 def say(line: str) -> None:
     """One line for people, above any bar."""
     if distributed.is_leader():
-        tqdm.write(line, file=sys.stderr)
+        _print(in_json(message=line)) if _json else tqdm.write(line, file=sys.stderr)
+
+
+def speak_json(wanted: bool) -> None:
+    """From now on, lines and bars are JSON objects, one a line, or are for people again."""
+    global _json
+    _json = wanted
+
+
+def in_json(**values: Any) -> str:
+    """One line of `--log-format json`; `time` is Unix time."""
+    return json.dumps({"time": round(time.time(), 3)} | values, ensure_ascii=False)
+
+
+def speaks_json() -> bool:
+    """Whether lines are JSON objects."""
+    return _json
+
+
+@contextlib.contextmanager
+def kept_in(file: Path, line: Sequence[str]) -> Iterator[None]:
+    """Keep the state of the bars in a file while these stages work; it is gone afterwards."""
+    global _file, _line
+    _file, _line = file, list(line)
+    try:
+        yield
+    finally:
+        _file = None
+        file.unlink(missing_ok=True)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _tell(shown: Bar) -> None:
+    known = shown.format_dict
+    rate = float(known["rate"] or (known["n"] - known["initial"]) / max(known["elapsed"], 1e-3))
+    total = int(shown.total or 0)
+    about = {"label": shown.desc.rstrip(": "), "done": int(shown.n), "total": total, "unit": shown.unit.strip()}
+    if _json:
+        _print(in_json(**about, per_second=round(rate, 2)))
+    if _file is not None:
+        with contextlib.suppress(OSError):  # a full disk stops the work itself, with its own words
+            files.write_json(_file, {"line": _line, **about, "per_second": rate, "time": time.time()})

@@ -24,6 +24,7 @@ from ktransfer.progress import say
 from ktransfer.stages import command_of
 
 RECORD = "stage.json"
+PROGRESS = ".progress.json"  # what `ktransfer status` reads, while a line of stages works in the run
 NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
 _locks: dict[Path, int] = {}
 
@@ -87,6 +88,23 @@ def locked(run: Path) -> Iterator[None]:
             _locks[key] -= 1
     finally:
         os.close(handle)
+
+
+def in_use(run: Path) -> bool:
+    """Whether a process works in a run folder (False where that cannot be told)."""
+    try:
+        handle = os.open(run / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextlib.contextmanager
@@ -166,7 +184,7 @@ def read_record(run: Path, stage: str, name: str) -> dict[str, Any] | None:
     Raises:
         UsageError: stage.json is damaged.
     """
-    record = _read(run / stage).get(name)
+    record = records(run / stage).get(name)
     return record if isinstance(record, dict) else None
 
 
@@ -217,7 +235,12 @@ def need_disk(folder: Path, needed: int, what: str) -> None:
         raise UsageError(f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free; make room")
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of all steps of a stage's folder, by name; none where it was never begun.
+
+    Raises:
+        UsageError: stage.json is damaged.
+    """
     path = folder / RECORD
     try:
         steps = json.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +256,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _save(folder: Path, name: str, record: dict[str, Any]) -> None:
-    files.write_json(folder / RECORD, _read(folder) | {name: record})
+    files.write_json(folder / RECORD, records(folder) | {name: record})
 
 
 def changes(

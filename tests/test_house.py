@@ -19,7 +19,7 @@ PACKAGES = ("ktransfer", *ROOMS, "recipes")
 # The table of stages names modules of all rooms as strings; the front door imports them. No room imports the table:
 # it would look into another one.
 TABLE = "ktransfer.stages"
-KNOWS_ALL = {"ktransfer.cli", TABLE}
+KNOWS_ALL = {"ktransfer.cli", "ktransfer.tools", TABLE}
 # Modules whose business is to import what they are told; the last one what users wrote themselves.
 IMPORTERS = {TABLE, "ktransfer.lazy", "ktransfer.networks.functions"}
 LINES = {"tests": 600, "benchmarks": 400} | dict.fromkeys(PACKAGES, 400)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +220,7 @@ def cached_maps(
         }
         distributed.send_order(work | facts | hashes | {"config": asdict(config)})
         distributed.agree(None)
-    images = ImageLoader(data, side, config.workers, cache="off")
+    images = _images(data, side, config.workers, "off" if config.cache_images == "off" else "auto")
     with bar(len(data), _label(arm.name, split, mirror), done=first) as shown:
 
         def take(start: int, features: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
@@ -231,6 +231,12 @@ def cached_maps(
     check_broken(reasons(data, writer.valid(), side), len(data), config.max_broken, data)
     writer.finish()
     return open_features(path)
+
+
+@lru_cache(maxsize=2)  # the two splits
+def _images(data: Dataset, side: int, workers: int, cache: str) -> ImageLoader:
+    """One loader of a split for all networks and views, so that images are decoded once where they fit."""
+    return ImageLoader(data, side, workers, cache=cache)
 
 
 def _label(name: str, split: int, mirror: bool) -> str:
