@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-torch mutants check format bench install
+.PHONY: demo test test-all test-torch mutants check docs format bench install
 
 install: $(READY)
 
@@ -42,6 +42,11 @@ check: $(READY)
 	rm -rf build && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build/site && MYPYPATH=. ../../$(BIN)/mypy --python-executable ../../$(BIN)/python --config-file ../../pyproject.toml -p ktransfer
+
+# The documentation as a site, build/docs/index.html; whatever Sphinx warns of is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 format: $(READY)
 	$(BIN)/ruff format .

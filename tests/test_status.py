@@ -10,9 +10,9 @@ import pytest
 from ktransfer import cli, progress
 from ktransfer import run as runs
 from ktransfer.errors import UsageError
+from ktransfer.pretext.config import PretextConfig
+from ktransfer.retrain.config import RetrainConfig
 from ktransfer.status import in_time, status
-from pretext.config import PretextConfig
-from retrain.config import RetrainConfig
 
 DONE = PretextConfig(data="images")
 

@@ -85,10 +85,14 @@ def test_layers_numbers_and_the_test_part_read_once(splits, tmp_path, caught):
         assert 0 <= layer["top1_interval"][0] <= layer["top1"] <= layer["top1_interval"][1] <= 1
         assert layer["numbers"] == layer["grid"] ** 2 * (layer["numbers"] // layer["grid"] ** 2)
     assert json.loads(json.dumps(found)) == found
-    # One pass over the test split; two views of the training split.
+    # Two views of the training images, and a second network, take what was decoded once.
+    assert evaluate(arm(), (train, test), CONFIG, tmp_path / "other", CPU) == found
     assert sorted(tested) == list(range(len(test)))
-    assert sorted(trained) == sorted(2 * list(range(len(train))))
-    (_, held_rows, _), (source, test_rows, _) = caught["predictions"]
+    assert sorted(trained) == list(range(len(train)))
+    again, kept = replace(CONFIG, cache_images="off"), len(trained)
+    assert evaluate(arm(), (train, test), again, tmp_path / "off", CPU) == found
+    assert len(trained) == kept + 2 * len(train)
+    (_, held_rows, _), (source, test_rows, _) = caught["predictions"][:2]
     assert test_rows.tolist() == list(range(len(test)))
     assert len(source.views) == 1
     assert len(held_rows) == 5
