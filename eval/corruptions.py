@@ -4,7 +4,8 @@ After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Commo
 2019; docs/papers.md): the same fifteen kinds, most of them with their strengths. Lengths are scaled
 with the image (theirs are for 224 pixels) and noise with the root of that, so that small images are not drowned;
 frost is drawn instead of photographed; snow, glass, elastic and pixelate have strengths of their own, each severity
-stronger than the one before (theirs of frost and fog are not, between 3 and 4). So numbers can be compared with each other, not with those of the stored ImageNet-C.
+stronger than the one before (theirs of frost and fog are not, between 3 and 4). So numbers can be compared with each
+other, not with those of the stored ImageNet-C.
 
 One draw serves all five severities of an image: they differ by strength alone.
 """
