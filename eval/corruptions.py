@@ -4,7 +4,8 @@ After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Commo
 2019; docs/papers.md): the same fifteen kinds, most of them with their strengths. Lengths are scaled
 with the image (theirs are for 224 pixels) and noise with the root of that, so that small images are not drowned;
 frost is drawn instead of photographed; snow, glass, elastic and pixelate have strengths of their own, each severity
-stronger than the one before. So numbers can be compared with each other, not with those of the stored ImageNet-C.
+stronger than the one before (theirs of frost and fog are not, between 3 and 4). So numbers can be compared with each
+other, not with those of the stored ImageNet-C.
 
 One draw serves all five severities of an image: they differ by strength alone.
 """
@@ -24,7 +25,6 @@ from ktransfer import rng
 
 SEVERITIES = 5
 FULL_SIDE = 224  # pixels, for which the lengths below are meant
-_ZOOMS = 11
 _SUPERSAMPLED = 8
 
 
@@ -123,7 +123,8 @@ def motion_blur(x: Tensor, draws: Draws, level: int) -> Tensor:
 
 def zoom_blur(x: Tensor, draws: Draws, level: int) -> Tensor:
     """The mean of what a zoom passes through."""
-    zooms = torch.linspace(1, (1.11, 1.16, 1.21, 1.26, 1.31)[level], _ZOOMS).tolist()
+    end, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.33, 0.03))[level]
+    zooms = [1.0, *np.arange(1, end, step).tolist()]  # the image itself counts twice, as in their code
     still = torch.zeros(len(x), draws.side, draws.side, 2, device=x.device)
     return torch.stack([_displaced(x, still, zoom) for zoom in zooms]).mean(0)
 
@@ -150,7 +151,7 @@ def snow(x: Tensor, draws: Draws, level: int) -> Tensor:
 
 def frost(x: Tensor, draws: Draws, level: int) -> Tensor:
     """Under ridges of bluish ice."""
-    kept, ice = ((1.0, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.75), (0.6, 0.8))[level]
+    kept, ice = ((1.0, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
     ridges = 1 - (2 * _plasma(draws, "ice", 1.4) - 1).abs()
     colour = torch.tensor((0.75, 0.88, 1.0), device=x.device).view(1, 3, 1, 1)
     return kept * x + ice * ridges**2 * colour
@@ -158,7 +159,7 @@ def frost(x: Tensor, draws: Draws, level: int) -> Tensor:
 
 def fog(x: Tensor, draws: Draws, level: int) -> Tensor:
     """Behind a plasma cloud, dimmed to the brightness it had."""
-    strength, decay = ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.7, 1.5), (3.0, 1.4))[level]
+    strength, decay = ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))[level]
     brightest = x.amax(dim=(1, 2, 3), keepdim=True)
     return (x + strength * _plasma(draws, "cloud", decay)) * brightest / (brightest + strength)
 

@@ -1,6 +1,6 @@
 """How much a linear probe on a frozen network keeps where images or labels get worse.
 
-Protocol `robust/1` (docs/papers.md). The classifier: one linear layer on the maps of one layer, learned
+Protocol `robust/2` (docs/papers.md). The classifier: one linear layer on the maps of one layer, learned
 as in `linear` but with fewer epochs; layer and learning rate are the best on a tenth of the training split, which the
 heads do not learn from. Then, on `--robust-images` of the test split, drawn by the seed, the same for all networks,
 their centre squares:
@@ -45,7 +45,7 @@ from ..learners.maps import FORWARD_BATCH, choose_layers, map_bytes
 from ..result import Result, broken_lines, result_of
 from .linear import rates
 
-PROTOCOL = "robust/1"
+PROTOCOL = "robust/2"
 TITLE = "robustness"
 MEASURES = {
     "top1": "top-1 %",

@@ -31,7 +31,7 @@ from ktransfer.training.stopping import Stopping
 
 LOG_SECONDS = 10.0
 MARKS = {"step": (1 / 3, 2 / 3, 8 / 9), "sevenths": (2 / 7, 4 / 7, 6 / 7)}
-"""Where a schedule divides the rate by 10. "sevenths" and "sqrt" belong to presets of eval, no option names them."""
+"""Where a schedule divides the rate by 10. "sqrt" belongs to a preset of eval, no option names it."""
 LEFT = ((60_000 * 16, 3), (20_000 * 16, 9))
 """Where "he" does: when so many images are left, 60,000 and 20,000 iterations of 16 (docs/papers.md).
 

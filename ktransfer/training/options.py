@@ -54,9 +54,10 @@ class LoopOptions(MachineOptions):
     weight_decay: float = option(5e-4, "weight decay; not applied to biases and batch norms", low=0)
     schedule: str = option(
         "cosine",
-        "learning rate after the warm-up. cosine: down to 0; step: x 0.1 after 1/3, 2/3 and 8/9 of the training; he: "
+        "learning rate after the warm-up. cosine: down to 0; step: x 0.1 after 1/3, 2/3 and 8/9 of the training; "
+        "sevenths: after 2/7, 4/7 and 6/7, as Caffe's solvers for ImageNet; he: "
         "x 0.1 when 960,000 and 320,000 images are left, in short trainings after 2/3 and 8/9; constant",
-        choices=("cosine", "step", "he", "constant"),
+        choices=("cosine", "step", "sevenths", "he", "constant"),
     )
     tensorboard: bool = option(False, "write TensorBoard events beside metrics.jsonl", execution=True)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises from 0", low=0, high=0.5)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 400), st.sampled_from(["cosine", "step", "he", "constant"]), st.floats(0, 0.5))
+@given(st.integers(1, 400), st.sampled_from(["cosine", "step", "sevenths", "he", "constant"]), st.floats(0, 0.5))
 def test_the_rate_stays_between_0_and_1_rises_then_falls(total, schedule, warmup):
     options = TrainOptions(schedule=schedule, warmup=warmup)
     rates = [loop.rate(step, total, options) for step in range(total)]
