@@ -180,9 +180,13 @@ class EvalConfig(LoopOptions):
     lr: float = option(0.01, "learning rate after the warm-up", low=0, of=LOCATED)
     trunk: str = option(
         "frozen,full",
-        "frozen: the backbone is not trained; full: it is; separated by commas. finished, only for detect: the "
-        "detectors of the run's selftrain stage as they are; a run without another network does that by itself",
+        "frozen: the backbone is not trained; partial: but for the layers of --freeze, it is; full: it is; separated "
+        "by commas. finished, only for detect: the detectors of the run's selftrain stage as they are; a run without "
+        "another network does that by itself",
         of=LOCATED,
+    )
+    freeze: str | None = option(
+        None, "with --trunk partial: layers that are not trained, such as conv1,conv2; their norms neither", of=LOCATED
     )
     threshold: float = option(0.05, "lowest score of a box that counts as a prediction", low=0, high=1, of=("detect",))
     canvas: int = option(320, "long side of the images in pixels", low=64, high=2048, of=LOCATED)

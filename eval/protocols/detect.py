@@ -5,9 +5,9 @@ made short. Faster R-CNN (`--detector retinanet` for the other) on the arm's con
 random; AlexNet and VGG-16 with one map by default, `--neck p2-p6` or `p3-p7` puts a pyramid on any trunk. Images lie
 on squares of `--canvas` pixels, the long side resized, the rest padded; in training they are scaled by a factor drawn
 from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
-and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms
-with it; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end: nothing is
-chosen by the test split, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
+and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms with it; `partial`, the layers of
+`--freeze` do; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end:
+nothing is chosen by the test split, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
 AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
 resamplings of the test images. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
 """
@@ -45,7 +45,7 @@ PROTOCOL = "detect/2"
 TITLE = "detection"
 MEASURES = {"AP": "AP %", "AP50": "AP50 %", "AP75": "AP75 %", "VOC07": "VOC07 mAP %"}
 NOTE = "{counts}detector, canvas, schedule and least score stand in its json."
-COLUMNS = ("frozen", "full")
+COLUMNS = ("frozen", "partial", "full")
 SAMPLED = 64  # boxes of an image that the heads of Faster R-CNN learn from, as in Fast R-CNN
 PROPOSALS = 300
 
@@ -67,7 +67,8 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
     columns(config)
     losses.check_batches(config, config.batch)
     for network in evaluated:
-        trunks.build(network, None, neck(network, config), config.norm, 0)
+        for column in columns(config):
+            trunk_of(Arm("", network, None), column, neck(network, config), config)
 
 
 def evaluate(
@@ -144,9 +145,12 @@ def columns(config: EvalConfig) -> list[str]:
     """The columns of `--trunk`.
 
     Raises:
-        UsageError: an unknown one.
+        UsageError: an unknown one, or `partial` and `--freeze` are not given together.
     """
-    return chosen("--trunk", config.trunk, COLUMNS, "column")
+    found = chosen("--trunk", config.trunk, COLUMNS, "column")
+    if ("partial" in found) != (config.freeze is not None):
+        raise UsageError("--trunk partial and --freeze LAYERS go together: give both or neither")
+    return found
 
 
 def trunk_of(arm: Arm, column: str, neck: str, config: EvalConfig) -> trunks.Trunk:
@@ -154,6 +158,8 @@ def trunk_of(arm: Arm, column: str, neck: str, config: EvalConfig) -> trunks.Tru
     trunk = trunks.build(arm.network, arm.weights, neck, config.norm, config.seed)
     if column == "frozen":
         trunk.freeze()
+    elif column == "partial":
+        trunk.freeze([name.strip() for name in str(config.freeze).split(",")])
     return trunk
 
 

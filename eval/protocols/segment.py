@@ -18,7 +18,7 @@ import torch
 
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader, readable
-from ktransfer.detection import canvas, masks, segmentation, trunks
+from ktransfer.detection import canvas, masks, segmentation
 from ktransfer.detection.data import Detection
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.opening import open_detection
@@ -54,7 +54,8 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
         masks.need_masks(split)
     masks.need_memory(f"--canvas {config.canvas}", len(splits[0]), config.canvas)
     for network in evaluated:
-        trunks.build(network, None, segmentation.HEADS[config.head], config.norm, 0)
+        for column in columns(config):
+            trunk_of(Arm("", network, None), column, segmentation.HEADS[config.head], config)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ Level l is a map of stride 2^l, as in the papers: C2..C5 come from the network, 
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ktransfer.networks.teachers import Teacher
 NORMS = ("bn", "gn", "frozen")
 NECKS = ("p3-p7", "p2-p6", "single")
 GROUPS = 32
+NORM_LAYERS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d, nn.LocalResponseNorm)
 _PROBE = 256  # pixels of the image by which strides are measured
 _DEEPEST = 5
 
@@ -31,8 +32,8 @@ _DEEPEST = 5
 class Trunk(nn.Module):
     """Maps of a network, with a pyramid or alone: (b, 3, h, w) -> {"p3": (b, out_channels, h / 8, w / 8), ...}.
 
-    `body` keeps the names of the network's own modules. `how` is how images are normalised. Where `still`, the
-    parameters of the body get no gradient, and its batch norms keep their statistics also in training.
+    `body` keeps the names of the network's own modules. `how` is how images are normalised. The modules of the body
+    that `still` names get no gradient, and their batch norms keep their statistics also in training.
     """
 
     def __init__(
@@ -44,29 +45,42 @@ class Trunk(nn.Module):
         self.neck = neck
         self.out_channels = channels
         self.how = how
-        self.still = False
+        self.still: list[str] = []
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """See the class."""
         found: OrderedDict[str, Tensor] = OrderedDict()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.still):
-            for name, module in self.body.named_children():
-                x = module(x)
-                if name in self.taps:
-                    found[self.taps[name]] = x
+        for name, module in self.body.named_children():
+            x = module(x)
+            if name in self.taps:
+                found[self.taps[name]] = x
         return found if self.neck is None else self.neck(found)
 
-    def freeze(self) -> "Trunk":
-        """Keep the body as it is."""
-        self.still = True
-        self.body.requires_grad_(False)
+    def freeze(self, layers: Sequence[str] | None = None) -> "Trunk":
+        """Keep these layers of the body as they are, and the norms that follow each of them; all where not given.
+
+        Raises:
+            UsageError: the body has no such layer.
+        """
+        modules = dict(self.body.named_children())
+        learning = [name for name, module in modules.items() if any(True for _ in module.parameters())]
+        for name in layers or ():
+            if name not in learning:
+                raise UsageError(f"--freeze {name}: no layer of the trunk; it has {', '.join(learning)}")
+        kept = True
+        for name, module in modules.items():
+            if not isinstance(module, NORM_LAYERS):
+                kept = layers is None or name in layers
+            if kept:
+                self.still.append(name)
+                module.requires_grad_(False)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "Trunk":
         """As of any module, but for a body that is kept as it is."""
         super().train(mode)
-        if self.still:
-            self.body.eval()
+        for name in self.still:
+            self.body.get_submodule(name).eval()
         return self
 
 

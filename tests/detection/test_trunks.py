@@ -121,6 +121,17 @@ def test_a_still_trunk_keeps_weights_and_statistics():
     assert all(part.grad is not None for part in trunk.neck.inner_blocks.parameters())
 
 
+def test_a_part_of_a_trunk_stays():
+    trunk = trunks.build(Network("resnet18"), None, "p3-p7", "bn", 0, 32).freeze(["conv1", "layer1"])
+    before = {name: value.clone() for name, value in trunk.body.state_dict().items()}
+    sum(part.sum() for part in trunk.train()(torch.randn(2, 3, 64, 64)).values()).backward()
+    after = trunk.body.state_dict()
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(after[name], value)}
+    assert moved == {"layer2", "layer3", "layer4"}
+    learning = {name.split(".")[0] for name, part in trunk.body.named_parameters() if part.grad is not None}
+    assert learning == moved
+
+
 def test_unknown_trunks_are_one_line():
     for arch in ("vit_b_32", "torchvision:alexnet", "densenet121"):
         with pytest.raises(UsageError, match="not a backbone of detectors"):

@@ -102,9 +102,27 @@ def test_frozen_trunks_keep_their_weights_and_full_ones_move(tmp_path, monkeypat
     monkeypatch.setattr(detect.loop, "fit", fit)
     splits = detect.open_data("scenes:images=24,size=64")
     arm = Arm("run", Network("alexnet_bn", 0.25, size=64), None)
-    detect.evaluate(arm, splits, config(trunk="frozen,full"), tmp_path / "work", CPU)
+    settings = config(trunk="frozen,partial,full", freeze="conv1, conv2")
+    found = detect.evaluate(arm, splits, settings, tmp_path / "work", CPU)
+    assert list(found["scores"]) == ["frozen", "partial", "full"]
     assert kept["detect run frozen"] == []
     assert {"conv1.weight", "conv5.bias", "bn3.running_mean"} <= set(kept["detect run full"])
+    stayed = [name for name in kept["detect run full"] if name.split(".")[0] in ("conv1", "conv2", "bn1", "bn2")]
+    assert set(kept["detect run partial"]) == set(kept["detect run full"]) - set(stayed)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"trunk": "partial"}, "--trunk partial and --freeze"),
+        ({"freeze": "conv1"}, "--trunk partial and --freeze"),
+        ({"trunk": "partial", "freeze": "relu1"}, "--freeze relu1: no layer of the trunk; it has conv1, "),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(tmp_path, more, words):
+    splits = detect.open_data("scenes:images=24,size=64")
+    with pytest.raises(UsageError, match=words):
+        detect.check([Network("alexnet_bn", 0.25, size=64)], splits, config(**more), tmp_path)
 
 
 def test_interrupted_between_columns_it_goes_on(tmp_path, monkeypatch):
