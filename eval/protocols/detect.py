@@ -7,9 +7,10 @@ on squares of `--canvas` pixels, the long side resized, the rest padded; in trai
 from `--jitter`, cropped, mirrored half the time; at test they are seen once, or with `--test-scales` at several scales
 and mirrored. Columns (`--trunk`): `frozen`, the trunk stays as it is, batch norms with it; `partial`, the layers of
 `--freeze` do; `full`, all learns. SGD with momentum, one learning rate for all (`--lr`), the weights at the end:
-nothing is chosen by the test split, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100 boxes an image.
-AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96 deviations over 200
-resamplings of the test images. Crowd boxes are neither learned nor counted, VOC's difficult ones learned alone.
+nothing is chosen by the test split, which is read once. Scores from `--threshold` on, NMS at IoU 0.5, at most 100
+boxes an image. AP, AP50, AP75 by COCO's rules (faster-coco-eval), VOC07 by the 11-point rule; intervals: 1.96
+deviations over 200 resamplings of the test images. Crowd boxes are neither learned nor counted, VOC's difficult ones
+learned alone.
 """
 
 from collections.abc import Callable, Mapping
