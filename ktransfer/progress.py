@@ -38,14 +38,14 @@ class State(TypedDict):
     time: float
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm's, which also tells the file and, with `--log-format json`, writes lines instead of itself."""
 
     told = 0.0
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: float = 1) -> bool:
         """As tqdm's."""
-        shown = super().update(n)
+        shown = bool(super().update(n))
         if not self.disable and time.monotonic() - self.told > EVERY:
             self.told = time.monotonic()
             _tell(self)

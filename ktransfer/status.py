@@ -41,7 +41,7 @@ def in_time(seconds: float) -> str:
     """A length of time as people say it: 12 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
     whole = round(seconds)
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    parts = []
+    parts: list[str] = []
     for name, length in units:
         count, whole = divmod(whole, length)
         if count or parts or name == "s":

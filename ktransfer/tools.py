@@ -96,7 +96,7 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
     required=True,
     help="A model.safetensors of retrain or selftrain, a run folder: its own, or an .onnx of export.",
 )
-@click.option("--data", required=True, help="Images: a folder, one image, a list of paths, a pack, or scenes:.")
+@click.option("--data", required=True, help="Images: a folder, one image, a list of paths, a pack, shards, or scenes:.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -125,7 +125,9 @@ def predict(model: str, data: str, out: Path | None, **given: Any) -> None:
 @click.command(cls=Alone)
 @click.argument("part", type=click.Choice(["decode", "data", "step", "extract", "retrain", "predict"]))
 @click.option("--model", help="predict: a run, a model.safetensors or an .onnx; if not given, fresh weights of --arch.")
-@click.option("--data", help="Images: a folder, a list of paths, a pack, or scenes:; if not given, generated JPEGs.")
+@click.option(
+    "--data", help="Images: a folder, a list of paths, a pack, shards, or scenes:; if not given, generated JPEGs."
+)
 @click.option("--arch", help="The network.  [default: vgg16; retrain, predict: alexnet]")
 @click.option(
     "--width", default=1.0, type=click.FloatRange(0.05, 4), show_default=True, help="Factor on the number of channels."

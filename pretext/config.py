@@ -17,7 +17,9 @@ class PretextConfig(TrainOptions):
     first: ClassVar = ("data", "arch", "width", "epochs", "lr")
 
     data: str | None = option(
-        None, "images: a folder, a list of paths (.txt, .csv), a pack (.h5), or scenes:", execution=True
+        None,
+        "images: a folder, a list of paths (.txt, .csv), a pack (.h5), shards (.tar, .parquet), or scenes:",
+        execution=True,
     )
     task: str = option(
         "jigsawpp",

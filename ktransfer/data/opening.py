@@ -1,4 +1,4 @@
-"""Opening what `--data` and `--labelled` name: a folder, a list of paths, a pack or `scenes:`."""
+"""Opening what `--data` and `--labelled` name: a folder, a list of paths, a pack, shards or `scenes:`."""
 
 import difflib
 import hashlib
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.data import shards
 from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
 from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, walk
 from ktransfer.data.labelled import open_layout
@@ -22,7 +23,8 @@ LISTS = (".txt", ".csv", ".tsv")
 
 
 def open_dataset(spec: str) -> Dataset:
-    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5) or `scenes:...`; UsageError when it names no images.
+    """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5), shards (.tar, .parquet; see `shards.py`) or `scenes:...`;
+    UsageError when it names no images.
 
     A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
     image lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
@@ -31,6 +33,8 @@ def open_dataset(spec: str) -> Dataset:
     """
     if spec.startswith("scenes:"):
         return _scenes(spec, "train")
+    if paths := shards.named(spec):
+        return shards.open_shards(spec, paths)
     path = _existing(spec)
     if path.is_dir():
         if (train := _split_place(path, ("train",))) and (val := _split_place(path, VAL_NAMES)):
@@ -42,7 +46,7 @@ def open_dataset(spec: str) -> Dataset:
     if path.suffix.lower() not in LISTS:
         raise UsageError(
             f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor a pack ({', '.join(PACKS)}), "
-            "nor scenes:; give one of these"
+            f"nor shards ({', '.join(shards.SHARDS)}), nor scenes:; give one of these"
         )
     return _list(spec, path)
 
@@ -63,14 +67,43 @@ def open_splits(spec: str) -> tuple[Dataset, Dataset]:
     if other := open_layout(spec, root):
         return other
     train, val = _split_place(root, ("train",)), _split_place(root, VAL_NAMES)
+    if (train is None or val is None) and (found := _sharded_splits(spec, root)):
+        return found
     if train is None or val is None:
         missing = f"{' or '.join(VAL_NAMES)}" if train else "train"
         raise UsageError(
             f"{spec} has no folder {missing}; --labelled takes a root with train/CLASS/ and val/CLASS/, or with packs "
             "of them, train.h5 and val.h5, or with train.csv and val.csv, or a VOCdevkit, or COCO's instances_*.json"
         )
-    splits = _folder_or_pack(spec, train), _folder_or_pack(spec, val)
-    for path, split in zip((train, val), splits, strict=True):
+    return _with_same_classes((train, val), (_folder_or_pack(spec, train), _folder_or_pack(spec, val)))
+
+
+def _shards_of(spec: str, root: Path) -> list[Path]:
+    """Those of a folder, or of its folder data; where some are called train and others val, the first."""
+    folder = root if shards.inside(root) else root / "data"
+    if not folder.is_dir():
+        return []
+    train = shards.inside(folder, ("train",))
+    if train and shards.inside(folder, VAL_NAMES):
+        say_once(f"{spec} has shards called train and others: using {len(train)} of {folder}/train*")
+        return train
+    return shards.inside(folder)
+
+
+def _sharded_splits(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
+    """Shards train-... and val-... (or validation, test) in a root, or in its folder data, as on Hugging Face."""
+    for folder in (root, root / "data"):
+        if folder.is_dir():
+            train, val = (shards.inside(folder, names) for names in (("train",), VAL_NAMES))
+            if train and val:
+                splits = shards.open_shards(spec, train), shards.open_shards(spec, val)
+                return _with_same_classes((train[0], val[0]), splits)
+    return None
+
+
+def _with_same_classes(places: tuple[Path, Path], splits: tuple[Dataset, Dataset]) -> tuple[Dataset, Dataset]:
+    train, val = places
+    for path, split in zip(places, splits, strict=True):
         if not split.classes or (split.targets == UNKNOWN).any():
             outside = next((key for key in split.keys if "/" not in key), None)
             why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
@@ -121,6 +154,8 @@ def _folder_or_pack(spec: str, path: Path) -> Dataset:
 
 def _folder(spec: str, root: Path) -> Dataset:
     found = walk(root)
+    if not found.names and (held := _shards_of(spec, root)):
+        return shards.open_shards(spec, held)
     if found.ignored or found.repeated:
         say_once(
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
