@@ -162,7 +162,7 @@ def bench(part: str, **given: Any) -> None:
 
 @click.command()
 @click.option(
-    "--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/reference/self-training.md."
+    "--recipe", type=click.Path(path_type=Path), required=True, help="A TOML file; see docs/how-to/run-a-study.md."
 )
 @click.option(
     "--run",
@@ -170,16 +170,27 @@ def bench(part: str, **given: Any) -> None:
     required=True,
     help="The folder of the study, which is made if it does not exist.",
 )
-def study(recipe: Path, run: Path) -> None:
-    """Run self-training for every combination of a grid of settings.
+@click.option("--jobs", default=1, type=click.IntRange(1), show_default=True, help="Steps of the chain made at once.")
+@click.option("--dry-run", is_flag=True, help="Show the steps of a study of the chain and how long they will take.")
+def study(recipe: Path, run: Path, jobs: int, dry_run: bool) -> None:
+    """Run the chain, or self-training, for every combination of a grid of settings.
 
-    Combinations that are done are skipped; the result is one table.
+    What combinations share is made once, and what is done is skipped; the result is one table.
     """
     from ktransfer import distributed
-    from ktransfer.retrain.selftraining.study import study as carry_out
+    from ktransfer.study.carrying import study as of_chain
+    from ktransfer.study.recipe import tables_of
 
-    if distributed.is_leader():
-        carry_out(recipe, run)
+    if not distributed.is_leader():
+        return
+    if "selftrain" not in tables_of(recipe):
+        of_chain(recipe, run, jobs, dry_run)
+    elif jobs > 1 or dry_run:
+        raise UsageError("study: --jobs and --dry-run are for studies of the chain, not for those with [selftrain]")
+    else:
+        from ktransfer.retrain.selftraining.study import study as of_selftraining
+
+        of_selftraining(recipe, run)
 
 
 @click.command()
