@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ktransfer import networks, rng
 from ktransfer.data.loader import CPU, ImageLoader
+from ktransfer.detection import frames
 from ktransfer.detection.data import Detection
 from ktransfer.errors import BrokenImage
 
@@ -67,10 +68,9 @@ def laid(
     width, height = (round(side) for side in extent(stated, size))
     pixels = read(row, min(width, height))
     shape = pixels.shape[1], pixels.shape[0]
-    # A reduced decoding rounds each side up, so that it is at most one pixel larger than its share.
-    factor = max(shape) / max(stated)
-    if any(abs(side - factor * whole) > 1.5 for side, whole in zip(shape, stated, strict=True)) or factor > 1.01:
-        raise BrokenImage(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
+    if not frames.fits(shape, stated):
+        hint = "; boxes of the other EXIF frame? (--exif)" if frames.fits(shape[::-1], stated) else ""
+        raise BrokenImage(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}{hint}")
     image = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
     if shape != (width, height):
         # Pillow's antialiased filter but for rounding, in a third of the time.

@@ -51,7 +51,7 @@ class Named(NamedTuple):
     """The classes of a detector, as COCO's json numbers them."""
 
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | float | str, ...]
 
 
 class Detector:
