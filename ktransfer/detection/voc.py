@@ -177,6 +177,7 @@ def _name(path: Path, year: Path, line: str) -> str:
     parts = PurePosixPath(line).parts
     if line.startswith("/") or "\\" in line or "\0" in line or any(part.startswith(".") for part in parts):
         raise UsageError(f"{path}: {line!r} leads out of the folder; names must be relative and stay inside")
+    line = str(PurePosixPath(line))
     flagged = _FLAGGED.fullmatch(line)
     if flagged and not _xml(year, line).is_file():
         line = flagged[1]
