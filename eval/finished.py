@@ -56,8 +56,8 @@ def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> Finished | 
         return None
     if coming:
         return Finished(coming.labelled, coming, _unusual(coming.detector.exif if coming.detector else None))
-    config = made["config"] if made else {}
-    return Finished(str(config["labelled"]) if made else None, None, _unusual(config.get("exif")))
+    learned = made["config"] if made else {}
+    return Finished(str(learned["labelled"]) if made else None, None, _unusual(learned.get("exif")))
 
 
 def _unusual(exif: str | None) -> str | None:

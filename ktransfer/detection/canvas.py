@@ -138,7 +138,7 @@ def _sides_of(one: Objects, outlines: bool) -> NDArray[np.float64]:
         if isinstance(outline, list):
             points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in outline])
             found[place] = np.ptp(points, axis=0).min()
-    return found[~one.crowd]
+    return np.asarray(found[~one.crowd], np.float64)
 
 
 def draw_jitter(

@@ -73,7 +73,7 @@ def predict(
     """
     weights = weights_at(model)
     if is_detector(weights):
-        others = {"top": top, "layer": layer}
+        others: dict[str, object] = {"top": top, "layer": layer}
         return _find(weights, data, out, others, draw, threshold, exif, batch, device, workers)
     if layer == LIST:
         classifier_of(weights).tap(layer)
