@@ -190,6 +190,14 @@ class EvalConfig(LoopOptions):
     )
     threshold: float = option(0.05, "lowest score of a box that counts as a prediction", low=0, high=1, of=("detect",))
     canvas: int = option(320, "long side of the images in pixels", low=64, high=2048, of=LOCATED)
+    exif: str | None = option(
+        None,
+        "obey: boxes and masks are for images as their EXIF turns them upright; ignore: for images as they are stored; "
+        "if not given, as the detectors of selftrain learned, else obey",
+        choices=("obey", "ignore"),
+        execution=True,
+        of=LOCATED,
+    )
     jitter: str = option("0.8,1.2", "range of random scaling in training", of=LOCATED)
     test_scales: str = option(
         "1",

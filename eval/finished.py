@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ktransfer.detection.frames import OBEY
 from ktransfer.plan import Plan, latest
 from ktransfer.run import read_record
 
@@ -12,7 +13,19 @@ from .config import EvalConfig
 
 TRUNK = "finished"
 STAGE, LAST = "selftrain", "scores"
-READ = ("labelled", "beside", "trunk", "threshold", "test_scales", "seed", "seeds", "device", "workers", "max_broken")
+READ = (
+    "labelled",
+    "exif",
+    "beside",
+    "trunk",
+    "threshold",
+    "test_scales",
+    "seed",
+    "seeds",
+    "device",
+    "workers",
+    "max_broken",
+)
 """The settings that are read where they are evaluated."""
 
 
@@ -22,10 +35,12 @@ class Finished(NamedTuple):
     Attributes:
         labelled: the labelled images that they learned from; None where the run has none.
         coming: what will be made.
+        exif: how they take images, where that is not the usual way.
     """
 
     labelled: str | None
     coming: Plan | None
+    exif: str | None
 
 
 def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> Finished | None:
@@ -40,5 +55,10 @@ def wanted(run: Path, config: EvalConfig, before: Sequence[Plan]) -> Finished | 
     elif config.trunk != TRUNK:
         return None
     if coming:
-        return Finished(coming.labelled, coming)
-    return Finished(str(made["config"]["labelled"]) if made else None, None)
+        return Finished(coming.labelled, coming, _unusual(coming.detector.exif if coming.detector else None))
+    learned = made["config"] if made else {}
+    return Finished(str(learned["labelled"]) if made else None, None, _unusual(learned.get("exif")))
+
+
+def _unusual(exif: str | None) -> str | None:
+    return None if exif == OBEY else exif

@@ -20,14 +20,14 @@ from ktransfer.training.device import choose_device
 from . import finished, supervised
 from .arms import SUPERVISED, Arm, Trained, find_arms, trained_networks
 from .comparison import compare
-from .config import PROTOCOLS, EvalConfig, own_settings
+from .config import LOCATED, PROTOCOLS, EvalConfig, own_settings
 from .protocols import protocol as protocols
 from .published import published
 from .seeds import merged
 from .table import to_csv, to_markdown
 
 PRETEXT = ("jigsawpp", "jigsaw", "rotation", "context")  # tasks whose networks learned on pieces of images
-PATHS = ("labelled", "beside", "subset")
+PATHS = ("labelled", "exif", "beside", "subset")
 SCHEMA = 2
 
 
@@ -235,7 +235,8 @@ def _of_detectors(run: Path, given: EvalConfig, detectors: finished.Finished, de
     """The evaluation of detectors as selftrain made them."""
     from .protocols import trained_detectors
 
-    config = replace(given, protocol="detect", labelled=given.labelled or detectors.labelled, trunk=finished.TRUNK)
+    labelled, exif = given.labelled or detectors.labelled, given.exif or detectors.exif
+    config = replace(given, protocol="detect", labelled=labelled, trunk=finished.TRUNK, exif=exif)
     splits = _opened(config)
     trained_detectors.check(run, config, splits, detectors)
     return Evaluation(run, config, splits, chosen_settings(config, finished.READ), [], device)
@@ -257,7 +258,7 @@ def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: 
 def _opened(config: EvalConfig) -> Any:
     if not config.labelled:
         raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
-    return protocols.open_data(config.protocol, config.labelled)
+    return protocols.open_data(config.protocol, config.labelled, config.exif if config.protocol in LOCATED else None)
 
 
 def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:

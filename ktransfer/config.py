@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import shlex
+import sys
 import tomllib
 import types
 import typing
@@ -155,6 +156,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> tuple[Any, str | No
     wanted = kind(field)
     if value is None:
         return None, None if field.default is None else f"needs a value of type {wanted.__name__}"
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic):
+        value = value.item()  # a number of numpy is one as any other; what did not import it has none
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is str and isinstance(value, Path):

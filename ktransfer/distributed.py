@@ -38,12 +38,12 @@ def started() -> int:
     Raises:
         UsageError: WORLD_SIZE is no number.
     """
-    return _number("WORLD_SIZE", 1)
+    return environment_number("WORLD_SIZE", 1)
 
 
 def is_leader() -> bool:
     """Whether this process is the one that writes and prints: the first, or the only one."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("WORLD_SIZE") or "1") == "1" or (os.environ.get("RANK") or "0") == "0"
 
 
 def world_size() -> int:
@@ -62,7 +62,7 @@ def rank() -> int:
 
 def local_world_size() -> int:
     """Processes of this command on this machine."""
-    return _number("LOCAL_WORLD_SIZE", started()) if _group is not None else 1
+    return environment_number("LOCAL_WORLD_SIZE", started()) if _group is not None else 1
 
 
 def share(rows: int, of: int | None = None) -> tuple[int, int]:
@@ -345,11 +345,16 @@ def _choose_gpu() -> None:
 
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     if devices != [""]:
-        _sharing_gpus = _number("LOCAL_WORLD_SIZE", started()) > len(devices)
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[_number("LOCAL_RANK", 0) % len(devices)]
+        _sharing_gpus = environment_number("LOCAL_WORLD_SIZE", started()) > len(devices)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[environment_number("LOCAL_RANK", 0) % len(devices)]
 
 
-def _number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
+    """What torchrun set; the default where it is not set, or empty.
+
+    Raises:
+        UsageError: it is no number.
+    """
     text = os.environ.get(name, "")
     if text and not text.isdecimal():
         raise UsageError(f"{name} is '{text}', must be a number: torchrun sets it")

@@ -108,6 +108,11 @@ def pack(data: str, size: int, out: Path, raw: bool, quality: int | None, worker
 @click.option(
     "--threshold", type=click.FloatRange(0, 1), help="Boxes and masks: lowest score.  [default: all; drawn: 0.5]"
 )
+@click.option(
+    "--exif",
+    type=click.Choice(["obey", "ignore"]),
+    help="Boxes and masks: turn images upright, or take them as they are stored.  [default: as in training]",
+)
 @click.option("--batch", default=64, type=click.IntRange(1), show_default=True, help="Images at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--workers", default=0, type=click.IntRange(0, 256), help="Threads that read images; 0: one a core.")

@@ -98,6 +98,13 @@ class SelftrainConfig(TrainOptions):
     labelled: str | None = option(
         None, "images with boxes: a root with COCO files or a VOCdevkit, one COCO file, or scenes:", execution=True
     )
+    exif: str = option(
+        "obey",
+        "obey: boxes and masks are for images as their EXIF turns them upright; ignore: for images as they are stored. "
+        "It is kept with the detectors, for eval and predict",
+        choices=("obey", "ignore"),
+        execution=True,
+    )
     fraction: float = option(1.0, "share of the labelled training images whose boxes are used", low=0.0001, high=1)
     stratified: bool = option(False, "keep the proportions of the classes in that share")
     ids: str | None = option(

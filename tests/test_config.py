@@ -5,11 +5,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktransfer import cli, stages
+from ktransfer import cli, distributed, stages
 from ktransfer.config import (
     build,
     chosen,
@@ -23,6 +24,7 @@ from ktransfer.config import (
     result_settings,
     settings_of,
 )
+from ktransfer.data import loader
 from ktransfer.errors import UsageError
 from ktransfer.number_list import number_list
 
@@ -35,6 +37,38 @@ class Some:
     mode: str = option("fast", "", choices=("fast", "slow"))
     batch_norm: bool = option(False, "")
     workers: int = option(0, "", execution=True)
+
+
+NUMPY = [
+    ({"rate": np.float64(0.01)}, 0.01),
+    ({"rate": np.float32(0.5)}, 0.5),
+    ({"rate": np.int64(2)}, 2.0),
+    ({"steps": np.int64(4)}, 4),
+    ({"steps": np.uint8(4)}, 4),
+    ({"batch_norm": np.bool_(True)}, True),
+    ({"name": np.str_("x")}, "x"),
+]
+
+
+@pytest.mark.parametrize(("values", "wanted"), NUMPY)
+def test_numbers_of_numpy_are_numbers(values, wanted):
+    found = getattr(build(Some, values, "here"), next(iter(values)))
+    assert found == wanted and type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"steps": np.float64(2.5)}, "needs a value of type int"),
+        ({"steps": np.int64(10)}, "must be at most 9"),
+        ({"rate": np.float64("nan")}, "must be a finite number"),
+        ({"rate": np.bool_(True)}, "needs a value of type float"),
+        ({"rate": np.array([1.0, 2.0])}, "needs a value of type float"),
+    ],
+)
+def test_wrong_numbers_of_numpy_are_refused_as_others_are(values, words):
+    with pytest.raises(UsageError, match=words):
+        build(Some, values, "here")
 
 
 WORDS = st.text("ab1 _-é", max_size=8)
@@ -200,3 +234,17 @@ def test_others_are_one_line(given):
 def test_nothing_is_above_0_that_is_0():
     with pytest.raises(UsageError, match=r"^--x 0: must be numbers above 0 and up to 2 "):
         number_list("--x", "0", 0, 2, "1,2")
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_an_empty_variable_of_torchrun_is_not_set(name, monkeypatch):
+    for other in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(other, raising=False)
+    usual = loader._default_cache_bytes()
+    monkeypatch.setenv(name, "")
+    assert distributed.is_leader() and distributed.started() == distributed.local_world_size() == 1
+    assert loader._default_cache_bytes() == pytest.approx(usual, rel=0.5)
+    monkeypatch.setenv(name, "two")
+    if name != "RANK":
+        with pytest.raises(UsageError, match=f"{name} is 'two', must be a number"):
+            distributed.environment_number(name, 1)

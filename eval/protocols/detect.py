@@ -29,6 +29,7 @@ from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.detection import canvas, detectors, losses, metrics, trunks
 from ktransfer.detection.data import Detection
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
@@ -51,9 +52,9 @@ SAMPLED = 64  # boxes of an image that the heads of Faster R-CNN learn from, as 
 PROPOSALS = 300
 
 
-def open_data(spec: str) -> tuple[Detection, Detection]:
+def open_data(spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
     """Training and test split with boxes."""
-    return open_detection(spec)
+    return open_detection(spec, exif=exif)
 
 
 def check(evaluated: list[Network], splits: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
@@ -66,6 +67,7 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
     scales(config)
     test_scales(config)
     columns(config)
+    look(splits, config)
     losses.check_batches(config, config.batch)
     for network in evaluated:
         for column in columns(config):
@@ -131,6 +133,13 @@ def scales(config: EvalConfig) -> tuple[float, float]:
     if len(found) != 2 or found[0] > found[1]:
         raise UsageError(f"--jitter {config.jitter}: must be two numbers, the smaller first, such as 0.8,1.2")
     return found[0], found[1]
+
+
+def look(splits: tuple[Detection, Detection], config: EvalConfig, outlines: bool = False) -> None:
+    """Say which objects are too small for `--canvas`; UsageError where all are."""
+    flag, size = f"--canvas {config.canvas}", config.canvas
+    canvas.look(flag, splits[0], size, "training", scales(config)[1], outlines)
+    canvas.look(flag, splits[1], size, "test", None, outlines)
 
 
 def test_scales(config: EvalConfig) -> list[float]:

@@ -7,7 +7,7 @@ check      (networks, splits, config, run) -> None; UsageError for what can be k
 check_arms (arms, config) -> None; UsageError for what can be known of the weights before the work; optional
 evaluate      (arm, splits, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
            what is written on the way, and is removed when the outcome is kept
-open_data  (spec) -> splits; where it is missing, `ktransfer.dataset.open_splits`
+open_data  (spec, exif) -> splits; where it is missing, `ktransfer.dataset.open_splits`
 inputs     (arms, splits, config) -> {name: SHA-256} of what else it reads of the runs; optional
 relate     ({arm: what was written}, config) -> None; adds in place what is said of one beside the others; optional
 LOWER_IS_BETTER, NEITHER_IS_BETTER  measures of which less is better, and such that only describe; optional
@@ -51,13 +51,17 @@ def load(name: str) -> Module:
     return found
 
 
-def open_data(name: str, spec: str) -> Any:
+def open_data(name: str, spec: str, exif: str | None = None) -> Any:
     """The labelled images as the protocol takes them: splits that have a `fingerprint`, a `len` and `classes`.
+
+    Args:
+        exif: of those that find things in images, how these are taken (`ktransfer.detection.frames`).
 
     Raises:
         UsageError: they are not there, or not as the protocol needs them.
     """
-    splits = getattr(load(name), "open_data", open_splits)(spec)
+    opener, more = getattr(load(name), "open_data", open_splits), {"exif": exif} if exif else {}
+    splits = opener(spec, **more)
     if getattr(splits[0], "tags", None) is not None and not getattr(load(name), "MULTI_LABEL", False):
         able = ", ".join(other for other in PROTOCOLS if getattr(load(other), "MULTI_LABEL", False))
         raise UsageError(

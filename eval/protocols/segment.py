@@ -20,6 +20,7 @@ from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader, readable
 from ktransfer.detection import canvas, masks, segmentation
 from ktransfer.detection.data import Detection
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.opening import open_detection
 from ktransfer.errors import StageError
@@ -28,7 +29,7 @@ from ktransfer.networks import Network
 from ..arms import Arm
 from ..config import EvalConfig
 from ..result import Result
-from .detect import by_column, columns, scales, train_column, trunk_of
+from .detect import by_column, columns, look, scales, train_column, trunk_of
 
 PROTOCOL = "segment/2"
 TITLE = "segmentation"
@@ -36,9 +37,9 @@ MEASURES = {"mIoU": "mIoU %", "pixels": "pixels right %"}
 NOTE = "{counts}canvas and schedule stand in its json."
 
 
-def open_data(spec: str) -> tuple[Detection, Detection]:
+def open_data(spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
     """Training and test split with masks."""
-    return open_detection(spec, masks=True)
+    return open_detection(spec, masks=True, exif=exif)
 
 
 def check(evaluated: list[Network], splits: tuple[Detection, Detection], config: EvalConfig, run: Path) -> None:
@@ -49,6 +50,7 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
     """
     scales(config)
     columns(config)
+    look(splits, config, True)
     check_batches(config, config.batch)
     for split in splits:
         masks.need_masks(split)

@@ -55,6 +55,8 @@ def check(run: Path, config: EvalConfig, splits: tuple[Detection, Detection], fi
         if described[-1].settings.kind not in detectors.DETECTORS:
             kind = described[-1].settings.kind
             raise UsageError(f"{weights}: no detector, but {kind}; --protocol detect needs one")
+    for size in sorted({one.size for one in described}):
+        canvas.look(f"--size {size} of selftrain", splits[1], size, "test", None)
     for classes in (one.classes for one in described):
         if splits[1].classes != classes:
             raise UsageError(

@@ -92,15 +92,25 @@ def same_images(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]])
 
 
 def of_files(
-    spec: str, root: Path, name: str, names: Sequence[str], sizes: Sequence[int], labels: Sequence[str]
+    spec: str,
+    root: Path,
+    name: str,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    labels: Sequence[str],
+    turned: bool = True,
 ) -> Dataset:
-    """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none)."""
+    """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none).
+
+    They are upright, or, where not `turned`, as they are stored.
+    """
     keys = escaped(names)
     classes = class_names(escaped(labels))
     number = {label: index for index, label in enumerate(classes)}
     digest = hashlib.sha256()
     for key, size in zip(keys, sizes, strict=True):
         digest.update(f"{key}\0{size}\n".encode())
+    digest.update(b"" if turned else b"exif ignored")
     return Dataset(
         spec=spec,
         name=file_name(name),
@@ -108,9 +118,9 @@ def of_files(
         targets=np.array([number.get(label, UNKNOWN) for label in escaped(labels)], np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
-        read=lambda row, short_side: decoding.decode(root / names[row], short_side),
+        read=lambda row, short_side: decoding.decode(root / names[row], short_side, turned),
         short_side=lambda row: decoding.short_side(root / names[row]),
-        reader=lambda row: partial(decoding.decode, root / names[row]),
+        reader=lambda row: partial(decoding.decode, root / names[row], turned=turned),
     )
 
 

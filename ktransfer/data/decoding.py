@@ -45,11 +45,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = 5
+"""From this orientation on width and height are swapped."""
 # The machine ran short, the image is not to blame: recording it as broken would change results by chance.
 _MACHINE_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.uint8]:
+def decode(source: Path | bytes, short_side: int | None = None, turned: bool = True) -> NDArray[np.uint8]:
     """The first frame of an image, upright, as RGB.
 
     Alpha is laid on white, CMYK is converted without a profile, 16-bit grey is divided by 257. Other deep greys keep
@@ -60,6 +62,7 @@ def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.ui
         short_side: the short side that is wanted in the end. A JPEG is decoded at 1/2, 1/4 or 1/8 by a smaller inverse
             DCT as long as at least twice `short_side` remains: the resize that follows then keeps its antialiasing, and
             the pixels differ little from those of a full decode. Other formats ignore it.
+        turned: as EXIF says; else as it is stored.
 
     Returns:
         (height, width, 3) uint8.
@@ -74,12 +77,12 @@ def decode(source: Path | bytes, short_side: int | None = None) -> NDArray[np.ui
             image.draft(image.mode, (width // scale, height // scale))
         with _GIANTS if image.width * image.height > _GIANT_PIXELS else nullcontext():
             image.load()
-            return upright(image)
+            return upright(image, turned)
 
 
-def upright(image: Image.Image) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8 of an opened image: `decode` says how it becomes RGB."""
-    turn = _UPRIGHT.get(_orientation(image))
+def upright(image: Image.Image, turned: bool = True) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8 of an opened image: `decode` says how it becomes RGB, and what `turned` is."""
+    turn = _UPRIGHT.get(_orientation(image)) if turned else None
     rgb = _rgb(image)
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
@@ -93,6 +96,18 @@ def short_side(source: Path | bytes) -> int:
     """The short side in pixels, from the header alone; raises `BrokenImage` where the header already is broken."""
     with _opened(source) as image:
         return min(image.size)
+
+
+def header(source: Path | bytes) -> tuple[int, int, int]:
+    """Width, height and EXIF orientation (1 where there is none) as they are stored, from the header alone.
+
+    Raises:
+        BrokenImage: the header already is broken.
+    """
+    with _opened(source) as image:
+        # Pillow would decode a whole PNG to see whether EXIF comes after its pixels.
+        bare = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+        return image.width, image.height, 1 if bare else _orientation(image)
 
 
 def share_giants(lock: AbstractContextManager[bool]) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.data import foreign
 from ktransfer.data.dataset import Dataset, class_names, escaped, of_files
 from ktransfer.data.folders import PACKS, VAL_NAMES, file_size
 from ktransfer.data.lists import read_list
@@ -102,7 +103,10 @@ def _coco(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
     train, val = (_coco_split(spec, root, path) for path in names)
     if train.classes != val.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
-        raise UsageError(f"{names[0]} and {names[1]} have different categories ({differing}); give both the same")
+        if differing or len(train.classes) != len(val.classes) or val.tags is None:
+            raise UsageError(f"{names[0]} and {names[1]} have different categories ({differing}); give both the same")
+        order = [val.classes.index(name) for name in train.classes]
+        val = replace(val, classes=train.classes, tags=np.ascontiguousarray(val.tags[:, order]))
     return train, val
 
 
@@ -118,9 +122,9 @@ def _instances(folder: Path, words: Sequence[str]) -> Path:
 def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
     try:
         content: Any = json.loads(_read(path))
-        files = {image["id"]: str(image["file_name"]) for image in content["images"]}
-        classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
-        present = {(mark["image_id"], mark["category_id"]) for mark in content["annotations"]}
+        files = {foreign.key(image["id"]): foreign.key(image["file_name"]) for image in content["images"]}
+        named = {foreign.key(kind["id"]): (kind["id"], foreign.key(kind["name"])) for kind in content["categories"]}
+        present = {(foreign.key(mark["image_id"]), foreign.key(mark["category_id"])) for mark in content["annotations"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
     if not files:
@@ -132,14 +136,19 @@ def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
     if place is None:
         looked = ", ".join(str(place / first) for place in places)
         raise UsageError(f"{path}: its images do not exist (looked for {looked}); put them in one of these places")
-    columns = sorted(classes)
+    for part, ids in (("images", files), ("categories", named)):
+        if len(ids) < len(content[part]):
+            raise UsageError(f"{path}: an id occurs twice in its {part}; each must occur once")
+    # Ids are names; where all are whole numbers they say the order.
+    ordered = all(isinstance(one, int) for one, _ in named.values())
+    columns = sorted(named, key=lambda one: named[one][0]) if ordered else list(named)
     row, column = ({key: number for number, key in enumerate(keys)} for keys in (files, columns))
     tags = np.zeros((len(row), len(column)), np.int8)
     for image, kind in present:
         if image not in row or kind not in column:
             raise UsageError(f"{path}: an annotation names image {image} or category {kind}, which it does not list")
         tags[row[image], column[kind]] = 1
-    return _with_tags(spec, place, split, list(files.values()), [classes[key] for key in columns], tags)
+    return _with_tags(spec, place, split, list(files.values()), [named[key][1] for key in columns], tags)
 
 
 def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:

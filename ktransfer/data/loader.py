@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ktransfer.data.dataset import Dataset, check_broken
 from ktransfer.data.decoding import square
+from ktransfer.distributed import environment_number
 from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
@@ -293,7 +294,7 @@ def readable(images: ImageLoader, rows: Tensor, max_broken: float) -> Tensor:
 
 
 def _default_cache_bytes() -> int:
-    return available_bytes() // 4 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return available_bytes() // 4 // max(1, environment_number("LOCAL_WORLD_SIZE", 1))
 
 
 def available_bytes() -> int:

@@ -22,33 +22,33 @@ from ktransfer.progress import say_once
 LISTS = (".txt", ".csv", ".tsv")
 
 
-def open_dataset(spec: str) -> Dataset:
+def open_dataset(spec: str, turned: bool = True) -> Dataset:
     """Open a folder, a list (.txt, .csv, .tsv), a pack (.h5), shards (.tar, .parquet; see `shards.py`) or `scenes:...`;
     UsageError when it names no images.
 
     A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
     image lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
     `val` (or `valid`, `validation`, `test`), as folders or as packs such as `train.h5`, means its `train`, and a line
-    says so.
+    says so. The images are upright, or, where not `turned`, as they are stored, whatever their EXIF says.
     """
     if spec.startswith("scenes:"):
         return _scenes(spec, "train")
     if paths := shards.named(spec):
-        return shards.open_shards(spec, paths)
+        return shards.open_shards(spec, paths, turned)
     path = _existing(spec)
     if path.is_dir():
         if (train := _split_place(path, ("train",))) and (val := _split_place(path, VAL_NAMES)):
             say_once(f"{spec} has {train.name} and {val.name}: using {train}")
             path = train
-        return _folder_or_pack(spec, path)
+        return _folder_or_pack(spec, path, turned)
     if path.suffix.lower() in PACKS:
-        return _folder_or_pack(spec, path)
+        return _folder_or_pack(spec, path, turned)
     if path.suffix.lower() not in LISTS:
         raise UsageError(
             f"{spec} is neither a folder, nor a list ({', '.join(LISTS)}), nor a pack ({', '.join(PACKS)}), "
             f"nor shards ({', '.join(shards.SHARDS)}), nor scenes:; give one of these"
         )
-    return _list(spec, path)
+    return _list(spec, path, turned)
 
 
 def open_splits(spec: str) -> tuple[Dataset, Dataset]:
@@ -144,18 +144,20 @@ def _split_place(root: Path, names: Sequence[str]) -> Path | None:
     )
 
 
-def _folder_or_pack(spec: str, path: Path) -> Dataset:
+def _folder_or_pack(spec: str, path: Path, turned: bool = True) -> Dataset:
     if path.is_dir():
-        return _folder(spec, path)
+        return _folder(spec, path, turned)
+    if not turned:
+        raise UsageError(f"--exif ignore: the images of a pack ({spec}) are upright already; name the files themselves")
     from ktransfer.data.packs import open_pack
 
     return open_pack(spec, path)
 
 
-def _folder(spec: str, root: Path) -> Dataset:
+def _folder(spec: str, root: Path, turned: bool) -> Dataset:
     found = walk(root)
     if not found.names and (held := _shards_of(spec, root)):
-        return shards.open_shards(spec, held)
+        return shards.open_shards(spec, held, turned)
     if found.ignored or found.repeated:
         say_once(
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
@@ -167,10 +169,10 @@ def _folder(spec: str, root: Path) -> Dataset:
     labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if "" in labels or len(set(labels)) < 2:
         labels = [""] * len(keys)
-    return of_files(spec, root, root.name, found.names, found.sizes, labels)
+    return of_files(spec, root, root.name, found.names, found.sizes, labels, turned)
 
 
-def _list(spec: str, path: Path) -> Dataset:
+def _list(spec: str, path: Path, turned: bool) -> Dataset:
     names, labels = read_list(path)
     if not names:
         raise UsageError(f"{spec} lists no images; write one path per line, relative to the folder of the list")
@@ -178,7 +180,7 @@ def _list(spec: str, path: Path) -> Dataset:
     if times > 1:
         raise UsageError(f"{spec} lists {name} {times} times; name each image once")
     sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
-    return of_files(spec, path.parent, path.stem, names, sizes, labels)
+    return of_files(spec, path.parent, path.stem, names, sizes, labels, turned)
 
 
 def _scenes(spec: str, split: str) -> Dataset:

@@ -100,8 +100,8 @@ def inside(folder: Path, names: Sequence[str] = ("",)) -> list[Path]:
     return []
 
 
-def open_shards(spec: str, paths: Sequence[Path]) -> Dataset:
-    """All images of some shards, in the order of the shards.
+def open_shards(spec: str, paths: Sequence[Path], turned: bool = True) -> Dataset:
+    """All images of some shards, in the order of the shards; upright, or, where not `turned`, as they are stored.
 
     Raises:
         UsageError: a shard cannot be read, holds no images, or is cut off; the message names it.
@@ -126,6 +126,7 @@ def open_shards(spec: str, paths: Sequence[Path]) -> Dataset:
     number = {label: index for index, label in enumerate(classes)}
     for key, row in zip(keys, rows, strict=True):
         digest.update(f"{key}\0{row.length}\n".encode())
+    digest.update(b"" if turned else b"exif ignored")
 
     return Dataset(
         spec=spec,
@@ -134,12 +135,12 @@ def open_shards(spec: str, paths: Sequence[Path]) -> Dataset:
         targets=np.array([number.get(label, UNKNOWN) for label in labels], np.int32),
         classes=classes,
         fingerprint=digest.hexdigest(),
-        read=lambda row, short_side: read_image(rows[row], short_side),
-        reader=lambda row: partial(read_image, rows[row]),
+        read=lambda row, short_side: read_image(rows[row], short_side, turned),
+        reader=lambda row: partial(read_image, rows[row], turned=turned),
     )
 
 
-def read_image(row: Row, short_side: int | None) -> NDArray[np.uint8]:
+def read_image(row: Row, short_side: int | None, turned: bool = True) -> NDArray[np.uint8]:
     """One image, (height, width, 3) uint8, see `decoding.decode`.
 
     Raises:
@@ -154,7 +155,7 @@ def read_image(row: Row, short_side: int | None) -> NDArray[np.uint8]:
         ) from error
     if not data:
         raise BrokenImage("has no bytes")
-    return decoding.decode(data, short_side)
+    return decoding.decode(data, short_side, turned)
 
 
 def _bytes(row: Row) -> bytes:

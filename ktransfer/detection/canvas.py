@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ktransfer import networks, rng
 from ktransfer.data.loader import CPU, ImageLoader
-from ktransfer.detection.data import Detection
-from ktransfer.errors import BrokenImage
+from ktransfer.detection import frames
+from ktransfer.detection.data import Detection, Objects
+from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.progress import say_once
 
 SMALLEST = 1.0  # pixels: a box that a crop leaves narrower or lower is dropped
 
@@ -67,10 +69,9 @@ def laid(
     width, height = (round(side) for side in extent(stated, size))
     pixels = read(row, min(width, height))
     shape = pixels.shape[1], pixels.shape[0]
-    # A reduced decoding rounds each side up, so that it is at most one pixel larger than its share.
-    factor = max(shape) / max(stated)
-    if any(abs(side - factor * whole) > 1.5 for side, whole in zip(shape, stated, strict=True)) or factor > 1.01:
-        raise BrokenImage(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}")
+    if not frames.fits(shape, stated):
+        hint = "; boxes of the other EXIF frame? (--exif)" if frames.fits(shape[::-1], stated) else ""
+        raise BrokenImage(f"is {shape[0]} x {shape[1]} pixels, and its boxes are for {stated[0]} x {stated[1]}{hint}")
     image = torch.from_numpy(np.require(pixels, requirements="W")).permute(2, 0, 1)[None]
     if shape != (width, height):
         # Pillow's antialiased filter but for rounding, in a third of the time.
@@ -95,6 +96,49 @@ def extents(data: Detection, size: int) -> Tensor:
 def factors(data: Detection, size: int) -> Tensor:
     """(n, 4) float32: by these the boxes of an image become those on its canvas."""
     return (extents(data, size) / torch.from_numpy(data.sizes)).repeat(1, 2)
+
+
+def look(flag: str, data: Detection, size: int, words: str, enlarged: float | None, outlines: bool = False) -> None:
+    """Say how many objects are narrower or lower than a pixel of their canvas, and so nothing to a training.
+
+    Args:
+        flag: what makes canvases so small, such as "--size 64".
+        size: of the canvases.
+        words: what these images are, such as "training".
+        enlarged: by at most this they are in training; None where nothing is learned from them.
+        outlines: of an object with polygons these are looked at, and not its box; nothing of one whose pixels have
+            classes by themselves.
+
+    Raises:
+        UsageError: all are, so that nothing would be learned.
+    """
+    if outlines and data.label_map is not None:
+        return
+    scales = factors(data, size)[:, 0].tolist()
+    sides = [_sides_of(one, outlines) * factor for one, factor in zip(data.objects, scales, strict=True)]
+    found = np.concatenate([np.zeros(0), *sides])
+    small, thing = int((found < SMALLEST).sum()), "outlines" if outlines else "boxes"
+    if small and enlarged is not None and found.max() * enlarged < SMALLEST:
+        raise UsageError(
+            f"{data.spec}: all {small:,} {thing} of the {words} split are narrower or lower than a pixel at {flag}; "
+            f"give a larger {flag.split()[0]}, or, if they are shares of width and height, give them in pixels"
+        )
+    if small:
+        cannot = "cannot be found" if enlarged is None else "are nothing to learn"
+        say_once(
+            f"{data.spec}: {small:,} of {len(found):,} {thing} of the {words} split are narrower or lower than a pixel "
+            f"at {flag}, and {cannot}; give a larger {flag.split()[0]}"
+        )
+
+
+def _sides_of(one: Objects, outlines: bool) -> NDArray[np.float64]:
+    """(m,) the shorter side of each object but crowds in pixels of the image, of its polygons where it has some."""
+    found = (one.boxes[:, 2:] - one.boxes[:, :2]).astype(np.float64).min(1, initial=np.inf)
+    for place, outline in enumerate(one.outlines if outlines else ()):
+        if isinstance(outline, list):
+            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in outline])
+            found[place] = np.ptp(points, axis=0).min()
+    return np.asarray(found[~one.crowd], np.float64)
 
 
 def draw_jitter(

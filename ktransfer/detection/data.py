@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from ktransfer import files, rng
+from ktransfer.data import foreign
 from ktransfer.data.dataset import UNKNOWN, Dataset
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
+SPLIT = 0.2  # of the images of data that has one part
 Outline = list[list[float]] | dict[str, Any] | None
 """Flat polygons x, y, x, y, ... in pixels; COCO's run lengths {"size": [h, w], "counts": ...}; None: not known."""
 
@@ -44,14 +46,15 @@ class Detection(Dataset):
     """A `Dataset` whose images have objects; row i is the same image in all of its fields.
 
     `sizes` is (n, 2) int32, width and height as the file states them; `objects` n; `ids` those of the images and
-    `category_ids` those of `classes` in the file; `label_map(row)` reads the class of every pixel where the data has
-    such images (see masks.py); `counts` says what was found on reading, in words for people. `targets` are unknown.
+    `category_ids` those of `classes` in the file, names with which nothing is computed; `label_map(row)` reads the
+    class of every pixel where the data has such images (see masks.py); `counts` says what was found on reading, in
+    words for people. `targets` are unknown.
     """
 
     sizes: NDArray[np.int32]
     objects: tuple[Objects, ...]
-    ids: tuple[int | str, ...]
-    category_ids: tuple[int, ...]
+    ids: tuple[int | float | str, ...]
+    category_ids: tuple[int | float | str, ...]
     label_map: Callable[[int], NDArray[np.uint8]] | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
 
@@ -91,6 +94,23 @@ def fraction(data: Detection, share: float, seed: int, stratified: bool = False)
     return np.sort(order[:count])
 
 
+def parted(whole: Detection) -> tuple[Detection, Detection]:
+    """The training and the test split of data that has one part; the test split is a fifth of it, drawn with seed 0."""
+    test = fraction(whole, SPLIT, 0)
+    return subset(whole, np.setdiff1d(np.arange(len(whole)), test)), subset(whole, test)
+
+
+def with_classes(data: Detection, classes: tuple[str, ...], category_ids: tuple[int | float | str, ...]) -> Detection:
+    """The same images with their classes in another order, or beside others; each class is known by its name.
+
+    Classes of the data that are not among `classes` have no box.
+    """
+    number = {name: place for place, name in enumerate(classes)}
+    moved = np.array([number.get(name, UNKNOWN) for name in data.classes], np.int64)
+    objects = tuple(one._replace(labels=moved[one.labels]) for one in data.objects)
+    return replace(data, classes=classes, category_ids=category_ids, objects=objects)
+
+
 def save_ids(path: Path, data: Detection, rows: NDArray[np.int64]) -> None:
     """Write the ids of the images of `rows` as a JSON list."""
     files.write_json(path, [data.ids[row] for row in rows.tolist()])
@@ -106,14 +126,18 @@ def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
         listed = files.read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not a JSON list of image ids ({error})") from error
-    known = {number: row for row, number in enumerate(data.ids)}
-    if not isinstance(listed, list) or not listed or any(isinstance(one, list | dict) for one in listed):
+    known = {foreign.key(one): row for row, one in enumerate(data.ids)}
+    try:
+        keys = [foreign.key(one) for one in listed] if isinstance(listed, list) else []
+    except ValueError as error:
+        raise UsageError(f"{path}: not a JSON list of image ids ({error}); write it like [17, 42]") from error
+    if not keys:
         raise UsageError(f"{path}: not a JSON list of image ids; write it like [17, 42]")
-    unknown = [number for number in listed if number not in known]
-    if unknown or len(set(listed)) < len(listed):
-        which = f"{unknown[0]!r} is not an image of {data.spec}" if unknown else "it lists an image twice"
+    unknown = [one for one in keys if one not in known]
+    if unknown or len(set(keys)) < len(keys):
+        which = f"{unknown[0]} is not an image of {data.spec}" if unknown else "it lists an image twice"
         raise UsageError(f"{path}: {which}; list ids of that data, each once")
-    return np.array([known[number] for number in listed], np.int64)
+    return np.array([known[one] for one in keys], np.int64)
 
 
 def objects_of(
@@ -138,12 +162,12 @@ def objects_of(
     whole = finite & (given[:, 2:] > given[:, :2]).all(axis=1)
     clipped = given.clip(0, [*size, *size])
     kept = whole & (clipped[:, 2:].astype(np.float32) > clipped[:, :2].astype(np.float32)).all(axis=1)
-    _count(counts, "boxes", int(kept.sum()))
-    _count(counts, "boxes without width or height, dropped", int((~whole).sum()))
-    _count(counts, "boxes wholly outside of their image, dropped", int((whole & ~kept).sum()))
+    add(counts, "boxes", int(kept.sum()))
+    add(counts, "boxes without width or height, dropped", int((~whole).sum()))
+    add(counts, "boxes wholly outside of their image, dropped", int((whole & ~kept).sum()))
     # COCO rounds to hundredths: less than that over the edge is no finding.
     over = (np.abs(clipped - given) > 0.011).any(axis=1) & kept
-    _count(counts, "boxes over the edge of their image, clipped", int(over.sum()))
+    add(counts, "boxes over the edge of their image, clipped", int(over.sum()))
     inside = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
     own = [box if area is None else area for box, area in zip(inside, areas or [None] * count, strict=True)]
     found = Objects(
@@ -154,10 +178,10 @@ def objects_of(
         areas=np.asarray(own, np.float32)[kept],
         outlines=tuple(outlines[place] if outlines else None for place in np.flatnonzero(kept).tolist()),
     )
-    _count(counts, "crowd boxes", int(found.crowd.sum()))
-    _count(counts, "difficult boxes", int(found.difficult.sum()))
-    _count(counts, "images", 1)
-    _count(counts, "images without a box", int(not kept.any()))
+    add(counts, "crowd boxes", int(found.crowd.sum()))
+    add(counts, "difficult boxes", int(found.difficult.sum()))
+    add(counts, "images", 1)
+    add(counts, "images without a box", int(not kept.any()))
     return found
 
 
@@ -166,7 +190,8 @@ def summary(path: Path | str, counts: Mapping[str, int]) -> None:
     say_once(f"{path}: {', '.join(f'{number:,} {words}' for words, number in counts.items())}")
 
 
-def _count(counts: dict[str, int], words: str, number: int) -> None:
+def add(counts: dict[str, int], words: str, number: int) -> None:
+    """Count what was found on reading; nothing is not mentioned."""
     if number:
         counts[words] = counts.get(words, 0) + number
 

@@ -122,12 +122,15 @@ def coco_scores(data: Detection, predictions: Mapping[int, Prediction], outlines
 
 
 def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[str, Any]:
-    """The objects of some rows as COCO's format has them; images are numbered by row; difficult as crowd."""
+    """The objects of some rows as COCO's format has them; difficult as crowd.
+
+    Images are numbered by row and classes by their place: ids of the file may be texts, or too large for the judge.
+    """
     notes: list[dict[str, Any]] = [
         {
             "id": 0,
             "image_id": row,
-            "category_id": data.category_ids[label],
+            "category_id": label,
             "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
             "area": float(area),
             "iscrowd": int(crowd),
@@ -158,20 +161,18 @@ def coco_truth(data: Detection, rows: list[int], masks: bool = False) -> dict[st
             for row in rows
         ],
         "annotations": notes,
-        "categories": [
-            {"id": number, "name": name} for number, name in zip(data.category_ids, data.classes, strict=True)
-        ],
+        "categories": [{"id": label, "name": name} for label, name in enumerate(data.classes)],
     }
 
 
 def coco_predictions(
     data: Detection, predictions: Mapping[int, Prediction], outlines: Outlines = None
 ) -> list[dict[str, Any]]:
-    """Predictions as COCO's list of results; images are numbered by row."""
+    """Predictions as COCO's list of results, numbered as `coco_truth` is."""
     found = [
         {
             "image_id": row,
-            "category_id": data.category_ids[label],
+            "category_id": label,
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": score,
         }

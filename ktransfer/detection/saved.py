@@ -12,6 +12,7 @@ from torch import nn
 from ktransfer import files
 from ktransfer.detection import detectors, segmentation, trunks
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.frames import EXIF, OBEY
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 
@@ -30,6 +31,15 @@ class Described:
     size: int
     channels: int = 256
     """Of the pyramid and the heads."""
+    exif: str = OBEY
+    """How it takes images, see frames.py."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a file says of it, which `described` reads."""
+        found = asdict(self)
+        if self.exif == OBEY:  # as all did before there was another way: their files stay the same
+            del found["exif"]
+        return found
 
 
 def make(
@@ -47,7 +57,7 @@ def save(path: Path, model: nn.Module, described: Described) -> None:
     """Write the weights of a detector and what it is."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One entry: safetensors writes several in an order that differs from run to run.
-    files.write_bytes(path, serialise(state, {"detector": json.dumps(asdict(described))}))
+    files.write_bytes(path, serialise(state, {"detector": json.dumps(described.as_dict())}))
 
 
 def describe(path: Path) -> Described:
@@ -66,9 +76,11 @@ def describe(path: Path) -> Described:
 
 
 def described(found: dict[str, Any]) -> Described:
-    """What a dictionary of `asdict` says; KeyError, TypeError or ValueError where it says something else."""
-    network, settings = Network(**found["network"]), Settings(**found["settings"])
-    return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"])
+    """What `Described.as_dict` says; KeyError, TypeError or ValueError where it says something else."""
+    network, settings, exif = Network(**found["network"]), Settings(**found["settings"]), found.get("exif", OBEY)
+    if exif not in EXIF:
+        raise ValueError(f"exif is {exif}")
+    return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"], exif)
 
 
 def load(path: Path) -> tuple[nn.Module, Described]:

@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer import files
+from ktransfer.data import foreign
 from ktransfer.data.dataset import UNKNOWN, Dataset, same_images
 from ktransfer.data.folders import ENDINGS
-from ktransfer.detection.coco import outline
+from ktransfer.detection.coco import corners, outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
 from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.machine import cores
-from ktransfer.progress import bar
+from ktransfer.progress import bar, say_once
 
 ANY = 2**30  # pixels, the sides of an image whose size is not asked for: no box reaches over its edge
 YEAR = re.compile(r"^20\d\d_")
@@ -36,8 +37,8 @@ class Named(Protocol):
         """Their names."""
 
     @property
-    def category_ids(self) -> tuple[int, ...]:
-        """Their numbers."""
+    def category_ids(self) -> tuple[int | float | str, ...]:
+        """Their ids."""
 
 
 def without_boxes(data: Dataset, like: Named, sizes: NDArray[np.int32] | None = None) -> Detection:
@@ -174,19 +175,18 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         UsageError: no COCO file, images or classes that the data does not have.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
         place = {key: row for row, key in enumerate(data.keys)}
-        by_id = {one["id"]: str(one["file_name"]) for one in held["images"]}
-        names = {one["id"]: str(one["name"]) for one in held["categories"]}
-        notes = [
-            (note["image_id"], note["category_id"], note["bbox"], note.get("score"), note.get("segmentation"))
-            for note in held["annotations"]
-            if not note.get("iscrowd")
-        ]
-    except (OSError, ValueError, RecursionError) as error:
+        by_id = {foreign.key(one["id"]): foreign.key(one["file_name"]) for one in held["images"]}
+        names = {foreign.key(one["id"]): foreign.key(one["name"]) for one in held["categories"]}
+        crowds = [foreign.flag(note.get("iscrowd")) for note in held["annotations"]]
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error
+    for part, found_ids in (("images", by_id), ("categories", names)):
+        if len(found_ids) < len(held[part]):
+            raise UsageError(f"{path}: an id occurs twice in its {part}; each must occur once")
     for what, known, wanted in (("images", by_id.values(), place), ("classes", names.values(), data.classes)):
         strange = [name for name in known if name not in wanted]
         if strange:
@@ -196,20 +196,33 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
             )
     least = np.broadcast_to(np.asarray(threshold, np.float64), len(data.classes))
     found: dict[int, list[tuple[list[float], int, Outline]]] = {place[name]: [] for name in by_id.values()}
-    try:
-        for image, category, bbox, score, mask in notes:
-            x, y, width, height = (float(value) for value in bbox)
-            label = data.classes.index(names[category])
-            if score is None or float(score) >= least[label]:
-                found[place[by_id[image]]].append(([x, y, x + width, y + height], label, outline(mask)))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"{path}: an annotation is not as COCO's are ({error}); each has bbox [x, y, w, h]") from error
+    counts: dict[str, int] = {}
+    for number, (note, crowd) in enumerate(zip(held["annotations"], crowds, strict=True)):
+        if crowd:
+            continue
+        try:
+            row, label = (
+                place[by_id[foreign.key(note["image_id"])]],
+                data.classes.index(names[foreign.key(note["category_id"])]),
+            )
+            box, score = corners(note["bbox"]), note.get("score")
+            if score is None or foreign.number(score) >= least[label]:
+                width, height = (int(side) for side in data.sizes[row])
+                size = None if width == ANY else (width, height)
+                found[row].append((box, label, outline(note.get("segmentation"), size, counts)))
+        except (KeyError, ValueError) as error:
+            raise UsageError(
+                f"{path}: an annotation is not as COCO's are (annotations[{number}]: {error}); each has bbox "
+                "[x, y, w, h]"
+            ) from error
+    for words, times in counts.items():
+        say_once(f"{path}: {times:,} {words}")
     objects = list(data.objects)
     for row, held_here in found.items():
         width, height = (int(side) for side in data.sizes[row])
-        corners, labels = [box for box, _, _ in held_here], [label for _, label, _ in held_here]
+        kept, labels = [box for box, _, _ in held_here], [label for _, label, _ in held_here]
         outlines = [mask for _, _, mask in held_here]
-        objects[row] = objects_of(corners, labels, (width, height), {}, outlines=outlines)
+        objects[row] = objects_of(kept, labels, (width, height), {}, outlines=outlines)
     return replace(data, objects=tuple(objects)), np.array(sorted(found), np.int64)
 
 
@@ -224,9 +237,9 @@ def adaptive_thresholds(labelled: Detection, path: Path, data: Detection, least:
     """
     scores: list[list[float]] = [[] for _ in data.classes]
     held = json.loads(path.read_text(encoding="utf-8"))
-    label = {number: place for place, number in enumerate(data.category_ids)}
+    label = {foreign.key(one): place for place, one in enumerate(data.category_ids)}
     for note in held["annotations"]:
-        scores[label[note["category_id"]]].append(float(note["score"]))
+        scores[label[foreign.key(note["category_id"])]].append(float(note["score"]))
     found = np.full(len(data.classes), least)
     for place, own in enumerate(scores):
         rate = sum(int((one.labels[~one.crowd] == place).sum()) for one in labelled.objects) / len(labelled)

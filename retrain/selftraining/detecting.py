@@ -15,6 +15,7 @@ from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import losses as truths
 from ktransfer.detection import metrics
 from ktransfer.detection.data import Detection, Outline
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.losses import Truth
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import Prediction, detect
@@ -44,10 +45,10 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     """Nothing more can be wrong."""
 
 
-def open_data(spec: str) -> tuple[Detection, Detection]:
+def open_data(spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
     """Training and test split with boxes; UsageError with the install line where the extra is missing."""
     metrics.need_extra()
-    return open_detection(spec)
+    return open_detection(spec, exif=exif)
 
 
 def read(

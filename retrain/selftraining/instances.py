@@ -19,6 +19,7 @@ from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, geometry, masks, metrics
 from ktransfer.detection.data import Detection, Outline, subset
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.predictions import detect
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
@@ -54,13 +55,13 @@ def check(config: SelftrainConfig, labelled: int, other: int) -> None:
     """Nothing more can be wrong."""
 
 
-def open_data(spec: str) -> tuple[Detection, Detection]:
+def open_data(spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
     """Training and test split with an outline of every object.
 
     Raises:
         UsageError: the extra is missing, or an outline.
     """
-    parts = detecting.open_data(spec)
+    parts = detecting.open_data(spec, exif)
     for part in parts:
         need_outlines(part)
     return parts

@@ -25,6 +25,7 @@ from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, detectors, masks, segmentation
 from ktransfer.detection.data import Detection
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.masks import IGNORE
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
@@ -80,9 +81,9 @@ def scales(config: SelftrainConfig) -> list[float]:
     return number_list("--scales", config.scales, 0.25, 4, "0.5,1,1.5")
 
 
-def open_data(spec: str) -> tuple[Detection, Detection]:
+def open_data(spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
     """Training and test split with masks."""
-    parts = open_detection(spec, masks=True)
+    parts = open_detection(spec, masks=True, exif=exif)
     for part in parts:
         masks.need_masks(part)
     return parts

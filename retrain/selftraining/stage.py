@@ -25,8 +25,10 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, fraction, load_ids, subset
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
+from ktransfer.detection.strengths import STRENGTHS
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
 from ktransfer.networks.teachers import Teacher
@@ -110,7 +112,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     check_batches(config, 2 * config.batch)
     task = TASKS[config.task]
     suited(config)
-    whole, test = task.open_data(config.labelled)
+    whole, test = task.open_data(config.labelled, config.exif)
     if config.ids and config.fraction < 1:
         raise UsageError("--ids: already chooses the labelled images; leave --fraction out")
     rows = load_ids(Path(config.ids), whole) if config.ids else np.arange(len(whole))
@@ -124,7 +126,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     early_stopping.rows(labelled, config)
     if not config.unlabelled and not len(left):
         raise UsageError("selftrain: no images for pseudo-boxes; name some with --unlabelled, or give --fraction")
-    unlabelled = open_dataset(config.unlabelled) if config.unlabelled else subset(whole, left)
+    unlabelled = open_dataset(config.unlabelled, config.exif == OBEY) if config.unlabelled else subset(whole, left)
     task.check(config, len(labelled), len(unlabelled))
     cache_place(config.cache_images, len(labelled) + len(unlabelled), config.size, device)
     described, file, foreign = _detector(run, config, whole.classes, before)
@@ -139,6 +141,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
             )
         if held.classes != whole.classes:
             raise UsageError(f"--teacher {config.teacher}: has other classes than {config.labelled}")
+        if held.exif != config.exif:
+            raise UsageError(f"--teacher {config.teacher}: learned with --exif {held.exif}; give the same")
     if config.pseudo:
         # The file is what is checked, and images are not read.
         any_size = np.full((len(unlabelled), 2), boxes.ANY, np.int32)
@@ -151,6 +155,9 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
             f"{labelled.keys[evaluating[0]]}; give a training and a test set that share none, or leave them out by "
             "--ids"
         )
+    flag, masked = f"--size {config.size}", config.task != "detect"
+    canvas.look(flag, labelled, config.size, "training", STRENGTHS[config.augment].scales[1], masked)
+    canvas.look(flag, test, config.size, "test", None, masked)
     data = Data(labelled, unlabelled, test)
     reads = ("retrain",) if config.init == RUN else ()
     steps = [step._replace(reads=reads) for step in planned(config, data, None if coming else file)]
@@ -306,7 +313,8 @@ def _detector(
         threshold=config.test_threshold,
     )
     network = replace(network, size=config.size)
-    described = Described(network, task.NECKS[settings.kind], settings, classes, config.size, config.channels)
+    neck = task.NECKS[settings.kind]
+    described = Described(network, neck, settings, classes, config.size, config.channels, config.exif)
     return described, weights, foreign
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ktransfer.data.loader import ImageLoader
 from ktransfer.detection.data import Detection
+from ktransfer.detection.frames import OBEY
 from ktransfer.errors import UsageError
 from ktransfer.training.batch import Loss
 
@@ -36,8 +37,8 @@ class Task(Protocol):
     def check(self, config: SelftrainConfig, labelled: int, other: int) -> None:
         """Find settings that are not for this task, or not for so many images."""
 
-    def open_data(self, spec: str) -> tuple[Detection, Detection]:
-        """Training and test part."""
+    def open_data(self, spec: str, exif: str = OBEY) -> tuple[Detection, Detection]:
+        """Training and test part, of images as `exif` says (frames.py)."""
 
     def read(
         self, path: Path, other: Detection, labelled: Detection, config: SelftrainConfig

@@ -168,16 +168,20 @@ class Both(nn.Module):
         return self.model.outputs(image, self.tap)
 
 
-def pixels_of(image: "str | Path | Image.Image | NDArray[np.uint8]", size: int | None) -> NDArray[np.uint8]:
+def pixels_of(
+    image: "str | Path | Image.Image | NDArray[np.uint8]", size: int | None, turned: bool = True
+) -> NDArray[np.uint8]:
     """(height, width, 3) uint8 of an image of any kind; a large JPEG is decoded smaller where `size` allows that.
+
+    It is upright, or, where not `turned`, as it is stored.
 
     Raises:
         BrokenImage, UsageError: as `Classifier.predict`.
     """
     if isinstance(image, str | Path):
-        return decoding.decode(Path(image), size)
+        return decoding.decode(Path(image), size, turned)
     if isinstance(image, Image.Image):
-        return decoding.upright(image)
+        return decoding.upright(image, turned)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise UsageError(
             f"predict: an array of shape {tuple(image.shape)} and type {image.dtype}; give (height, width, 3) uint8 RGB"

@@ -19,6 +19,7 @@ from ktransfer.data.dataset import UNKNOWN, Dataset
 from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, masks, predictions, segmentation
 from ktransfer.detection.data import Detection, Outline
+from ktransfer.detection.frames import OBEY
 from ktransfer.detection.predictions import Prediction
 from ktransfer.detection.saved import Described
 from ktransfer.errors import BrokenImage
@@ -51,7 +52,7 @@ class Named(NamedTuple):
     """The classes of a detector, as COCO's json numbers them."""
 
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | float | str, ...]
 
 
 class Detector:
@@ -74,7 +75,7 @@ class Detector:
             BrokenImage: it cannot be read.
             UsageError: it is an array of another shape or type.
         """
-        pixels = pixels_of(image, None)  # whole, as boxes are in its pixels
+        pixels = pixels_of(image, None, self.described.exif == OBEY)  # whole, as boxes are in its pixels
         data = self.opened(
             Dataset("image", "image", ("image",), np.array([UNKNOWN], np.int32), (), "", lambda *_: pixels)
         )

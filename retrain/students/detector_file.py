@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def to_onnx(graph: Graph, described: Described, opset: int, weights_hash: str) -
     """
     size, kind = described.size, described.settings.kind
     facts = {
-        DETECTOR: json.dumps(asdict(described)),
+        DETECTOR: json.dumps(described.as_dict()),
         "weights": weights_hash,
         "classes": json.dumps(described.classes),
     }

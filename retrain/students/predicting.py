@@ -13,6 +13,7 @@ from ktransfer.data.dataset import Dataset, of_files
 from ktransfer.data.folders import ENDINGS
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
+from ktransfer.detection.frames import OBEY
 from ktransfer.errors import UsageError
 from ktransfer.progress import bar, say
 from ktransfer.run import input_hash
@@ -40,6 +41,7 @@ def predict(
     layer: str | None = None,
     draw: Path | None = None,
     threshold: float | None = None,
+    exif: str | None = None,
     batch: int = 64,
     device: str = "auto",
     workers: int = 0,
@@ -56,6 +58,8 @@ def predict(
         layer: whose embeddings; the last one if not given; list: say which there are.
         draw: a folder for the images with their boxes and masks.
         threshold: lowest score of a box (`detector.write`).
+        exif: "obey" or "ignore": whether a detector takes images as their EXIF turns them, or as they are stored; as
+            those that it learned from if not given.
         batch: images at once.
         device: auto, cpu, cuda or cuda:N.
         workers: threads that read images; 0: one a core.
@@ -69,11 +73,12 @@ def predict(
     """
     weights = weights_at(model)
     if is_detector(weights):
-        return _find(weights, data, out, {"top": top, "layer": layer}, draw, threshold, batch, device, workers)
+        others: dict[str, object] = {"top": top, "layer": layer}
+        return _find(weights, data, out, others, draw, threshold, exif, batch, device, workers)
     if layer == LIST:
         classifier_of(weights).tap(layer)
     out = _checked_out(out, data, top, layer)
-    for name, value in (("draw", draw), ("threshold", threshold)):
+    for name, value in (("draw", draw), ("threshold", threshold), ("exif", exif)):
         if value is not None:
             raise UsageError(f"--{name} {value}: {weights} finds no objects; leave it out")
     network = classifier_of(weights)
@@ -98,6 +103,7 @@ def _find(
     others: dict[str, object],
     draw: Path | None,
     threshold: float | None,
+    exif: str | None,
     batch: int,
     device: str,
     workers: int,
@@ -112,7 +118,7 @@ def _find(
     if draw is not None and draw.exists() and not draw.is_dir():
         raise UsageError(f"--draw {draw}: is a file; name a folder")
     detector = load_detector(weights, _device(weights, device))
-    images = _opened(data)
+    images = _opened(data, (exif or detector.described.exif) == OBEY)
     broken = write(detector, images, out, draw, threshold, min(batch, DETECTED), workers)
     _say_done(images, broken, out)
     return out
@@ -151,11 +157,11 @@ def _device(weights: Path, device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _opened(data: str) -> Dataset:
+def _opened(data: str, turned: bool = True) -> Dataset:
     path = Path(data).expanduser()
     if path.suffix.lower() not in ENDINGS or not path.is_file():
-        return open_dataset(data)
-    return of_files(data, path.parent, path.stem, [path.name], [path.stat().st_size], [""])
+        return open_dataset(data, turned)
+    return of_files(data, path.parent, path.stem, [path.name], [path.stat().st_size], [""], turned)
 
 
 def _embedded(network: Classifier, tap: Tap, images: ImageLoader, digest: str, batch: int) -> vectors.Embedded:

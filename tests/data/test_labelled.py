@@ -179,6 +179,23 @@ def test_coco(tmp_path: Path, where: str) -> None:
     assert open_splits(str(tmp_path))[0].fingerprint != train.fingerprint
 
 
+def test_ids_of_coco_are_names(tmp_path: Path) -> None:
+    """Texts, text in one table and number in the other, others in each split; classes are matched by name."""
+    put(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    texts = [{"id": "9", "name": "dog"}, {"id": "x", "name": "cat"}]
+    marks = [{"image_id": "10", "category_id": "x"}, {"image_id": 11, "category_id": 9}]
+    coco(tmp_path / "instances_train.json", ("a.jpg", "b.jpg"), (), categories=texts, annotations=marks)
+    coco(tmp_path / "instances_val.json", ("c.jpg",), ((0, 7), (0, 7)))
+    train, val = open_splits(str(tmp_path))
+    assert train.tags is not None and val.tags is not None
+    assert train.classes == val.classes == ("dog", "cat")
+    assert (train.tags.tolist(), val.tags.tolist()) == ([[0, 1], [1, 0]], [[1, 0]])
+    coco(tmp_path / "instances_val.json", ("c.jpg",), (), categories=[*texts, {"id": 9, "name": "owl"}])
+    refused(tmp_path, "an id occurs twice in its categories")
+    coco(tmp_path / "instances_val.json", ("c.jpg",), (), categories=[{"id": None, "name": "owl"}])
+    refused(tmp_path, r"not an annotation file of COCO \(ValueError: None is not a number or text")
+
+
 def test_coco_files_that_are_wrong(tmp_path: Path) -> None:
     path = tmp_path / "annotations" / "instances_train.json"
     coco(path, ("a.jpg",), ((0, 7),))

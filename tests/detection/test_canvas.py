@@ -66,7 +66,8 @@ def test_an_image_of_other_sides_is_broken(tmp_path, wide):
     Image.new("RGB", (20, 80)).save(tmp_path / "1.png")
     source = canvas.canvases(read(wide, "x"), 40)
     assert not source.batch(torch.tensor([0]))[1].any()
-    assert source.broken == {0: "is 20 x 80 pixels, and its boxes are for 80 x 20"}
+    reason = "is 20 x 80 pixels, and its boxes are for 80 x 20; boxes of the other EXIF frame? (--exif)"
+    assert source.broken == {0: reason}
 
 
 def test_jitter_is_a_function_of_seed_epoch_and_row():

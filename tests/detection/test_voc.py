@@ -60,8 +60,6 @@ def test_without_test_boxes_val_is_the_test_part(devkit):
     (devkit / "VOCdevkit" / "VOC2007").rename(year)
     lists = year / "ImageSets" / "Main"
     (lists / "test.txt").unlink()
-    with pytest.raises(UsageError, match="lists no images"):
-        open_detection(str(devkit))
     (lists / "train.txt").write_text("000001\n")
     (lists / "val.txt").write_text("000002\n")
     train, test = open_detection(str(devkit))
@@ -178,3 +176,148 @@ def test_masks_are_palette_images(devkit):
     Image.new("RGB", (50, 30)).save(place)
     with pytest.raises(BrokenImage, match="no palette"):
         test.label_map(0)
+
+
+def year_of(devkit):
+    return devkit / "VOCdevkit" / "VOC2007"
+
+
+def rewritten(devkit, old, new, name="000002"):
+    path = year_of(devkit) / "Annotations" / f"{name}.xml"
+    path.write_text(path.read_text().replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_a_size_of_zero_is_that_of_the_image(devkit, side):
+    rewritten(devkit, f"<{side}>{50 if side == 'width' else 30}</{side}>", f"<{side}>0</{side}>")
+    train, _ = open_detection(str(devkit))
+    assert train.sizes.tolist() == [[50, 30]] * 2 and train.objects[1].boxes.tolist() == [[2, 2, 9, 9]]
+    assert train.counts["sizes of 0, taken from the images"] == 1
+    (year_of(devkit) / "JPEGImages" / "000002.jpg").unlink()
+    with pytest.raises(UsageError, match=r"000002\.xml: states .* its image cannot be read"):
+        open_detection(str(devkit))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("<width>50", "<width>wide", "the size/width of its annotation is not a number"),
+        ("<width>50", "<width>50.5", "no size of an image"),
+        ("<width>50", "<width>-5", "no size of an image"),
+        ("<width>50</width>", "<width/>", "lacks size/width"),
+        ("<name>cat", "<name> ", "its object lacks name"),
+        ("<xmin>3</xmin>", "", "its object lacks bndbox/xmin"),
+        ("<xmin>3", "<xmin>nan", "the bndbox/xmin of its object is not a number"),
+        ("<difficult>0", "<difficult>perhaps", "the difficult of its object: 'perhaps' is neither"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file(devkit, old, new, words):
+    path = rewritten(devkit, old, new)
+    with pytest.raises(UsageError, match=words) as caught:
+        open_detection(str(devkit))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hard"), [("1", True), ("true", True), ("0", False), ("false", False), ("Unspecified", False), ("", False)]
+)
+def test_numbers_with_a_point_and_difficult_in_words(devkit, text, hard):
+    rewritten(devkit, "<difficult>0", f"<difficult>{text}")
+    rewritten(devkit, "<width>50<", "<width> 50.0 <")
+    train, _ = open_detection(str(devkit))
+    assert train.objects[1].difficult.tolist() == [hard] and train.sizes[1].tolist() == [50, 30]
+
+
+def moved(devkit, new, ending=".jpg"):
+    """Image 000002 under another name."""
+    year = year_of(devkit)
+    for folder, end, other in (("Annotations", ".xml", ".xml"), ("JPEGImages", ".jpg", ending)):
+        place = year / folder / f"{new}{other}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (year / folder / f"000002{end}").rename(place)
+    (year / "ImageSets" / "Main" / "trainval.txt").write_text(f"000001\n{new}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["my image 2", "sub/x", "sub dir/my x", "b\u00e4r", "a\u0085b", "2007.17", "x 1"])
+@pytest.mark.parametrize("ending", [".jpg", ".JPG", ".jpeg", ".png"])
+def test_names_and_endings_as_people_have_them(devkit, name, ending):
+    moved(devkit, name, ending)
+    train, _ = open_detection(str(devkit))
+    assert train.keys[1] == f"VOC2007/{name}" and train.read(1, None).shape == (30, 50, 3)
+    assert train.reader(1)(None).shape == (30, 50, 3)
+
+
+def test_lists_with_endings_flags_marks_and_windows_lines(devkit):
+    path = year_of(devkit) / "ImageSets" / "Main" / "trainval.txt"
+    for text in (
+        "000001.jpg\n000002.jpg\n",
+        "000001  1\n000002 -1\n",
+        "\ufeff000001\r\n000002\r\n",
+        "000001.xml\n./000002",
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert open_detection(str(devkit))[0].keys == ("VOC2007/000001", "VOC2007/000002")
+    path.write_bytes(b"b\xe4r\n")
+    with pytest.raises(UsageError, match=r"trainval\.txt: cannot be read"):
+        open_detection(str(devkit))
+    for text in ("sub/../../x\n", "/etc/x\n", "a\\b\n", ".x\n"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="leads out"):
+            open_detection(str(devkit))
+
+
+def test_an_image_that_only_its_annotation_names(devkit):
+    year = year_of(devkit)
+    (year / "JPEGImages" / "000002.jpg").rename(year / "JPEGImages" / "photo of a cat.png")
+    rewritten(devkit, "<annotation>", "<annotation><filename>C:\\x\\photo of a cat.png</filename>")
+    assert open_detection(str(devkit))[0].read(1, None).shape == (30, 50, 3)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "windows-1252", "gbk", "utf-16", "utf-8", "utf-8-sig"])
+def test_declared_encodings_are_read(devkit, encoding):
+    path = year_of(devkit) / "Annotations" / "000002.xml"
+    word = "\u732b" if encoding in ("gbk", "utf-16") else "b\u00e4r"
+    declared = encoding.removesuffix("-sig")
+    text = f"<?xml version='1.0' encoding='{declared}'?>\n" + path.read_text().replace("cat", word)
+    path.write_bytes(text.encode(encoding))
+    train, _ = open_detection(str(devkit))
+    assert word in train.classes
+    path.write_bytes(text.replace("<annotation>", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>").encode(encoding))
+    with pytest.raises(UsageError, match="declares XML entities"):
+        open_detection(str(devkit))
+    path.write_bytes(b"<?xml version='1.0' encoding='klingon'?><annotation/>")
+    with pytest.raises(UsageError, match=r"000002\.xml: cannot be read \(unknown encoding"):
+        open_detection(str(devkit))
+
+
+@pytest.mark.parametrize("split", ["trainval", "train"])
+def test_one_list_alone_is_divided(devkit, split, capsys):
+    lists = year_of(devkit) / "ImageSets" / "Main"
+    (lists / "test.txt").unlink()
+    (lists / "trainval.txt").unlink()
+    for number in range(10, 20):
+        for folder, end in (("Annotations", "xml"), ("JPEGImages", "jpg")):
+            place = year_of(devkit) / folder
+            (place / f"{number}.{end}").write_bytes((place / f"000003.{end}").read_bytes())
+    (lists / f"{split}.txt").write_text("\n".join(map(str, range(10, 20))))
+    train, test = open_detection(str(devkit))
+    assert len(train) == 8 and len(test) == 2 and not set(train.keys) & set(test.keys)
+    assert f"a fifth of {split}.txt" in capsys.readouterr().err
+
+
+def test_the_other_list_serves_where_one_is_missing(devkit):
+    lists = year_of(devkit) / "ImageSets" / "Main"
+    (lists / "trainval.txt").rename(lists / "train.txt")
+    assert [len(one) for one in open_detection(str(devkit))] == [2, 2]
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    (lists / "test.txt").unlink()
+    (lists / "val.txt").write_text("000001\n")
+    assert [one.keys for one in open_detection(str(devkit))] == [("VOC2007/000002",), ("VOC2007/000001",)]
+    (lists / "val.txt").write_text("000001\n000002\n")
+    with pytest.raises(UsageError, match="all images of trainval"):
+        open_detection(str(devkit))
+    (lists / "trainval.txt").unlink()
+    (lists / "val.txt").unlink()
+    with pytest.raises(UsageError, match="lists no images for training"):
+        open_detection(str(devkit))
