@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors, functions, published
+from ktransfer.networks import Network, checkpoints, descriptors, functions, own_modules, published
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
@@ -114,6 +114,11 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         )
     if arch.startswith(TIMM):
         return _sized(Teacher(_of_timm(arch), path, foreign=True), size)
+    if own_modules.is_own(arch):
+        raise UsageError(
+            f"--arch {arch}: a checkpoint is read into a network by name; give --teacher pkg.module:function, which "
+            "loads your own and calls it"
+        )
     networks.check_arch(arch)
     return _sized(Teacher(Network(arch, size=SIZE), path, foreign=True), size)
 

@@ -132,6 +132,27 @@ def test_the_card_says_what_the_network_is_and_learned(exported, of_clusters, tm
     assert "3 clusters" in card and "| licence | CC0-1.0 \\| mine |" in card and "Classes, in the order" not in card
 
 
+@pytest.mark.parametrize(
+    ("task", "title"),
+    [
+        ("random", "5 outputs of random weights"),
+        ("rotation", "5 turns of an image"),
+        ("jigsawpp", "5 permutations of the tiles of an image"),
+        ("jigsaw", "5 permutations of the tiles of an image"),
+        ("context", "5 places of a patch beside another"),
+        ("another", "5 outputs"),
+    ],
+)
+def test_the_card_has_a_sentence_for_every_task(tmp_path, task, title):
+    network = Network("alexnet", 0.05, 2, 32, 5, "imagenet", task)
+    weights = tmp_path / "model.safetensors"
+    networks.save(weights, networks.build(network, 0, "t").state_dict(), network)
+    export(tmp_path / "run", model=str(weights), format="torch")
+    card = (tmp_path / "run" / "export" / "torch" / "README.md").read_text()
+    assert card.splitlines()[0].endswith(f"alexnet, {title}") and f"| learned | {title}" in card
+    assert card.count("| learned | ") == 1 and ("of the task another" in card) is (task == "another")
+
+
 def test_the_card_has_the_linear_probe_of_these_weights_alone(exported, tmp_path):
     run = tmp_path / "mine"
     shutil.copytree(exported, run)
