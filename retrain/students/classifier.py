@@ -89,7 +89,7 @@ class Classifier(nn.Module):
         paths = networks.layers(self.network, copy.deepcopy(self.model).cpu())  # which looks for them on the CPU
         if not paths:
             raise UsageError(
-                f"{self.network.arch}: none of its modules makes maps, (batch, channels, height, width), so that it has "
+                f"{self.network.arch}: none of its modules makes maps, (batch, channels, height, width), so it has "
                 "no embeddings, and cannot be exported; predict --out FILE.csv takes it"
             )
         if layer is not None and layer not in paths:
