@@ -16,7 +16,7 @@ SHOWN = 100
 """Names of classes that are listed."""
 WHAT = {
     "classes": "classes",
-    "pseudo-labels": "clusters, of whose numbers the label is one",
+    "pseudo-labels": "clusters, whose number is the label",
     "features": "numbers of its teacher's features, by their direction alone",
     "random": "outputs of random weights, which have learned nothing",
     "jigsawpp": "permutations of the tiles of an image, some of them of other images",

@@ -105,7 +105,7 @@ def carry_out(plan: ExportPlan) -> Path:
                 files.write_bytes(folder / name, (Path(work) / name).read_bytes())
         exported = Exported(
             name=student.name,
-            rows=[*made.rows(network, config), *([(quantising.FILE, compared.words())] if compared else [])],
+            rows=[*made.rows(model, config), *([(quantising.FILE, compared.words())] if compared else [])],
             difference=off,
             weights_hash=digest,
             versions=versions(made.packages),

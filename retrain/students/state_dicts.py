@@ -114,7 +114,7 @@ _STATE_DICT = partial(
     files=(FILE,),
     write=_write,
     wanted=logits_of,
-    rows=lambda network, config: outside_rows(network),
+    rows=lambda model, config: outside_rows(model.network),
     names_in="the file's metadata, under `network`",
 )
 TORCHVISION_FORMAT = _STATE_DICT(

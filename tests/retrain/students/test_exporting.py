@@ -121,6 +121,7 @@ def test_the_card_says_what_the_network_is_and_learned(exported, of_clusters, tm
         "(batch, 3, 40, 40) uint8",
         "0.485, 0.456, 0.406",
         "opset 18",
+        "`embedding`: (batch, 16) float32, of layer conv5: its maps averaged over positions",
         record["outputs"]["model.safetensors"]["sha256"],
         "| licence | *to be filled in",
         f"`{load_model(exported).names[11]}`",
