@@ -5,6 +5,10 @@ The function is called with the number of outputs, and returns a new module with
 function too.
 """
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from ktransfer.errors import UsageError
@@ -24,13 +28,15 @@ def is_own(arch: str) -> bool:
     return functions.reads_as_name(arch) and not arch.startswith(_OTHERS)
 
 
-def find(arch: str, flag: str) -> None:
-    """Look whether there is such a function.
+def find(arch: str, flag: str) -> Callable[..., Any]:
+    """The function of that name, which came by `flag`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is one of Python's own: a weight file can name any.
     """
-    functions.find(arch, flag, CONTRACT)
+    if arch.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
+        raise UsageError(f"{flag} {arch}: a function of Python itself, which is not called; {CONTRACT}")
+    return functions.find(arch, flag, CONTRACT)
 
 
 def identity(arch: str) -> str:
@@ -39,6 +45,7 @@ def identity(arch: str) -> str:
     Raises:
         UsageError: there is no such function.
     """
+    find(arch, "--arch")
     return functions.identity(arch, "--arch", CONTRACT)
 
 
@@ -48,7 +55,7 @@ def made(arch: str, outputs: int) -> nn.Module:
     Raises:
         UsageError: there is no such function, it raises, or returns something else than a module.
     """
-    function = functions.find(arch, "network", CONTRACT)
+    function = find(arch, "network")
     try:
         module = function(outputs)
     except Exception as error:  # it is not ours

@@ -241,6 +241,16 @@ def test_other_places_that_take_a_name_refuse_it_in_one_line(tmp_path, mine):
         networks.check_arch("my_nets:small", flag="--backbone")
 
 
+def test_a_weight_file_cannot_call_what_belongs_to_python(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("time.sleep", called.append)
+    weights = tmp_path / "model.safetensors"
+    networks.save(weights, {"a": torch.ones(1)}, Network("time:sleep", size=32, classes=2))
+    with pytest.raises(UsageError, match="network time:sleep: a function of Python itself, which is not called"):
+        load_model(weights)
+    assert called == []
+
+
 def test_a_network_without_maps_tells_classes_and_is_not_exported(tmp_path, mine):
     run = tmp_path / "run"
     retrain(run, **SMALL | {"arch": "my_nets:Wide", "epochs": 1})
