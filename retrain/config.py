@@ -127,7 +127,7 @@ class SelftrainConfig(TrainOptions):
     backbone: str = option(
         "resnet50",
         "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision; not read where --init "
-        "is run, a model.safetensors or torchvision:NAME, which determine the network",
+        "is run, a model.safetensors, torchvision:NAME or efficientnet-lite0, which determine the network",
     )
     width: float = option(
         1.0,
@@ -159,7 +159,7 @@ class SelftrainConfig(TrainOptions):
     init: str = option(
         "random",
         "initial weights of the backbone: random; run: this run's target network; a model.safetensors; "
-        "torchvision:NAME; or a checkpoint of another project, for --backbone",
+        "torchvision:NAME; efficientnet-lite0 to 4; or a checkpoint of another project, for --backbone",
         execution=True,
     )
     augment: str = option(
