@@ -271,7 +271,8 @@ def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:
     key = (config.seed, batch.epoch, "retrain")
     changes: list[Callable[[Tensor, slice], Tensor]] = []
     if config.randaugment:
-        changes.append(RandAugment(rows, *numbers(config.randaugment), *key))
+        count, level = numbers(config.randaugment)
+        changes.append(RandAugment(rows, count, level, *key))
     if config.grey or config.jitter:
         changes.append(Recolouring(rows, config.grey, config.jitter, *key))
     if not changes:
