@@ -12,6 +12,7 @@ from ktransfer import networks
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
+from ktransfer.eval.learners import heads
 from ktransfer.networks import Network, teachers
 from ktransfer.retrain import export, load_model, retrain
 from ktransfer.retrain.own_network import check
@@ -188,7 +189,13 @@ def test_it_is_evaluated_beside_random_weights_and_true_labels(tmp_path, mine):
     found = json.loads((tmp_path / "run" / "eval" / "linear.json").read_text())
     assert set(found["arms"]) == {"random", "run", "supervised"}
     assert all(list(arm["scores"]) == ["inner.second"] for arm in found["arms"].values())
+    learned = networks.class_names(tmp_path / "run" / "eval" / "supervised" / "model.safetensors")
+    assert learned == open_dataset(SCENES).classes and len(learned) == 12
     evaluate(tmp_path / "run", **options, protocol="finetune", lrs="0.01")
+    network = Network("my_nets:small", size=32, classes=12)
+    trunk = heads.trunk(network, networks.build(network, 0, "test"))
+    assert "inner.second.weight" in trunk.names and "inner.tell.weight" not in trunk.names
+    assert "inner.norm" in trunk.modules and not {"", "inner", "inner.tell"} & set(trunk.modules)
 
 
 def test_it_starts_from_another_run_with_a_fresh_classifier(tmp_path, mine, capfd):
