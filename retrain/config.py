@@ -40,8 +40,8 @@ class RetrainConfig(TrainOptions):
     )
     arch: str = option(
         "alexnet",
-        "alexnet, alexnet_bn, the name of a classifier of torchvision, or pkg.module:function, a function of your own "
-        "that makes an nn.Module; list: show all names",
+        "alexnet, alexnet_bn, the name of a classifier of torchvision, timm:NAME, or pkg.module:function, "
+        "a function of your own that makes an nn.Module; list: show all names",
     )
     width: float = option(
         1.0, "factor on the number of channels of every layer (alexnet, alexnet_bn)", low=0.05, high=4

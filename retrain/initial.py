@@ -10,7 +10,7 @@ from ktransfer.networks import own_modules, published, teachers
 from ktransfer.networks.checkpoints import CLASSIFIERS
 from ktransfer.networks.descriptors import MODULES
 from ktransfer.networks.teachers import Teacher
-from ktransfer.networks.zoos import TORCHVISION
+from ktransfer.networks.zoos import TIMM, TORCHVISION
 from ktransfer.progress import say
 
 from .config import RetrainConfig
@@ -33,7 +33,11 @@ def find_initial(config: RetrainConfig) -> Teacher | None:
             f"--init {config.init}: only a run or a model.safetensors is read into {config.arch}; load other weights "
             "in the function itself"
         )
-    says = ours or given.startswith(("torchvision:", "timm:")) or given in (*MODULES, *published.NAMES)
+    says = ours or given.startswith(TORCHVISION) or given in (*MODULES, *published.NAMES)
+    if given.startswith(TIMM):
+        raise UsageError(
+            f"--init {given}: a name of timm comes without weights; give a checkpoint, or {published.NAMES[0]}"
+        )
     try:
         found = teachers.find(given, None if says else config.arch, None, 0)
     except UsageError as error:

@@ -24,7 +24,7 @@ from ktransfer.config import nearest
 from ktransfer.errors import UsageError
 from ktransfer.networks import descriptors, functions, own_modules
 from ktransfer.networks.formats import hugging_face
-from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
+from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, timm_of, torchvision_names
 from ktransfer.training.device import constant
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
@@ -172,13 +172,15 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "
     """Whether `build` will know the name, which came by `flag`.
 
     Args:
-        own: whether it may be a function of one's own.
+        own: whether it may be a network of timm, or a function of one's own.
 
     Raises:
         UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
     """
     if own and own_modules.is_own(arch):
         own_modules.find(arch, flag)
+    elif own and arch.startswith(TIMM):
+        timm_of(arch)
     elif arch not in TRUNKS and (trunk or arch.removeprefix(TORCHVISION) not in torchvision_names()):
         names = TRUNKS if trunk else (*TRUNKS, *torchvision_names())
         raise UsageError(f"{flag} {arch}: no such network; {nearest(arch, names)}")
@@ -204,7 +206,7 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
         if network.arch.startswith(functions.PREFIX):
             return functions.Function(network.arch.removeprefix(functions.PREFIX))
         if network.arch.startswith(TIMM):
-            return of_timm(network.arch, network.size)
+            return of_timm(network.arch, network.size, network.classes)
         if network.arch.startswith(hugging_face.PREFIX):
             return hugging_face.build(Path(network.arch.removeprefix(hugging_face.PREFIX)))
         if own_modules.is_own(network.arch):
