@@ -107,7 +107,7 @@ def carry_out(plan: AssignPlan) -> Path:
 def _labels_of(view: Centroids, features: Features, config: AssignConfig) -> NDArray[np.int32]:
     """(valid rows,) the nearest centroid of a further clustering."""
     k = len(view.centroids)
-    rows, engine = open_rows(features, view.projection, view.normalise, k, config.engine, config.memory, "assign")
+    rows, engine = open_rows(features, view.projection, view.normalise, k, config.engine, config.memory, None)
     return assign_rows(rows, view.centroids, engine)[0]
 
 

@@ -31,23 +31,23 @@ def open_rows(
     k: int,
     engine: str,
     memory: float,
-    label: str = "cluster",
+    label: str | None = "cluster",
     extra: int = 0,
     before: int = 0,
 ) -> tuple[Rows, Engine]:
-    """The rows of a feature file and the engine for them, over all processes of the command; says the memory plan.
+    """The rows of a feature file and the engine for them, over all processes of the command; says both.
 
     Args:
         engine: its name.
         memory, extra, before: as for `plan_memory`.
-        label: of the line.
+        label: of the line; None: say nothing, as of the further clusterings of the same rows.
 
     Raises:
         UsageError: the memory does not suffice.
         StageError: another process cannot open the same rows.
     """
     rows, room = planned_rows(features, projection, normalise, k, memory, label, extra, before)
-    own = choose_engine(engine, room)
+    own = choose_engine(engine, room, _quiet if label is None else say)
     if distributed.world_size() == 1:
         return rows, own
     arrays: list[NDArray[Any]] = [] if projection is None else [*projection]
@@ -73,20 +73,26 @@ def planned_rows(
     normalise: bool,
     k: int,
     memory: float,
-    label: str,
+    label: str | None,
     extra: int = 0,
     before: int = 0,
 ) -> tuple[Rows, int]:
-    """The same rows for this process alone, and bytes that an engine may keep; says the memory plan.
+    """The same rows for this process alone, and bytes that an engine may keep; says the memory plan where
+    the line has a label.
 
     Raises:
         UsageError: the memory does not suffice.
     """
     dim = features.rows.shape[1] if projection is None else projection.components.shape[1]
     plan = plan_memory(features, k, dim, memory, extra, before)
+    tell = _quiet if label is None else say
     processes = f"; so each of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    say(f"{label}: {plan_line(plan)}{processes}")
+    tell(f"{label}: {plan_line(plan)}{processes}")
     return rows_of(features, projection, normalise, plan.kept), plan.engine
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
 
 
 def over_ranks(engine: Engine, rows: Rows) -> Engine:

@@ -151,7 +151,7 @@ def _view(
     turned = views.random_projection(features, pca, config.seed, view.number)
     dim = turned.components.shape[1]
     more = _extra_bytes(config, int(features.valid.sum()), dim, features.rows.shape[1])
-    opened = open_rows(features, turned, config.normalise, view.k, config.engine, config.memory, "cluster", *more)
+    opened = open_rows(features, turned, config.normalise, view.k, config.engine, config.memory, None, *more)
     clustered = _clusterer(replace(config, k=view.k), *opened, None, len(features.valid), work)
     found = clustered(seed=config.seed, name=f"view-{view.number}")
     write_centroids(path, found, turned, config.normalise, features)

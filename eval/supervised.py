@@ -143,5 +143,5 @@ def _fit(weights: Path, network: Network, data: Dataset, recipe: Recipe, device:
     )
     batches = partial(loop.epoch_batches, rows, recipe.batch, recipe.seed)
     loop.fit(model, loss, split.images, batches, recipe, weights.parent, device, SUPERVISED)
-    networks.save(weights, model.state_dict(), network)
+    networks.save(weights, model.state_dict(), network, data.classes if network.classes else ())
     return split.broken()

@@ -39,7 +39,9 @@ class RetrainConfig(TrainOptions):
         0.0, "soft, features, relations: temperature; 0: 0.05, 0.05 and 0.04", low=0, high=10, before=0.0
     )
     arch: str = option(
-        "alexnet", "alexnet, alexnet_bn, or the name of a classifier of torchvision; list: show all names"
+        "alexnet",
+        "alexnet, alexnet_bn, the name of a classifier of torchvision, timm:NAME, or pkg.module:function, "
+        "a function of your own that makes an nn.Module; list: show all names",
     )
     width: float = option(
         1.0, "factor on the number of channels of every layer (alexnet, alexnet_bn)", low=0.05, high=4
@@ -63,6 +65,11 @@ class RetrainConfig(TrainOptions):
         low=0,
         high=2,
         before=0.0,
+    )
+    randaugment: str | None = option(
+        None,
+        "N,M: each image is changed by N of the 14 operations of RandAugment, of level M of 30, such as 2,9; if not "
+        "given, by none",
     )
     init: str | None = option(
         None,
@@ -127,7 +134,7 @@ class SelftrainConfig(TrainOptions):
     backbone: str = option(
         "resnet50",
         "alexnet, alexnet_bn, vgg16, vgg16_bn, or a ResNet, EfficientNet or VGG of torchvision; not read where --init "
-        "is run, a model.safetensors or torchvision:NAME, which determine the network",
+        "is run, a model.safetensors, torchvision:NAME or efficientnet-lite0, which determine the network",
     )
     width: float = option(
         1.0,
@@ -159,7 +166,7 @@ class SelftrainConfig(TrainOptions):
     init: str = option(
         "random",
         "initial weights of the backbone: random; run: this run's target network; a model.safetensors; "
-        "torchvision:NAME; or a checkpoint of another project, for --backbone",
+        "torchvision:NAME; efficientnet-lite0 to 4; or a checkpoint of another project, for --backbone",
         execution=True,
     )
     augment: str = option(

@@ -6,11 +6,11 @@ from torch import nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import teachers
+from ktransfer.networks import own_modules, published, teachers
 from ktransfer.networks.checkpoints import CLASSIFIERS
 from ktransfer.networks.descriptors import MODULES
 from ktransfer.networks.teachers import Teacher
-from ktransfer.networks.zoos import TORCHVISION
+from ktransfer.networks.zoos import TIMM, TORCHVISION
 from ktransfer.progress import say
 
 from .config import RetrainConfig
@@ -27,7 +27,17 @@ def find_initial(config: RetrainConfig) -> Teacher | None:
         return None
     if Path(given).is_dir():
         given = str(Path(given) / "retrain" / "model.safetensors")
-    says = given.startswith(("torchvision:", "timm:")) or given.endswith(teachers.SAFETENSORS) or given in MODULES
+    ours = given.endswith(teachers.SAFETENSORS)
+    if own_modules.is_own(config.arch) and not ours:
+        raise UsageError(
+            f"--init {config.init}: only a run or a model.safetensors is read into {config.arch}; load other weights "
+            "in the function itself"
+        )
+    says = ours or given.startswith(TORCHVISION) or given in (*MODULES, *published.NAMES)
+    if given.startswith(TIMM):
+        raise UsageError(
+            f"--init {given}: a name of timm comes without weights; give a checkpoint, or {published.NAMES[0]}"
+        )
     try:
         found = teachers.find(given, None if says else config.arch, None, 0)
     except UsageError as error:
@@ -53,7 +63,8 @@ def start_from(initial: Teacher, model: nn.Module) -> None:
     theirs, own = loaded.state_dict(), model.state_dict()
     taken = {name: value for name, value in theirs.items() if name in own and own[name].shape == value.shape}
     fresh = [name for name in own if name not in taken]
-    lost = [name for name in fresh if not name.startswith((*CLASSIFIERS, *networks.CLASSIFIER))]
+    head = networks.classifier_names(initial.network)
+    lost = [name for name in fresh if name not in head and not name.startswith((*CLASSIFIERS, *networks.CLASSIFIER))]
     if lost:
         raise UsageError(f"--init {source}: does not fit {initial.network.arch} in {lost[0]}; give another")
     model.load_state_dict(taken, strict=False)

@@ -37,7 +37,7 @@ def work(wanted: Wanted) -> Work:
         "precision": wanted.precision,
     }
     config, device = build(RetrainConfig, given, "bench"), wanted.device
-    networks.check_arch(config.arch, config.width)
+    networks.check_arch(config.arch, config.width, own=True)
     network = Network(config.arch, config.width, config.stride, config.size, CLASSES)
     model = networks.build(network, config.seed, "bench")
     labels = torch.zeros(wanted.images, dtype=torch.int64, device=device)

@@ -1,8 +1,8 @@
 """The retrain stage: pseudo-labels in, a target network that learned them from scratch out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from ktransfer.data.colours import Recolouring
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
+from ktransfer.data.randaugment import RandAugment, numbers
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, teachers
+from ktransfer.networks import Network, own_modules, teachers
 from ktransfer.networks.teachers import Teacher
 from ktransfer.networks.zoos import torchvision_names
 from ktransfer.plan import Plan, PlannedStep, latest
@@ -30,11 +31,13 @@ from ktransfer.training.device import choose_device
 from ktransfer.training.memory import tell_plan
 from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 
+from . import own_network
 from .config import RetrainConfig
 from .initial import find_initial, start_from
 from .known import CLASSES, LABELLED, OF_FEATURES, assigned, find_known, received, refuse_together, sent
 from .objectives.objective import Known, Objective
 from .objectives.table import open_objective
+from .own_network import narrowed
 
 LIST = "list"
 PSEUDO = "pseudo-labels"
@@ -75,7 +78,7 @@ def carry_out(plan: RetrainPlan) -> Path:
     """Read what is known of the images, learn it, and write the weights."""
     config, data, device = plan.config, plan.images, plan.device
     known, inputs = plan.known or find_known(plan.run, config, data)
-    inputs = inputs | _init_hash(plan.initial)
+    inputs = inputs | _hashes(config, plan.initial)
     inputs |= seen_by_batch_norm(config, lambda: networks.build(plan.network, config.seed, "retrain"))
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
@@ -98,11 +101,12 @@ def carry_out(plan: RetrainPlan) -> Path:
             distributed.agree(None)
         _train(config, network, model, images, known, objective, rows, device, step.folder)
         kept = replace(network, classes=objective.kept)
-        networks.save(weights, _first_outputs(model, kept), kept)
+        names = data.classes[: kept.classes] if config.labels == CLASSES else ()
+        networks.save(weights, narrowed(model, kept), kept, names)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
-        names = {"classes": list(data.classes)[: kept.classes]} if config.labels == CLASSES else {}
         result = {"classes": kept.classes, "images": len(rows)}
-        step.finish([weights], broken=broken, result=result, **names)
+        named = {"classes": list(names)} if config.labels == CLASSES else {}
+        step.finish([weights], broken=broken, result=result, **named)
         checkpoint.remove(step.folder)
         say(f"retrain: done; {config.arch} learned {kept.classes} {kept.task} of {len(rows)} images; {weights}")
         return weights
@@ -148,12 +152,6 @@ def _task(config: RetrainConfig, objective: Objective) -> str:
     return CLASSES if config.labels == CLASSES else objective.task
 
 
-def _first_outputs(model: nn.Module, network: Network) -> dict[str, Tensor]:
-    """The weights of `network`, which has fewer outputs than the model that was trained: the first of them."""
-    wanted = networks.build(network, 0, "shapes").state_dict()
-    return {name: value[: len(wanted[name])] if value.ndim else value for name, value in model.state_dict().items()}
-
-
 def first(
     run: Path, options: dict[str, Any], before: Sequence[Plan], tables: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, dict[str, Any]]]:
@@ -181,7 +179,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     config = build(RetrainConfig, options, "retrain")
     if config.arch == LIST:
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *torchvision_names()))}")
-    networks.check_arch(config.arch, config.width)
+    networks.check_arch(config.arch, config.width, own=True)
     data = open_dataset(_data_spec(run, config))
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
@@ -190,6 +188,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     if config.labels == CLASSES and not data.classes:
         raise UsageError(f"--labels classes: {data.spec} has no class folders; give a label file")
     refuse_together(config)
+    if config.randaugment:
+        numbers(config.randaugment)
     classes, inputs, known = 2, {"data": data.fingerprint}, None
     coming = latest(before, "extract", "cluster", "assign")
     if config.labels or not coming:
@@ -197,11 +197,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         classes, inputs = int(found[0].labels[:, 0].max()) + 1 or 2, found[1]
         known = None if coming else found
     initial = find_initial(config)
-    inputs = inputs | _init_hash(initial)
+    inputs = inputs | _hashes(config, initial)
     task = CLASSES if config.labels == CLASSES else PSEUDO
     network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
-    with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
-        networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
+    if own_modules.is_own(config.arch):
+        own_network.check(network, config.objective == "multi")
+    else:
+        with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
+            networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
     memory = 3 * stored_side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
     return RetrainPlan(
         stage="retrain",
@@ -218,8 +221,10 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     )
 
 
-def _init_hash(initial: Teacher | None) -> dict[str, str]:
-    return {"init": teachers.identity(initial)} if initial else {}
+def _hashes(config: RetrainConfig, initial: Teacher | None) -> dict[str, str]:
+    """Those of the function that makes the network, and of the weights that it starts from."""
+    own = {"arch": own_modules.identity(config.arch)} if own_modules.is_own(config.arch) else {}
+    return own | ({"init": teachers.identity(initial)} if initial else {})
 
 
 def _reads(config: RetrainConfig) -> tuple[str, ...]:
@@ -263,8 +268,18 @@ def augmented(batch: Batch, network: Network, config: RetrainConfig) -> Tensor:
     rows, pixels = batch.rows[batch.kept], batch.pixels[batch.kept]
     finish = partial(networks.normalise, how=network.normalise)
     crop = partial(random_resized_crop, pixels, rows, config.size, config.seed, batch.epoch, "retrain", config.crop)
-    if not config.grey and not config.jitter:
+    key = (config.seed, batch.epoch, "retrain")
+    changes: list[Callable[[Tensor, slice], Tensor]] = []
+    if config.randaugment:
+        count, level = numbers(config.randaugment)
+        changes.append(RandAugment(rows, count, level, *key))
+    if config.grey or config.jitter:
+        changes.append(Recolouring(rows, config.grey, config.jitter, *key))
+    if not changes:
         return crop(finish)
     crops = crop()
-    recolour = Recolouring(rows, config.grey, config.jitter, config.seed, batch.epoch, "retrain")
-    return in_parts(lambda part: finish(recolour(crops[part], part)), len(crops), crops[0].numel(), crops.device)
+
+    def changed(part: slice) -> Tensor:
+        return finish(reduce(lambda pixels, change: change(pixels, part), changes, crops[part]))
+
+    return in_parts(changed, len(crops), crops[0].numel(), crops.device)

@@ -29,8 +29,9 @@ PUBLIC = {
     "ktransfer.cluster": "AssignConfig ClusterConfig ExtractConfig KMeans assign cluster extract",
     "ktransfer.eval": "EvalConfig compare evaluate",
     "ktransfer.networks": (
-        "CLASSIFIER HEAD IMAGENET TRUNKS AlexNet Network VGGTrunk build check_arch describe feature_maps fitting "
-        "has_class_token he_init layers load normalise save scaled statistics statistics_name tokens_before trunk"
+        "CLASSIFIER HEAD IMAGENET TRUNKS AlexNet Network VGGTrunk build check_arch class_names classifier_names "
+        "describe feature_maps fitting has_class_token he_init layers load normalise save scaled statistics "
+        "statistics_name tokens_before trunk"
     ),
     "ktransfer.pretext": "PretextConfig pretext",
     "ktransfer.retrain": "ExportConfig RetrainConfig SelftrainConfig export load_model retrain selftrain",

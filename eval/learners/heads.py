@@ -100,8 +100,18 @@ def before(model: nn.Module, path: str, size: int) -> Before:
     return Before(names, tuple(finished))
 
 
-def trunk(model: nn.Module) -> Before:
-    """All of a network but its classifier: fc6 to fc8 of an AlexNet, the last child that has weights of any other."""
+def trunk(network: Network, model: nn.Module) -> Before:
+    """All of a network but its classifier: fc6 to fc8 of an AlexNet, the last child that has weights of any other; of a
+    module of one's own the weights that depend on the number of classes."""
+    own = networks.classifier_names(network)
+    if own:
+        kept = frozenset(model.state_dict()) - own
+        whole = [
+            name
+            for name, _ in model.named_modules()
+            if name and not any(f"{one}.".startswith(f"{name}.") for one in own)
+        ]
+        return Before(kept, tuple(whole))
     children = [name for name, child in model.named_children() if child.state_dict()]
     head = networks.CLASSIFIER if isinstance(model, networks.AlexNet) else (f"{children[-1]}.",)
     names = frozenset(name for name in model.state_dict() if not name.startswith(head))

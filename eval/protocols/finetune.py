@@ -91,7 +91,7 @@ def evaluate(
 def _start(arm: Arm, classes: int, seed: int, sample: Tensor | None) -> tuple[nn.Module, Before]:
     """The arm's trunk under fresh layers, rescaled on (m, 3, size, size) images if any are given."""
     fresh = with_classes(arm.network, classes, seed, "eval/finetune")
-    taken = trunk(fresh)
+    taken = trunk(arm.network, fresh)
     model = copied(fresh, model_of(arm, seed), taken.names)
     if sample is not None:
         unit_variance(model, sample)

@@ -20,6 +20,7 @@ from ktransfer import networks, rng
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network, teachers
 from ktransfer.networks.teachers import Teacher
+from ktransfer.networks.zoos import TIMM
 
 NORMS = ("bn", "gn", "frozen")
 NECKS = ("p3-p7", "p2-p6", "single")
@@ -97,7 +98,8 @@ def build(
     """The trunk of a network.
 
     Args:
-        network: of ours (alexnet, alexnet_bn, vgg16, vgg16_bn) or a ResNet, EfficientNet or VGG of torchvision.
+        network: of ours (alexnet, alexnet_bn, vgg16, vgg16_bn), a ResNet, EfficientNet or VGG of torchvision, or an
+            EfficientNet of timm.
         weights: a file of ours, or, `foreign`, a checkpoint made elsewhere; None: fresh ones, a function of the seed.
         neck: "p3-p7" (a pyramid over C3..C5, or as far as the network goes, and two coarser maps), "p2-p6" (over
             C2..C5, and one coarser map), "single" (the deepest map up to C5 alone).
@@ -153,19 +155,24 @@ def split(network: Network, model: nn.Module) -> tuple[nn.Sequential, dict[int, 
     elif isinstance(model, zoo.EfficientNet):
         body = model.features
         candidates = [name for name, _ in body.named_children()][1:-1]  # neither the stem nor the classifier's 1x1
+    elif network.arch.startswith(TIMM) and hasattr(model, "conv_stem"):  # an EfficientNet of timm
+        stages = [(f"blocks_{name}", stage) for name, stage in model.get_submodule("blocks").named_children()]
+        stem = [(name, model.get_submodule(name)) for name in ("conv_stem", "bn1")]
+        body = nn.Sequential(OrderedDict([*stem, *stages]))
+        candidates = [name for name, _ in stages]
     elif isinstance(model, zoo.VGG | networks.VGGTrunk):
         body = model.features
         candidates = [name for name, module in body.named_children() if isinstance(module, nn.ReLU)]
     else:
         raise UsageError(
             f"{network.arch}: not a backbone of detectors; give alexnet, alexnet_bn, vgg16, vgg16_bn, or one of "
-            "torchvision's ResNets, EfficientNets or VGGs"
+            "torchvision's ResNets, EfficientNets or VGGs, or --init efficientnet-lite0"
         )
     return body, _levels(body, candidates)
 
 
 def renormed(module: nn.Module, norm: str) -> nn.Module:
-    """The module with `norm` in place of each batch norm, scales and shifts kept."""
+    """The module with `norm` in place of each batch norm; scales and shifts stay, and the activations inside timm's."""
     if norm == "bn":
         return module
     if isinstance(module, nn.BatchNorm2d):
@@ -177,7 +184,8 @@ def renormed(module: nn.Module, norm: str) -> nn.Module:
             other = FrozenBatchNorm2d(count, module.eps)
             state = module.state_dict()
             other.load_state_dict({name: state[name] for name in ("weight", "bias", "running_mean", "running_var")})
-        return other
+        act = getattr(module, "act", None)
+        return other if act is None else nn.Sequential(other, act)
     for name, child in module.named_children():
         setattr(module, name, renormed(child, norm))
     return module

@@ -17,6 +17,7 @@ from ktransfer.run import input_hash
 
 PREFIX = "function:"
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_TEACHER = "--teacher"
 _CONTRACT = "it is called with (batch, 3, size, size) uint8 and returns (batch, d) numbers"
 
 
@@ -28,7 +29,7 @@ class Function(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._name, self._function = name, _found(name)
+        self._name, self._function = name, find(name, _TEACHER, _CONTRACT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Its vectors.
@@ -40,7 +41,7 @@ class Function(nn.Module):
         try:
             vectors = torch.as_tensor(self._function(pixels)).to(x.device, torch.float32)
         except Exception as error:  # it is not ours
-            raise UsageError(f"--teacher {self._name}: raised {_told(error)}; {_CONTRACT}") from error
+            raise UsageError(f"--teacher {self._name}: raised {told(error)}; {_CONTRACT}") from error
         if vectors.ndim != 2 or len(vectors) != len(x) or not vectors.shape[1]:
             raise UsageError(
                 f"--teacher {self._name}: made {tuple(vectors.shape)} of {len(x)} images; {_CONTRACT}, d at least 1"
@@ -50,16 +51,21 @@ class Function(nn.Module):
 
 def is_name(given: str) -> bool:
     """Whether this is `pkg.module:function`, and no file."""
-    return bool(_NAME.fullmatch(given)) and not Path(given).exists()
+    return reads_as_name(given) and not Path(given).exists()
 
 
-def identity(name: str) -> str:
+def reads_as_name(given: str) -> bool:
+    """Whether this has the form of `pkg.module:function`."""
+    return bool(_NAME.fullmatch(given))
+
+
+def identity(name: str, flag: str = _TEACHER, contract: str = _CONTRACT) -> str:
     """Hex SHA-256 of the name and of the file where the function stands; what it reads itself is not known.
 
     Raises:
-        UsageError: there is no such function.
+        UsageError: as `find`.
     """
-    function = _found(name)
+    function = find(name, flag, contract)
     try:
         source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # an object that can be called, or written in C
@@ -67,19 +73,29 @@ def identity(name: str) -> str:
     return sha256(f"{PREFIX}{name} {input_hash(Path(source)) if source else ''}".encode()).hexdigest()
 
 
-def _found(name: str) -> Callable[[Tensor], Any]:
+def find(name: str, flag: str, contract: str) -> Callable[..., Any]:
+    """The function of that name.
+
+    Args:
+        name: `pkg.module:function`, which came by `flag`.
+        contract: what it is called with and returns, for errors.
+
+    Raises:
+        UsageError: there is no such function.
+    """
     module, _, attribute = name.partition(":")
     try:
         function: Any = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is run, and is not ours
         raise UsageError(
-            f"--teacher {name}: no such Python function: {_told(error)}; "
+            f"{flag} {name}: no such Python function: {told(error)}; "
             "modules are found where Python looks for them: PYTHONPATH=. adds this folder"
         ) from error
     if not callable(function):
-        raise UsageError(f"--teacher {name}: not a function; {_CONTRACT}")
+        raise UsageError(f"{flag} {name}: not a function; {contract}")
     return function  # type: ignore[no-any-return]
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """What an error of foreign code says, in one line."""
     return f"{type(error).__name__} ({' '.join(str(error).split())[:120]})"

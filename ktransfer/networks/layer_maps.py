@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from ktransfer.networks import descriptors
+from ktransfer.networks import descriptors, own_modules
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
 from ktransfer.networks.network import AlexNet, Network, VGGTrunk
@@ -44,25 +44,34 @@ def layers(network: Network, model: nn.Module) -> dict[str, str]:
         return {name: name for name in (*names, "norm")}
     inner = getattr(model, "features", None)
     prefix, parent = ("features.", inner) if isinstance(inner, nn.Sequential) else ("", model)
-    maps: dict[str, str] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _m, _i, out, path=f"{prefix}{name}": (
-                maps.update({path: path})
-                if isinstance(out, Tensor) and out.ndim == 4 and _as_maps(model, out).shape[-1] > 1
-                else None
-            )
-        )
-        for name, module in parent.named_children()
-    ]
-    _run(model, torch.zeros(1, 3, network.size, network.size))
-    for hook in hooks:
-        hook.remove()
+    maps = _with_maps(network, model, {f"{prefix}{name}": module for name, module in parent.named_children()})
     if isinstance(model, zoo.ResNet):
         return {
             name.replace("maxpool", "stem"): path for name, path in maps.items() if name not in ("conv1", "bn1", "relu")
         }
     return maps
+
+
+def _with_maps(network: Network, model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Those of the modules that make maps of more than one place, in the order in which they work; of a module of one's
+    own, whose parts may be wrapped, those inside them where none does."""
+    maps: dict[str, str] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _i, out, path=path: (
+                maps.update({path: path})
+                if isinstance(out, Tensor) and out.ndim == 4 and _as_maps(model, out).shape[-1] > 1
+                else None
+            )
+        )
+        for path, module in modules.items()
+    ]
+    _run(model, torch.zeros(1, 3, network.size, network.size))
+    for hook in hooks:
+        hook.remove()
+    inside = {f"{path}.{name}": child for path, module in modules.items() for name, child in module.named_children()}
+    wrapped = not maps and inside and own_modules.is_own(network.arch)
+    return _with_maps(network, model, inside) if wrapped else maps
 
 
 def _of_vgg(features: nn.Module) -> dict[str, str]:

@@ -3,8 +3,9 @@
 Architectures and sizes: docs/papers.md. `alexnet` is the paper's (96-256-384-384-256, grouped convolutions,
 local response normalisation), `alexnet_bn` the same with batch norm in its place; `vgg16` and `vgg16_bn` are
 torchvision's; every other classifier of torchvision goes by its own name (`torchvision:alexnet` for its AlexNet);
-`timm:NAME` is timm's, `transformers:FOLDER` that of a folder of Hugging Face, `hog`, `pixels` and `function:NAME` are
-no networks but read like ones (`descriptors.py`, `functions.py`).
+`timm:NAME` is timm's, `transformers:FOLDER` that of a folder of Hugging Face, `pkg.module:function` one's own
+(`own_modules.py`), `hog`, `pixels` and `function:NAME` are no networks but read like ones (`descriptors.py`,
+`functions.py`).
 """
 
 import json
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 from ktransfer import files, rng
 from ktransfer.config import nearest
 from ktransfer.errors import UsageError
-from ktransfer.networks import descriptors, functions
+from ktransfer.networks import descriptors, functions, own_modules
 from ktransfer.networks.formats import hugging_face
-from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
+from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, timm_of, torchvision_names
 from ktransfer.training.device import constant
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HEAD = "head."
+NAMES = "names"
+"""Of the classes, in the metadata of a weight file."""
 CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512))  # channels of VGG-16 up to conv4_3
 
@@ -165,13 +168,20 @@ def fitting(network: Network) -> Iterator[None]:
         ) from error
 
 
-def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "--arch") -> None:
+def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "--arch", own: bool = False) -> None:
     """Whether `build` will know the name, which came by `flag`.
+
+    Args:
+        own: whether it may be a network of timm, or a function of one's own.
 
     Raises:
         UsageError: an unknown name (with the nearest valid ones), or a width where it cannot be scaled.
     """
-    if arch not in TRUNKS and (trunk or arch.removeprefix(TORCHVISION) not in torchvision_names()):
+    if own and own_modules.is_own(arch):
+        own_modules.find(arch, flag)
+    elif own and arch.startswith(TIMM):
+        timm_of(arch)
+    elif arch not in TRUNKS and (trunk or arch.removeprefix(TORCHVISION) not in torchvision_names()):
         names = TRUNKS if trunk else (*TRUNKS, *torchvision_names())
         raise UsageError(f"{flag} {arch}: no such network; {nearest(arch, names)}")
     if width != 1.0 and not trunk and arch not in TRUNKS[:2]:
@@ -181,8 +191,10 @@ def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "
 def build(network: Network, seed: int, purpose: str) -> nn.Module:
     """A network with fresh weights, a pure function of (network, seed, purpose).
 
-    Our own networks start with fan-in (He) weights; torchvision's with their own.
+    Our own networks start with fan-in (He) weights; all others with their own.
     """
+    if own_modules.is_own(network.arch):
+        own_modules.find(network.arch, "network")  # a file that is imported may draw numbers too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed(seed, purpose, 0))
         if network.arch in TRUNKS[:2]:
@@ -194,10 +206,20 @@ def build(network: Network, seed: int, purpose: str) -> nn.Module:
         if network.arch.startswith(functions.PREFIX):
             return functions.Function(network.arch.removeprefix(functions.PREFIX))
         if network.arch.startswith(TIMM):
-            return of_timm(network.arch, network.size)
+            return of_timm(network.arch, network.size, network.classes)
         if network.arch.startswith(hugging_face.PREFIX):
             return hugging_face.build(Path(network.arch.removeprefix(hugging_face.PREFIX)))
+        if own_modules.is_own(network.arch):
+            return own_modules.made(network.arch, network.classes or 1000)
         return of_torchvision(network.arch, network.classes or 1000, network.size)
+
+
+def classifier_names(network: Network) -> frozenset[str]:
+    """The weights of a module of one's own that depend on the number of outputs: its classifier; none of others."""
+    if not own_modules.is_own(network.arch):
+        return frozenset()
+    two, three = (build(replace(network, classes=outputs), 0, "shapes").state_dict() for outputs in (2, 3))
+    return frozenset(name for name, value in two.items() if name not in three or three[name].shape != value.shape)
 
 
 def he_init(model: nn.Module, told: bool = True) -> nn.Module:
@@ -241,12 +263,21 @@ def statistics_name(mean: Sequence[float], deviation: Sequence[float]) -> str:
     return "/".join(",".join(repr(float(number)) for number in part) for part in (mean, deviation))
 
 
-def save(path: Path, state: Mapping[str, Tensor], network: Network) -> None:
-    """Write weights (without wrapper prefixes) with the description of the network as metadata."""
+def save(path: Path, state: Mapping[str, Tensor], network: Network, names: Sequence[str] = ()) -> None:
+    """Write weights (without wrapper prefixes) with the description of the network as metadata.
+
+    Args:
+        names: of the classes, where they have any.
+    """
+    files.write_bytes(path, content(state, network, names))
+
+
+def content(state: Mapping[str, Tensor], network: Network, names: Sequence[str] = ()) -> bytes:
+    """The bytes of the file that `save` writes."""
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: safetensors writes several in an order that differs from run to run.
-    described = {"network": json.dumps(asdict(network))}
-    files.write_bytes(path, serialise(dict(state), described))
+    said = asdict(network) | ({NAMES: list(names)} if names else {})
+    return serialise(dict(state), {"network": json.dumps(said)})
 
 
 def describe(path: Path) -> Network:
@@ -255,14 +286,29 @@ def describe(path: Path) -> Network:
     Raises:
         UsageError: missing, not safetensors, or not written by ktransfer.
     """
+    return _described(path)[0]
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """The names of the classes that a weight file of ours tells, none where it has none.
+
+    Raises:
+        UsageError: as `describe`.
+    """
+    return _described(path)[1]
+
+
+def _described(path: Path) -> tuple[Network, tuple[str, ...]]:
     try:
         with safe_open(path, framework="pt") as handle:
             found = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
     try:
-        return Network(**json.loads(found["network"]))
-    except (KeyError, TypeError, ValueError) as error:
+        said = json.loads(found["network"])
+        names = tuple(map(str, said.pop(NAMES, ())))
+        return Network(**said), names
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: does not say which network it is; give a model.safetensors of ktransfer") from error
 
 

@@ -5,9 +5,6 @@ deviation for pretext tasks of ours; ImageNet's for checkpoints made elsewhere, 
 Hugging Face state others for the very weights; 0..1 for HOG and pixels.
 """
 
-import difflib
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +18,12 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors, functions, published
+from ktransfer.networks import Network, checkpoints, descriptors, functions, own_modules, published
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
 from ktransfer.networks.published import POOLED
-from ktransfer.networks.zoos import TIMM, TORCHVISION, torchvision_names
+from ktransfer.networks.zoos import TIMM, TORCHVISION, near, timm_of, torchvision_names
 from ktransfer.progress import say_once
 from ktransfer.run import input_hash
 from ktransfer.training.device import autocast
@@ -83,7 +80,7 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         return _sized(Teacher(Network(given, size=descriptors.SIZES[given], normalise=descriptors.UNIT), None), size)
     if given in published.NAMES:
         network = published.network(given)
-        _timm(network.arch)
+        timm_of(network.arch)
         return _sized(Teacher(network, published.weights(given), foreign=True, layer=POOLED), size)
     if given.startswith(TORCHVISION):
         return _sized(_of_torchvision(given, weights), size)
@@ -114,6 +111,11 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
         )
     if arch.startswith(TIMM):
         return _sized(Teacher(_of_timm(arch), path, foreign=True), size)
+    if own_modules.is_own(arch):
+        raise UsageError(
+            f"--arch {arch}: a checkpoint is read into a network by name; give --teacher pkg.module:function, which "
+            "loads your own and calls it"
+        )
     networks.check_arch(arch)
     return _sized(Teacher(Network(arch, size=SIZE), path, foreign=True), size)
 
@@ -249,7 +251,9 @@ def rows_reader(
 
 def _pools(network: Network, model: nn.Module) -> bool:
     """Whether the network, made without its classifier, ends with the vector that a classifier would get."""
-    return network.arch.startswith(TIMM) or (isinstance(model, HuggingFace | Function) and model.pools)
+    return (network.arch.startswith(TIMM) and not network.classes) or (
+        isinstance(model, HuggingFace | Function) and model.pools
+    )
 
 
 def _pooled(model: nn.Module, x: Tensor) -> Tensor:
@@ -288,7 +292,7 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
     name = given.removeprefix(TORCHVISION)
     names = torchvision_names()
     if name not in names:
-        raise UsageError(f"--teacher {given}: torchvision has no such network; {_near(name, names)}")
+        raise UsageError(f"--teacher {given}: torchvision has no such network; {near(name, names)}")
     entries: Any = zoo.get_model_weights(name)
     known = (entries.DEFAULT, *entries)
     cache = Path(torch.hub.get_dir()) / "checkpoints"
@@ -323,26 +327,12 @@ def _of_folder(path: Path) -> Teacher:
     return Teacher(network, path, foreign=True, layer=POOLED if folder.pools else None)
 
 
-def _near(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"there are such as {', '.join(names[:: len(names) // 3 + 1])}"
-
-
 def _file(entry: Any) -> str:
     return str(entry.url).rsplit("/", 1)[-1]
 
 
-def _timm(arch: str) -> Any:
-    if importlib.util.find_spec("timm") is None:
-        raise UsageError(f"{arch}: timm is not installed; pip install 'ktransfer[teachers]'")
-    return importlib.import_module("timm")
-
-
 def _of_timm(arch: str) -> Network:
-    timm = _timm(arch)
-    name = arch.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise UsageError(f"{arch}: timm has no such network; {_near(name, timm.list_models())}")
+    timm, name = timm_of(arch), arch.removeprefix(TIMM)
     try:
         stated = timm.get_pretrained_cfg(name)
     except RuntimeError as error:

@@ -50,7 +50,8 @@ def _forward(norm: _BatchNorm, total: Sum, x: Tensor) -> Tensor:
         unbiased = variance * (count / (count - 1).clamp(min=1))
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
-    normalised: Tensor = y
+    inside: Any = norm
+    normalised: Tensor = inside.act(inside.drop(y)) if hasattr(norm, "act") else y  # those of timm have both inside
     return normalised
 
 

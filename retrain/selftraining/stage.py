@@ -30,8 +30,9 @@ from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
 from ktransfer.detection.strengths import STRENGTHS
 from ktransfer.errors import StageError, UsageError
-from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
-from ktransfer.networks.teachers import Teacher
+from ktransfer.networks import TRUNKS, Network, check_arch, describe, functions, published, teachers
+from ktransfer.networks.descriptors import MODULES
+from ktransfer.networks.zoos import TIMM, TORCHVISION
 from ktransfer.plan import Plan, latest
 from ktransfer.progress import say, track
 from ktransfer.run import done_record, input_hash
@@ -330,9 +331,18 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
         done_record(run, "retrain", "retrain", "retrain")
         path = run / "retrain" / "model.safetensors"
         return replace(describe(path), classes=0), path, False
-    named = config.init.startswith(("torchvision:", "timm:", "efficientnet-lite"))
+    if config.init.startswith(TIMM):
+        raise UsageError(
+            f"--init {config.init}: a name of timm comes without weights; give torchvision:NAME, "
+            f"{published.NAMES[0]}, or a checkpoint with --backbone"
+        )
+    named = config.init.startswith(TORCHVISION) or config.init in (*published.NAMES, *MODULES)
     ours = config.init.endswith(teachers.SAFETENSORS)
-    found: Teacher = teachers.find(config.init, None if named or ours else config.backbone, None, 0)
+    by_name = named or ours or functions.is_name(config.init)
+    try:
+        found = teachers.find(config.init, None if by_name else config.backbone, None, 0)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--teacher", "--init")) from error
     if found.weights is None:
         raise UsageError(f"--init {config.init}: has no weights; give a network")
     return replace(found.network, classes=0 if ours else found.network.classes), found.weights, found.foreign

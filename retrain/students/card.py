@@ -16,9 +16,15 @@ SHOWN = 100
 """Names of classes that are listed."""
 WHAT = {
     "classes": "classes",
-    "pseudo-labels": "clusters, of whose numbers the label is one",
+    "pseudo-labels": "clusters, whose number is the label",
     "features": "numbers of its teacher's features, by their direction alone",
+    "random": "outputs of random weights, which have learned nothing",
+    "jigsawpp": "permutations of the tiles of an image, some of them of other images",
+    "jigsaw": "permutations of the tiles of an image",
+    "rotation": "turns of an image",
+    "context": "places of a patch beside another",
 }
+"""What the outputs of a task are; in the title up to the comma."""
 FILL_IN = "*to be filled in: that of the images and of the teacher may bind you*"
 
 
@@ -60,7 +66,7 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
     record = record_of(weights) or {}
     count = sum(value.numel() for value in model.model.parameters())
     named = network.task == "classes"
-    what = WHAT[network.task]
+    what = WHAT.get(network.task, f"outputs, of the task {network.task}")
     rows = [
         ("network", f"{_arch(network)}, {count:,} weights"),
         ("learned", f"{network.classes} {what}"),

@@ -87,9 +87,13 @@ class Classifier(nn.Module):
 
     def _found_tap(self, layer: str | None) -> Tap:
         paths = networks.layers(self.network, copy.deepcopy(self.model).cpu())  # which looks for them on the CPU
-        if not paths or (layer is not None and layer not in paths):
-            hint = nearest(layer or "", paths) if paths else "it has none that can be read"
-            raise UsageError(f"--layer {layer}: {self.network.arch} has no such layer; {hint}")
+        if not paths:
+            raise UsageError(
+                f"{self.network.arch}: none of its modules makes maps, (batch, channels, height, width), so it has "
+                "no embeddings, and cannot be exported; predict --out FILE.csv takes it"
+            )
+        if layer is not None and layer not in paths:
+            raise UsageError(f"--layer {layer}: {self.network.arch} has no such layer; {nearest(layer, paths)}")
         token = teachers.choose_token(self.model, self.network.arch, None) or "patch"
         layer = layer or list(paths)[-1]
         return Tap(layer, paths[layer], token)

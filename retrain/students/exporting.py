@@ -15,6 +15,7 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.detection import saved
 from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import Network, own_modules
 from ktransfer.plan import Plan, PlannedStep, latest
 from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
@@ -104,7 +105,7 @@ def carry_out(plan: ExportPlan) -> Path:
                 files.write_bytes(folder / name, (Path(work) / name).read_bytes())
         exported = Exported(
             name=student.name,
-            rows=[*made.rows(network, config), *([(quantising.FILE, compared.words())] if compared else [])],
+            rows=[*made.rows(model, config), *([(quantising.FILE, compared.words())] if compared else [])],
             difference=off,
             weights_hash=digest,
             versions=versions(made.packages),
@@ -210,14 +211,14 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
     if coming is not None:
         assert coming.network is not None
         source = run / STAGE / MODEL
-        made.check(coming.network)
+        _check_network(made, coming.network)
     else:
         if config.model is None and not student_detector(run).is_file():
             done_record(run, STAGE, STAGE, STAGE)
         source = weights_at(config.model or run)
         if is_detector(source):
             return _check_objects(run, config, source, saved.describe(source), {"weights": input_hash(source)})
-        made.check(described(source))
+        _check_network(made, described(source))
         inputs, size = {"weights": input_hash(source)}, source.stat().st_size
     images = _images(config, source, coming) if config.int8 else None
     if images is not None:
@@ -234,6 +235,12 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Ex
         config=config,
         source=source,
     )
+
+
+def _check_network(made: Format, network: Network) -> None:
+    made.check(network)
+    if own_modules.is_own(network.arch):
+        Classifier(network, networks.build(network, 0, "check"), ()).tap()
 
 
 def _check_objects(

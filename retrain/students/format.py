@@ -32,7 +32,7 @@ class Format(NamedTuple):
         write: the files of (classifier, folder, settings, facts).
         read: (folder, network) -> what the library that the format is for computes of (batch, 3, size, size) uint8.
         wanted: the same of the classifier itself.
-        rows: lines of the card, (name, text) of (network, settings).
+        rows: lines of the card, (name, text) of (classifier, settings).
         code: (packages, lines of Python) that use the files on `image.jpg` and end with `logits`.
         names_in: where the names of the classes are, "" where they are not.
     """
@@ -44,7 +44,7 @@ class Format(NamedTuple):
     write: Callable[[Classifier, Path, ExportConfig, dict[str, str]], None]
     read: Callable[[Path, Network], Callable[[Tensor], Outputs]]
     wanted: Callable[[Classifier], Callable[[Tensor], Outputs]]
-    rows: Callable[[Network, ExportConfig], list[tuple[str, str]]]
+    rows: Callable[[Classifier, ExportConfig], list[tuple[str, str]]]
     code: Callable[[Network], tuple[str, str]]
     names_in: str
 
@@ -96,14 +96,19 @@ def apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
-def inside_rows(network: Network) -> list[tuple[str, str]]:
+def inside_rows(model: Classifier) -> list[tuple[str, str]]:
     """Lines of the card where normalisation is inside, and embeddings come out too."""
+    network, tap = model.network, model.tap()
     side = network.size
+    numbers = model.embeddings(torch.zeros(1, 3, side, side, dtype=torch.uint8), tap).shape[1]
+    of = {"cls": "its class token", "mean": "the mean of its patches"}.get(
+        tap.token, "its maps averaged over positions"
+    )
     return [
         ("input", f"`image`: (batch, 3, {side}, {side}) uint8, RGB, 0 to 255; batch of any size"),
         ("normalisation", f"inside the file: {normalisation(network)}"),
         ("output", f"`logits`: (batch, {network.classes}) float32; their softmax is the probability"),
-        ("", "`embedding`: (batch, d) float32, the last layer's maps averaged over their positions"),
+        ("", f"`embedding`: (batch, {numbers}) float32, of layer {tap.layer}: {of}"),
     ]
 
 

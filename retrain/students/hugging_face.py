@@ -126,7 +126,7 @@ FORMAT = Format(
     write=_write,
     read=_read,
     wanted=logits_of,
-    rows=lambda network, config: outside_rows(network),
+    rows=lambda model, config: outside_rows(model.network),
     code=_code,
     names_in="`config.json`",
 )

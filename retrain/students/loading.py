@@ -108,8 +108,8 @@ def described(weights: Path) -> Network:
 
 
 def class_names(weights: Path, network: Network) -> tuple[str, ...]:
-    """The names that the record beside the weights has for them, else numbers from 0."""
-    names = (record_of(weights) or {}).get("classes")
+    """The names that the file has for them, or, of an older one, the record beside it; else numbers from 0."""
+    names = networks.class_names(weights) or (record_of(weights) or {}).get("classes")
     return tuple(names) if names else tuple(str(number) for number in range(network.classes))
 
 

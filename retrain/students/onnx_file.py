@@ -138,8 +138,8 @@ def _write(model: Classifier, folder: Path, config: ExportConfig, facts: dict[st
     (folder / FILE).write_bytes(to_onnx(model, config.opset, facts))
 
 
-def _rows(network: Network, config: ExportConfig) -> list[tuple[str, str]]:
-    return [*inside_rows(network), ("ONNX", f"opset {config.opset}")]
+def _rows(model: Classifier, config: ExportConfig) -> list[tuple[str, str]]:
+    return [*inside_rows(model), ("ONNX", f"opset {config.opset}")]
 
 
 def _code(network: Network) -> tuple[str, str]:

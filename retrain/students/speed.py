@@ -40,7 +40,7 @@ def work(model: str | None, wanted: Wanted) -> Ways:
     """
     need_packages(onnx_file.FORMAT.packages)
     if model is None:
-        networks.check_arch(wanted.arch or RetrainConfig.arch, wanted.width)
+        networks.check_arch(wanted.arch or RetrainConfig.arch, wanted.width, own=True)
         network = Network(
             wanted.arch or RetrainConfig.arch, wanted.width, RetrainConfig.stride, wanted.size or SIZE, CLASSES
         )

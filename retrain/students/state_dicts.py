@@ -24,7 +24,8 @@ OTHERS = "onnx and torch take every network"
 
 
 def _write(model: Classifier, folder: Path, config: ExportConfig, facts: dict[str, str]) -> None:
-    networks.save(folder / FILE, model.model.state_dict(), model.network)
+    names = model.names if model.network.task == "classes" else ()
+    networks.save(folder / FILE, model.model.state_dict(), model.network, names)
 
 
 def _check_torchvision(network: Network) -> None:
@@ -113,8 +114,8 @@ _STATE_DICT = partial(
     files=(FILE,),
     write=_write,
     wanted=logits_of,
-    rows=lambda network, config: outside_rows(network),
-    names_in="",
+    rows=lambda model, config: outside_rows(model.network),
+    names_in="the file's metadata, under `network`",
 )
 TORCHVISION_FORMAT = _STATE_DICT(
     folder="torchvision",

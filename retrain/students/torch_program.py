@@ -57,7 +57,7 @@ FORMAT = Format(
     write=_write,
     read=_read,
     wanted=Both,
-    rows=lambda network, config: inside_rows(network),
+    rows=lambda model, config: inside_rows(model),
     code=_code,
     names_in="the file, under `classes`",
 )

@@ -57,6 +57,15 @@ def test_the_first_is_what_it_is_alone(run, tmp_path):
     assert alone.read_bytes() == (run / "clusters" / "clusters.h5").read_bytes()
 
 
+def test_the_same_is_not_said_for_each(run, tmp_path, capsys):
+    (path,) = (run / "features").glob("*.h5")
+    cluster(tmp_path, features=str(path), k=8, views=5, iterations=2)
+    assign(tmp_path)
+    said = capsys.readouterr().err
+    assert said.count("cluster: memory: ") == said.count("assign: memory: ") == 1
+    assert said.count("k-means engine: ") == 2 and said.count("clustering") >= 4
+
+
 def test_labels_of_all_are_columns_of_one_file(run):
     with (run / "clusters" / "labels.csv").open(newline="") as handle:
         header = next(csv.reader(handle))

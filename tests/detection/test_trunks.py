@@ -8,7 +8,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from ktransfer import networks
 from ktransfer.detection import trunks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network
+from ktransfer.networks import Network, teachers
 
 
 @pytest.mark.parametrize(
@@ -144,3 +144,24 @@ def test_a_trunk_with_one_map_gets_its_pyramid_too():
     """AlexNet of stride 2, as targets for small images are: C3 alone, and two coarser maps made from it."""
     trunk = trunks.build(Network("alexnet_bn", 0.1, 2), None, "p3-p7", "gn", 0, 16)
     assert list(trunks.strides(trunk).values()) == [8, 16, 32]
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen", "gn"])
+def test_a_published_efficientnet_has_the_maps_of_timm(norm):
+    timm = pytest.importorskip("timm")
+    teacher = teachers.find("efficientnet-lite0", None, None, 64)
+    trunk = trunks.build(teacher.network, teacher.weights, "single", norm, 0, foreign=True).eval()
+    model = teachers.load(teacher)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    whole.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        ((name, found),) = trunk(x).items()
+        wanted = whole(x)[-1]
+    assert name == "c5" and found.shape == wanted.shape == (1, 320, 2, 2)
+    assert torch.allclose(found, wanted, atol=1e-3) is (norm != "gn")
+    activations = [module for module in trunk.modules() if isinstance(module, torch.nn.ReLU6)]
+    assert len(activations) == len([module for module in model.modules() if isinstance(module, torch.nn.ReLU6)]) - 1
+    assert trunks.strides(trunks.build(teacher.network, None, "p3-p7", "gn", 0)) == {
+        f"p{level}": 2**level for level in range(3, 8)
+    }

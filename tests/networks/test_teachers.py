@@ -1,5 +1,6 @@
 """What --teacher may name: found where it should be, refused in one line where it is not, never fetched."""
 
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -118,7 +119,7 @@ def test_options_that_do_not_belong_are_refused(weights, tmp_path):
 
 
 def test_timm_where_it_is_not_installed(weights, monkeypatch):
-    monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     line = refused("timm:vit_small_patch14_dinov2", None, str(weights), 0)
     assert line == "timm:vit_small_patch14_dinov2: timm is not installed; pip install 'ktransfer[teachers]'"
     assert "not installed" in refused(str(weights), "timm:resnet50", None, 0)
@@ -156,7 +157,7 @@ def test_timm_where_it_is_installed(tmp_path, monkeypatch):
 
     timm.create_model = create_model
     monkeypatch.setitem(sys.modules, "timm", timm)
-    monkeypatch.setattr(teachers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     torch.save({"teacher": TimmViT(32).state_dict()}, tmp_path / "dino.pth")
     teacher = teachers.find("timm:tiny", None, str(tmp_path / "dino.pth"), 0)
     assert teacher.network == Network("timm:tiny", size=32, normalise="0.5,0.5,0.5/0.25,0.25,0.25")

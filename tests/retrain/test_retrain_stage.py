@@ -304,7 +304,7 @@ def test_a_record_from_before_a_setting_means_what_was_done_then(tmp_path):
     weights = retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1})
     path = tmp_path / "retrain" / "stage.json"
     steps = json.loads(path.read_text())
-    for name in ("normalise", "objective", "temperature", "grey", "jitter"):
+    for name in ("normalise", "objective", "temperature", "grey", "jitter", "randaugment"):
         del steps["retrain"]["config"][name]
     path.write_text(json.dumps(steps))
     assert retrain(tmp_path, **SMALL | {"normalise": "imagenet", "epochs": 1}) == weights
@@ -321,6 +321,30 @@ def test_colours_change_what_is_seen_and_nothing_else():
     torch.testing.assert_close(grey[:, 0], grey[:, 1])
     plain = stage.augmented(batch, network, replace(config, grey=0.0))
     assert plain.shape == grey.shape and not torch.allclose(plain, grey)
+
+
+def test_randaugment_changes_each_image_as_it_does_alone(tmp_path):
+    config = replace(RetrainConfig(), size=32, randaugment="3,20", normalise="picture")
+    network = Network("alexnet", 0.05, 2, 32, 4, "picture")
+    pixels = torch.randint(0, 256, (5, 3, 36, 36), generator=torch.Generator().manual_seed(0)).byte()
+    batch = Batch(torch.arange(5), pixels, torch.ones(5).bool(), 1)
+    whole = stage.augmented(batch, network, config)
+    assert not torch.allclose(whole, stage.augmented(batch, network, replace(config, randaugment=None)))
+    part = Batch(batch.rows[3:], pixels[3:], batch.valid[3:], 1)
+    torch.testing.assert_close(stage.augmented(part, network, config), whole[3:])
+    later = Batch(batch.rows, pixels, batch.valid, 2)
+    assert not torch.allclose(stage.augmented(later, network, config), whole)
+    both = stage.augmented(batch, network, replace(config, grey=1.0))
+    torch.testing.assert_close(both[:, 0], both[:, 1])
+    with pytest.raises(UsageError, match=r"--randaugment 2,40: must be N,M"):
+        retrain(tmp_path, **SMALL | {"randaugment": "2,40"})
+
+
+def test_randaugment_ends_with_other_weights_and_is_in_the_record(tmp_path):
+    plain = retrain(tmp_path / "plain", **SMALL | {"epochs": 1})
+    changed = retrain(tmp_path / "changed", **SMALL | {"epochs": 1, "randaugment": "2,9"})
+    assert plain.read_bytes() != changed.read_bytes()
+    assert record(tmp_path / "changed")["config"]["randaugment"] == "2,9"
 
 
 def test_init_starts_from_other_weights(tmp_path):

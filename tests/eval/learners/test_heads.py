@@ -81,8 +81,9 @@ def test_the_trunk_of_a_vgg_gets_a_linear_layer_and_can_be_loaded_without(tmp_pa
 )
 def test_the_trunk_is_all_but_the_classifier(arch, size, last, first):
     width = 0.05 if arch == "alexnet" else 1.0
-    model = with_classes(Network(arch, width, size=size, classes=3), 4, 0, "test")
-    found = trunk(model)
+    network = Network(arch, width, size=size, classes=3)
+    model = with_classes(network, 4, 0, "test")
+    found = trunk(network, model)
     assert last in found.names and first not in found.names
     # The modules hold just that, but for the class token of a transformer.
     held = {f"{name}.{key}" for name in found.modules for key in model.get_submodule(name).state_dict()}

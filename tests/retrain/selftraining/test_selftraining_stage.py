@@ -17,6 +17,7 @@ from ktransfer.detection import saved
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.predictions import Prediction
 from ktransfer.errors import StageError, UsageError
+from ktransfer.networks import checkpoints, published
 from ktransfer.retrain import SelftrainConfig, selftrain
 from ktransfer.retrain.selftraining import boxes, detecting, stage
 from ktransfer.retrain.selftraining.student import Student
@@ -70,6 +71,16 @@ def test_files_and_scores(made, capsys):
     selftrain(made, **SMALL)
     assert contents(made) == before
     assert "| teacher |" in capsys.readouterr().out
+
+
+def test_a_published_network_is_a_backbone(tmp_path):
+    selftrain(tmp_path, **SMALL | {"init": "efficientnet-lite0", "epochs": 1, "norm": "bn"})
+    described = saved.describe(tmp_path / "selftrain" / "teacher" / "model.safetensors")
+    assert described.network.arch == "timm:tf_efficientnet_lite0" and described.network.size == 64
+    fresh = dict(saved.make(described, 0).named_parameters())["backbone.body.conv_stem.weight"]
+    found = load_file(tmp_path / "selftrain" / "student" / "model.safetensors")["backbone.body.conv_stem.weight"]
+    start = checkpoints.read_tensors(published.weights("efficientnet-lite0"))["_conv_stem.weight"]
+    assert (found - start).abs().mean() < 0.1 * (found - fresh).abs().mean()
 
 
 def test_every_parameter_of_a_fresh_detector_moves(made):
@@ -259,6 +270,9 @@ def test_a_teacher_that_sees_nothing_stops_with_a_clear_line(made, tmp_path):
         ({"backbone": "resnet18", "width": 0.5}, r"--width 0.5: only .* not resnet18"),
         ({"init": "nothing.safetensors"}, r"nothing\.safetensors"),
         ({"init": "run"}, "retrain is missing"),
+        ({"init": "hog"}, "--init hog: has no weights"),
+        ({"init": "timm:resnet50"}, "--init timm:resnet50: a name of timm comes without weights"),
+        ({"init": "no_such.nets:net"}, "--init no_such.nets:net: has no weights"),
         ({"teacher": "nothing.safetensors"}, r"nothing\.safetensors"),
         ({"pseudo": "nothing.json"}, r"nothing\.json"),
         ({"norm": "frozen"}, "norm frozen"),

@@ -121,6 +121,7 @@ def test_the_card_says_what_the_network_is_and_learned(exported, of_clusters, tm
         "(batch, 3, 40, 40) uint8",
         "0.485, 0.456, 0.406",
         "opset 18",
+        "`embedding`: (batch, 16) float32, of layer conv5: its maps averaged over positions",
         record["outputs"]["model.safetensors"]["sha256"],
         "| licence | *to be filled in",
         f"`{load_model(exported).names[11]}`",
@@ -130,6 +131,27 @@ def test_the_card_says_what_the_network_is_and_learned(exported, of_clusters, tm
     export(tmp_path / "run", model=str(of_clusters), licence="CC0-1.0 |\nmine")
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "3 clusters" in card and "| licence | CC0-1.0 \\| mine |" in card and "Classes, in the order" not in card
+
+
+@pytest.mark.parametrize(
+    ("task", "title"),
+    [
+        ("random", "5 outputs of random weights"),
+        ("rotation", "5 turns of an image"),
+        ("jigsawpp", "5 permutations of the tiles of an image"),
+        ("jigsaw", "5 permutations of the tiles of an image"),
+        ("context", "5 places of a patch beside another"),
+        ("another", "5 outputs"),
+    ],
+)
+def test_the_card_has_a_sentence_for_every_task(tmp_path, task, title):
+    network = Network("alexnet", 0.05, 2, 32, 5, "imagenet", task)
+    weights = tmp_path / "model.safetensors"
+    networks.save(weights, networks.build(network, 0, "t").state_dict(), network)
+    export(tmp_path / "run", model=str(weights), format="torch")
+    card = (tmp_path / "run" / "export" / "torch" / "README.md").read_text()
+    assert card.splitlines()[0].endswith(f"alexnet, {title}") and f"| learned | {title}" in card
+    assert card.count("| learned | ") == 1 and ("of the task another" in card) is (task == "another")
 
 
 def test_the_card_has_the_linear_probe_of_these_weights_alone(exported, tmp_path):

@@ -3,8 +3,10 @@
 import csv
 import json
 import shutil
+from hashlib import sha256
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -72,10 +74,34 @@ def test_images_come_as_one_file_a_list_or_scenes(of_clusters, folder, tmp_path)
     assert len(rows_of(predict(of_clusters, "scenes:images=12,size=48", tmp_path / "scenes.csv"))) == 12
 
 
-def test_a_copied_file_has_numbers_for_classes_as_it_knows_no_names(of_classes, tmp_path):
-    shutil.copy(of_classes / "retrain" / "model.safetensors", tmp_path / "mine.safetensors")
-    assert load_model(tmp_path / "mine.safetensors").names == tuple(map(str, range(12)))
-    assert load_model(of_classes).names == tuple(names_of(of_classes))
+def test_a_copied_file_knows_the_names_of_its_classes(of_classes, folder, tmp_path):
+    copied = tmp_path / "mine.safetensors"
+    shutil.copy(of_classes / "retrain" / "model.safetensors", copied)
+    names = tuple(names_of(of_classes))
+    assert load_model(copied).names == names == networks.class_names(copied)
+    tables = [predict(model, str(folder), tmp_path / f"{model.name}.csv") for model in (of_classes, copied)]
+    assert tables[0].read_text() == tables[1].read_text()
+    described, names_inside = (json.loads(said) for said in facts_of(export(tmp_path / "new", model=str(copied))))
+    assert tuple(names_inside) == names and "names" not in described
+    card = (tmp_path / "new" / "export" / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in names)
+
+
+def facts_of(student):
+    facts = onnxruntime.InferenceSession(student).get_modelmeta().custom_metadata_map
+    return facts["network"], facts["classes"]
+
+
+def test_the_names_of_an_older_file_are_those_of_the_record_beside_it(of_classes, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(of_classes, run)
+    weights = run / "retrain" / "model.safetensors"
+    networks.save(weights, load_file(weights), networks.describe(weights))
+    assert networks.class_names(weights) == () and load_model(weights).names == tuple(map(str, range(12)))
+    record = json.loads((run / "retrain" / "stage.json").read_text())
+    record["retrain"]["outputs"]["model.safetensors"]["sha256"] = sha256(weights.read_bytes()).hexdigest()
+    (run / "retrain" / "stage.json").write_text(json.dumps(record))
+    assert load_model(weights).names == tuple(names_of(of_classes))
 
 
 def test_names_of_other_weights_are_not_taken(of_classes, of_clusters, tmp_path):
