@@ -201,7 +201,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     task = CLASSES if config.labels == CLASSES else PSEUDO
     network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
-        networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
+        checked = networks.trunk(replace(network, classes=2))  # AlexNet's classifier takes what the trunk leaves
+        networks.build(checked, 0, "check")(torch.zeros(2, 3, config.size, config.size))
     memory = 3 * stored_side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
     return RetrainPlan(
         stage="retrain",
