@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import files
+from ktransfer import files, tables
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import cache_place, readable
@@ -332,15 +332,16 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
 
 def _table(result: dict[str, Any]) -> str:
     """The measures in per cent with 95 % intervals over resampled images."""
-    first = next(iter(result["scores"].values()))
-    names = [name for name in first if f"{name}_interval" in first]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for arm, found in result["scores"].items():
-        cells = []
-        for name in names:
-            low, high = found[f"{name}_interval"]
-            cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    images = result["data"]
+    cells = [
+        (arm, name, _with_interval(found[name], *found[f"{name}_interval"]))
+        for arm, found in result["scores"].items()
+        for name in found
+        if f"{name}_interval" in found
+    ]
+    lines, images = tables.markdown(*tables.crossed("", cells)), result["data"]
     least = f"; scores from {result['test_threshold']} on" if "test_threshold" in result else ""
     return "\n".join(lines) + (f"\n\n{images['labelled']} labelled images, {images['test']} to test{least}.\n")
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
