@@ -75,7 +75,7 @@ def carry_out(plan: RetrainPlan) -> Path:
     """Read what is known of the images, learn it, and write the weights."""
     config, data, device = plan.config, plan.images, plan.device
     known, inputs = plan.known or find_known(plan.run, config, data)
-    inputs = inputs | _init_hash(plan.initial)
+    inputs = inputs | ({"init": teachers.identity(plan.initial)} if plan.initial else {})
     inputs |= seen_by_batch_norm(config, lambda: networks.build(plan.network, config.seed, "retrain"))
     outputs = ("model.safetensors", "metrics.jsonl", "checkpoint", "events")
     with begin(plan.run, "retrain", "retrain", config, inputs, outputs, plan.overwrite, str(device)) as step:
@@ -182,7 +182,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     if config.arch == LIST:
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *torchvision_names()))}")
     networks.check_arch(config.arch, config.width)
-    data = open_dataset(_data_spec(run, config))
+    spec = _data_spec(run, config)
+    data = open_dataset(spec)
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
     cached = cache_place(config.cache_images, len(data), stored_side(size), device)
@@ -197,7 +198,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         classes, inputs = int(found[0].labels[:, 0].max()) + 1 or 2, found[1]
         known = None if coming else found
     initial = find_initial(config)
-    inputs = inputs | _init_hash(initial)
+    inputs = inputs | ({"init": teachers.identity(initial)} if initial else {})
     task = CLASSES if config.labels == CLASSES else PSEUDO
     network = Network(config.arch, config.width, config.stride, config.size, classes, config.normalise, task)
     with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
@@ -217,10 +218,6 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         initial=initial,
         known=known,
     )
-
-
-def _init_hash(initial: Teacher | None) -> dict[str, str]:
-    return {"init": teachers.identity(initial)} if initial else {}
 
 
 def _reads(config: RetrainConfig) -> tuple[str, ...]:

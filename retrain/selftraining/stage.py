@@ -28,11 +28,12 @@ from ktransfer.detection.detectors import Settings
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
-from ktransfer.networks import TRUNKS, Network, check_arch, describe, teachers
+from ktransfer.networks import TRUNKS, Network, check_arch, teachers
+from ktransfer.networks.made import network_of
 from ktransfer.networks.teachers import Teacher
 from ktransfer.plan import Plan, latest
 from ktransfer.progress import say, track
-from ktransfer.run import done_record, input_hash
+from ktransfer.run import input_hash
 from ktransfer.training import loop
 from ktransfer.training.device import choose_device
 
@@ -316,12 +317,8 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
         network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
         return network, None, False
     if config.init == RUN:
-        coming = latest(before, "retrain")
-        if coming and coming.network and coming.weights:
-            return replace(coming.network, classes=0), coming.weights, False
-        done_record(run, "retrain", "retrain", "retrain")
-        path = run / "retrain" / "model.safetensors"
-        return replace(describe(path), classes=0), path, False
+        network, weights = network_of(run, "retrain", before)
+        return replace(network, classes=0), weights, False
     named = config.init.startswith(("torchvision:", "timm:", "efficientnet-lite"))
     ours = config.init.endswith(teachers.SAFETENSORS)
     found: Teacher = teachers.find(config.init, None if named or ours else config.backbone, None, 0)
