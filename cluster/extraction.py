@@ -18,11 +18,12 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.data.ordered import ordered_map
 from ktransfer.errors import Reply, StageError, UsageError
 from ktransfer.networks import teachers
+from ktransfer.networks.made import network_of
 from ktransfer.networks.published import POOLED
 from ktransfer.networks.teachers import Teacher
-from ktransfer.plan import Plan, PlannedStep, latest
+from ktransfer.plan import Plan, PlannedStep
 from ktransfer.progress import bar, say
-from ktransfer.run import begin, done_record, need_disk, read_record
+from ktransfer.run import begin, need_disk, read_record
 from ktransfer.training.device import choose_device
 from ktransfer.training.reading import data_facts, same_data
 
@@ -180,11 +181,7 @@ def _teacher(run: Path, config: ExtractConfig, before: Sequence[Plan] = ()) -> T
     for flag, value in (("arch", config.arch), ("weights", config.weights)):
         if value:
             raise UsageError(f"--{flag} {value}: belongs to --teacher, which was not given; give --teacher too")
-    path = run / "pretext" / "model.safetensors"
-    coming = latest(before, "pretext")
-    if coming is None:
-        done_record(run, "pretext", "pretext", "pretext")
-    network = coming.network if coming and coming.network else networks.describe(path)
+    network, path = network_of(run, "pretext", before)
     return Teacher(networks.trunk(replace(network, size=config.size or network.size)), path)
 
 

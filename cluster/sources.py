@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from ktransfer.artifacts.choosing import features_in
 from ktransfer.artifacts.features import open_features
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
@@ -26,26 +27,18 @@ def features_path(run: Path, config: ClusterConfig) -> Path | None:
     """
     if config.features:
         return Path(config.features)
-    found = {path: open_features(path) for path in sorted((run / "features").glob("*.h5"))}
     spec = config.data or pretext_data(run)
-    if spec:
-        fingerprint = open_dataset(spec).fingerprint
-        found = {
-            path: features for path, features in found.items() if features.attributes["fingerprint"] == fingerprint
-        }
-    if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
-        raise UsageError(f"cluster: the run has several feature files; choose one with --features: {names}")
-    for path, features in found.items():
-        made = read_record(run, "features", path.stem)
-        teacher = run / "pretext" / "model.safetensors"
-        own = made is not None and not made["config"]["teacher"] and teacher.is_file()
-        if own and features.attributes["teacher"] != input_hash(teacher):
-            raise UsageError(
-                f"{path}: was made with an older teacher; make it again: ktransfer --run {run} extract --overwrite"
-            )
-        return path
-    return None
+    path = features_in(run, open_dataset(spec).fingerprint if spec else None, "cluster")
+    if path is None:
+        return None
+    made = read_record(run, "features", path.stem)
+    teacher = run / "pretext" / "model.safetensors"
+    own = made is not None and not made["config"]["teacher"] and teacher.is_file()
+    if own and open_features(path).attributes["teacher"] != input_hash(teacher):
+        raise UsageError(
+            f"{path}: was made with an older teacher; make it again: ktransfer --run {run} extract --overwrite"
+        )
+    return path
 
 
 def outdated(run: Path, data: str | None) -> bool:

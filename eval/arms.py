@@ -10,8 +10,9 @@ from torch import nn
 from ktransfer import networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+from ktransfer.networks.made import network_of
 from ktransfer.plan import Plan, latest
-from ktransfer.run import done_record, read_record
+from ktransfer.run import read_record
 
 from .config import EvalConfig
 
@@ -73,9 +74,8 @@ def last_network(run: Path, before: Sequence[Plan] = ()) -> Trained:
     if not first:
         raise UsageError(f"--run {run}: holds no trained network; make one first: ktransfer --run {run} pretext")
     stage = "retrain" if retrain else "pretext"
-    done_record(run, stage, stage, stage)
-    weights = run / stage / "model.safetensors"
-    return Trained(run, stage, weights, networks.describe(weights), images)
+    network, weights = network_of(run, stage)
+    return Trained(run, stage, weights, network, images)
 
 
 def runs_beside(config: EvalConfig) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ktransfer import __version__, stages
-from ktransfer.config import build, read_toml
+from ktransfer.config import build, stage_tables
 from ktransfer.errors import KTransferError, Reply, Stopped, UsageError
 from ktransfer.help import Door, add_stages
 from ktransfer.stages import STAGES
@@ -150,7 +150,7 @@ def _tables(file: Path | None, recipe: str | None) -> dict[str, dict[str, Any]]:
         if path is None:
             continue
         errors: list[str] = []
-        for stage, table in read_toml(path, STAGES).items():
+        for stage, table in stage_tables(path, STAGES).items():
             try:
                 build(stages.settings(stage), table, f"{path.name} [{stage}]")
             except UsageError as error:

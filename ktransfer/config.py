@@ -206,18 +206,27 @@ def in_words(run: "str | Path", stage: str, options: Mapping[str, Any]) -> str:
     return " ".join(["ktransfer", "--run", shlex.quote(str(run)), stage, *flags])
 
 
-def read_toml(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, one per stage: {"pretext": {"epochs": 90}}.
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """What a TOML file, which came by `flag`, holds.
+
+    Raises:
+        UsageError: the file is missing, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: not valid TOML: {error}") from error
+
+
+def stage_tables(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of a `--config` file, one per stage: {"pretext": {"epochs": 90}}.
 
     Raises:
         UsageError: the file is missing, is not TOML, or has a table that is no stage.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
+    tables = read_toml(path, "--config")
     wrong = [
         f"--config {path}: no stage '{name}'; {nearest(name, stages)}"
         if name not in stages

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -211,6 +211,31 @@ def input_hash(path: Path) -> str:
         return files.sha256(path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
+
+
+def drop(run: Path, stage: str, goes: Callable[[str], bool]) -> None:
+    """Remove the steps of a stage's folder whose name `goes`, with all that they wrote.
+
+    The records go last, so that a removal that was killed is not taken for a whole stage.
+    """
+    with locked(run):
+        folder = run / stage
+        held = records(folder)
+        kept = {name: record for name, record in held.items() if not goes(name)}
+        for name in held.keys() - kept.keys():
+            for output in held[name].get("writes", []):
+                files.remove(folder / output)
+        if held:
+            files.write_json(folder / RECORD, kept)
+
+
+def output_with(run: Path, stage: str, digest: str, others: Iterable[Path] = ()) -> Path | None:
+    """The file with this SHA-256 among the outputs of a stage's steps, and others; None where it is gone or changed."""
+    made = records(run / stage).values()
+    paths = [
+        run / stage / path for step in made for path, facts in step["outputs"].items() if facts["sha256"] == digest
+    ]
+    return next((path for path in (*paths, *others) if path.is_file() and files.sha256(path) == digest), None)
 
 
 def versions() -> dict[str, str]:

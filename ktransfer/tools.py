@@ -183,12 +183,12 @@ def study(recipe: Path, run: Path, jobs: int, dry_run: bool) -> None:
     What combinations share is made once, and what is done is skipped; the result is one table.
     """
     from ktransfer import distributed
+    from ktransfer.config import read_toml
     from ktransfer.study.carrying import study as of_chain
-    from ktransfer.study.recipe import tables_of
 
     if not distributed.is_leader():
         return
-    if "selftrain" not in tables_of(recipe):
+    if "selftrain" not in read_toml(recipe, "--recipe"):
         of_chain(recipe, run, jobs, dry_run)
     elif jobs > 1 or dry_run:
         raise UsageError("study: --jobs and --dry-run are for studies of the chain, not for those with [selftrain]")

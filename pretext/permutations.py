@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 from ktransfer import files
 from ktransfer.errors import UsageError
 
+DEFAULT = (701, 3)
+"""How many `generate` chooses where nothing is asked for, and their least Hamming distance."""
+
 DEFAULT_SHA256 = "34e21e6e33cdb2047fe95be7b7b8c8877141f7c7204a93133e2c8dae68500532"
 """SHA-256 of `to_bytes(generate())`."""
 
 _EXCLUDED = -(2**30)
 
 
-def generate(count: int = 701, min_distance: int = 3, seed: int = 0, tiles: int = 9) -> NDArray[np.uint8]:
+def generate(
+    count: int = DEFAULT[0], min_distance: int = DEFAULT[1], seed: int = 0, tiles: int = 9
+) -> NDArray[np.uint8]:
     """Choose permutations that differ from each other as much as possible.
 
     Greedy: the first is random, each next one has the largest summed Hamming distance to those chosen among all that

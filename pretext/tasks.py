@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,18 +112,26 @@ def _open_puzzles(config: PretextConfig, device: torch.device) -> Task:
         raise UsageError(f"--colour {config.colour}: --task {config.task} takes paper or released")
     puzzle = replace(PUZZLES[config.task, config.colour], tile=config.tile)
     _, side, _ = puzzle.geometry(config.size)
-    permutations = _permutations(config)
+
+    @cache
+    def permutations() -> Tensor:
+        return _permutations(config).to(device)
+
+    count, digest = config.permutations, perms.DEFAULT_SHA256
+    if config.permutation_file or (count, config.min_distance) != perms.DEFAULT:
+        count = len(permutations())
+        digest = hashlib.sha256(perms.to_bytes(permutations().cpu().numpy())).hexdigest()
     return Task(
         noun="puzzles",
-        make=partial(_puzzles, permutations=permutations.to(device), puzzle=puzzle, seed=config.seed),
+        make=partial(_puzzles, permutations=permutations, puzzle=puzzle, seed=config.seed),
         sheet=puzzle_sheet,
         group=lambda puzzles: puzzles.occluded.sum(1),
         groups="{}_occluded",
-        classes=len(permutations),
+        classes=count,
         tiles=SLOTS,
         side=side,
         following=1,
-        inputs={"permutations": hashlib.sha256(perms.to_bytes(permutations.numpy())).hexdigest()},
+        inputs={"permutations": digest},
     )
 
 
@@ -159,10 +167,11 @@ def _open_context(config: PretextConfig, device: torch.device) -> Task:
     )
 
 
-def _puzzles(batch: Batch, permutations: Tensor, puzzle: PuzzleConfig, seed: int) -> Puzzles:
+def _puzzles(batch: Batch, permutations: Callable[[], Tensor], puzzle: PuzzleConfig, seed: int) -> Puzzles:
     """Puzzles of all but the last image; each takes its foreign tiles from the one that follows it.
 
-    A broken image makes no puzzle, and lends no tiles.
+    A broken image makes no puzzle, and lends no tiles. The usual permutations are chosen at the first batch, as that
+    takes most of a second, and a plan needs none.
     """
     kept = slice(None) if batch.whole else batch.valid[:-1]
     return make_puzzles(
@@ -170,7 +179,7 @@ def _puzzles(batch: Batch, permutations: Tensor, puzzle: PuzzleConfig, seed: int
         batch.pixels[1:][kept],
         batch.rows[:-1][kept],
         batch.valid[1:][kept],
-        permutations,
+        permutations(),
         puzzle,
         seed,
         batch.epoch,

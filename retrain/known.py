@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer.artifacts.centroids import read_centroids, refuse_mismatch
-from ktransfer.artifacts.features import Features, open_features
+from ktransfer.artifacts.choosing import features_in
+from ktransfer.artifacts.features import open_features
 from ktransfer.artifacts.labels import read_labels
-from ktransfer.data.dataset import Dataset
+from ktransfer.data.dataset import Dataset, rows_of
 from ktransfer.errors import StageError, UsageError
 from ktransfer.run import done_record, input_hash, read_record
 
@@ -44,8 +45,19 @@ def find_known(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Known, 
         )
     if config.objective not in OF_FEATURES:
         return Known(labels), inputs
-    features = open_features(features_path(run, config, data))
-    places = _places(features, data)
+    needed = f"--objective {config.objective}"
+    found = Path(config.features) if config.features else features_in(run, data.fingerprint, needed)
+    if found is None:
+        raise UsageError(
+            f"{needed}: needs the teacher's features of {data.spec}, and the run has none; make them first: ktransfer "
+            f"--run {run} extract, or give a file with --features"
+        )
+    features = open_features(found)
+    valid = torch.from_numpy(np.flatnonzero(features.valid))
+    places = torch.full((len(data),), -1)
+    places[torch.from_numpy(rows_of(data, features.keys, found))[valid]] = valid
+    if len(valid) < 2:
+        raise UsageError(f"{found}: features of fewer than two images; give at least two")
     centroids = None
     if config.objective == "soft":
         path = run / "clusters" / "clusters.h5"
@@ -97,59 +109,6 @@ def received(order: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> Known:
     return Known(labels, features, places[0], centroids, order["config"]["seed"])
 
 
-def features_path(run: Path, config: RetrainConfig, data: Dataset) -> Path:
-    """The feature file that is given, or that of these images in the run.
-
-    Raises:
-        UsageError: there is none, or several.
-    """
-    if config.features:
-        return Path(config.features)
-    found = features_of(run, data)
-    if not found:
-        raise UsageError(
-            f"--objective {config.objective}: needs the teacher's features of {data.spec}, and the run has none; make "
-            f"them first: ktransfer --run {run} extract, or give a file with --features"
-        )
-    if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
-        raise UsageError(f"--objective {config.objective}: several feature files; choose one with --features: {names}")
-    return found[0]
-
-
-def features_of(run: Path, data: Dataset) -> list[Path]:
-    """The feature files of these images in the run."""
-    files = sorted((run / "features").glob("*.h5"))
-    return [path for path in files if open_features(path).attributes.get("fingerprint") == data.fingerprint]
-
-
-def _places(features: Features, data: Dataset) -> Tensor:
-    """(n,) int64, the row of each image of the data among the features, -1 where there is none or it is broken."""
-    place = _rows_of(features.path, features.keys, data)
-    places = torch.full((len(data),), -1)
-    valid = torch.from_numpy(np.flatnonzero(features.valid))
-    places[place[valid]] = valid
-    if len(valid) < 2:
-        raise UsageError(f"{features.path}: features of fewer than two images; give at least two")
-    return places
-
-
-def _rows_of(path: Path, keys: Sequence[str], data: Dataset) -> Tensor:
-    """(m,) int64, the image of the data that each of m keys of a file names.
-
-    Raises:
-        UsageError: one of them is no image of the data.
-    """
-    place = {key: row for row, key in enumerate(data.keys)}
-    missing = [key for key in keys if key not in place]
-    if missing:
-        raise UsageError(
-            f"{path}: {len(missing)} of {len(keys)} keys are not images of {data.spec}, such as {missing[0]}; give "
-            "the --data that was labelled"
-        )
-    return torch.tensor([place[key] for key in keys], dtype=torch.int64)
-
-
 def assigned(run: Path) -> bool:
     """Whether the run's pseudo-labels, of whatever images, belong to its centroids."""
     made, centroids = read_record(run, "clusters", "assign"), run / "clusters" / "clusters.h5"
@@ -178,7 +137,7 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
         labels = read
     else:
         labels = torch.full((len(data), read.shape[1]), -1)
-        labels[_rows_of(path, found.keys, data)] = read
+        labels[torch.from_numpy(rows_of(data, found.keys, path))] = read
     if len(labels[:, 0].unique()[labels[:, 0].unique() >= 0]) < 2:
         raise UsageError(f"{path}: fewer than two different labels; give at least two")
     labels[labels.min(1).values < 0] = -1

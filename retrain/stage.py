@@ -180,7 +180,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
     if config.arch == LIST:
         raise UsageError(f"--arch: valid: {', '.join((*networks.TRUNKS, *torchvision_names()))}")
     networks.check_arch(config.arch, config.width, own=True)
-    data = open_dataset(_data_spec(run, config))
+    spec = _data_spec(run, config)
+    data = open_dataset(spec)
     device = choose_device(config)
     size = config.size or min(224, int(typical_short_side(data) / MARGIN) // 8 * 8)
     cached = cache_place(config.cache_images, len(data), stored_side(size), device)
@@ -204,7 +205,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Re
         own_network.check(network, config.objective == "multi")
     else:
         with networks.fitting(network), torch.no_grad():  # batch norm learns from two images at least
-            networks.build(replace(network, classes=2), 0, "check")(torch.zeros(2, 3, config.size, config.size))
+            checked = networks.trunk(replace(network, classes=2))  # AlexNet's classifier takes what the trunk leaves
+            networks.build(checked, 0, "check")(torch.zeros(2, 3, config.size, config.size))
     memory = 3 * stored_side(size) ** 2 * len(data) if cached is not None and cached.type == "cpu" else 0
     return RetrainPlan(
         stage="retrain",

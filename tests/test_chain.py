@@ -10,7 +10,7 @@ import pytest
 
 from ktransfer.artifacts.features import open_features
 from ktransfer.cli import main
-from ktransfer.config import build, read_toml
+from ktransfer.config import build, stage_tables
 from ktransfer.stages import STAGES, settings
 
 SCENES = "scenes:images=40,size=48"
@@ -148,7 +148,7 @@ def test_every_recipe_is_valid():
     recipes = sorted(path for place in ktransfer.recipes.__path__ for path in Path(place).glob("*.toml"))
     assert recipes
     for path in recipes:
-        tables = read_toml(path, STAGES)
+        tables = stage_tables(path, STAGES)
         assert tables
         for stage, table in tables.items():
             build(settings(stage), table, f"{path.name} [{stage}]")

@@ -20,9 +20,9 @@ from ktransfer.config import (
     nearest,
     option,
     read_by,
-    read_toml,
     result_settings,
     settings_of,
+    stage_tables,
 )
 from ktransfer.data import loader
 from ktransfer.errors import UsageError
@@ -165,8 +165,8 @@ def written(tmp_path: Path, data: bytes) -> Path:
 
 def test_toml(tmp_path):
     path = written(tmp_path, b'[pretext]\nepochs = 9\nmin-distance = 4\n[eval]\nlayers = "conv1"\n')
-    assert read_toml(path, cli.STAGES) == {"pretext": {"epochs": 9, "min-distance": 4}, "eval": {"layers": "conv1"}}
-    assert read_toml(written(tmp_path, b""), cli.STAGES) == {}
+    assert stage_tables(path, cli.STAGES) == {"pretext": {"epochs": 9, "min-distance": 4}, "eval": {"layers": "conv1"}}
+    assert stage_tables(written(tmp_path, b""), cli.STAGES) == {}
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_toml(tmp_path):
 def test_wrong_toml(tmp_path, data, why):
     path = written(tmp_path, data)
     with pytest.raises(UsageError) as caught:
-        read_toml(path, cli.STAGES)
+        stage_tables(path, cli.STAGES)
     assert why in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_toml(tmp_path):
     with pytest.raises(UsageError, match="No such file"):
-        read_toml(tmp_path / "none.toml", cli.STAGES)
+        stage_tables(tmp_path / "none.toml", cli.STAGES)
 
 
 def test_commands_are_shown_as_a_user_would_type_them():

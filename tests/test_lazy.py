@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ktransfer.lazy import exports
+from ktransfer.stages import STAGES
 
 
 def test_a_name_is_found_in_its_submodule_and_no_other_is():
@@ -33,3 +34,11 @@ def test_importing_the_rooms_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_torchvision_is_imported_for_detectors_alone():
+    """It takes a third of the time that torch takes, and planning the stages of a chain needs it as little."""
+    names = sorted({stage.module for stage in STAGES.values() if stage.folder != "selftrain"})
+    code = f"import sys, {', '.join(names)}\nprint('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -8,18 +8,15 @@ as in `detect/2`. A run that holds no other network is evaluated so by default.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ktransfer import files
 from ktransfer.data.dataset import check_broken
 from ktransfer.detection import canvas, detectors, metrics, saved
 from ktransfer.detection.data import Detection
 from ktransfer.detection.scales import detect_at
 from ktransfer.errors import UsageError
-from ktransfer.networks.teachers import SAFETENSORS
-from ktransfer.run import RECORD, done_record
+from ktransfer.run import done_record, output_with
 
 from ..arms import Arm, runs_beside
 from ..config import EvalConfig
@@ -79,27 +76,22 @@ def arms(run: Path, config: EvalConfig, coming: bool = False) -> list[Arm]:
         if coming and place == run:
             continue
         record = done_record(place, STAGE, LAST, STAGE)
+        given = [Path(record["config"]["teacher"])] if record["config"].get("teacher") else []
         for name, digest in record["inputs"].items():
             if name == "test":
                 continue
             full = name if place == run else f"{place.resolve().name} {name}"
             if full in found:
                 raise UsageError(f"--beside {place}: a second run named '{place.resolve().name}'; rename its folder")
-            weights = _weights(place, name, digest, record)
+            weights = output_with(place, STAGE, digest, given)
+            if weights is None:
+                raise UsageError(
+                    f"--run {place}: its {name} is missing or was changed; make it again: ktransfer --run {place} "
+                    f"{STAGE}"
+                )
             network = replace(saved.describe(weights).network, task="detector")
             found[full] = Arm(full, network, weights)
     return list(found.values())
-
-
-def _weights(run: Path, name: str, digest: str, record: dict[str, Any]) -> Path:
-    """The file with that hash: an output of one of the steps, or the teacher that was given."""
-    steps: dict[str, Any] = files.read_json(run / STAGE / RECORD)
-    places: list[Path] = [run / STAGE / path for step in steps.values() for path in step["outputs"]]
-    places += [Path(record["config"]["teacher"])] if record["config"].get("teacher") else []
-    for path in places:
-        if path.suffix == SAFETENSORS and path.is_file() and files.sha256(path) == digest:
-            return path
-    raise UsageError(f"--run {run}: its {name} is missing or was changed; make it again: ktransfer --run {run} {STAGE}")
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.data import decoding
-from ktransfer.errors import BrokenImage, StageError
+from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
@@ -140,6 +140,22 @@ def _escape(match: re.Match[str]) -> str:
     character = match.group()
     # os.scandir hands over an undecodable byte as U+DC00 + byte.
     return "\\\\" if character == "\\" else f"\\x{ord(character) & 0xFF:02x}"
+
+
+def rows_of(data: Dataset, keys: Sequence[str], source: Path) -> NDArray[np.int64]:
+    """(m,) int64, the row of the data that each of m keys of the file `source` names.
+
+    Raises:
+        UsageError: one of them is no image of the data.
+    """
+    place = {key: row for row, key in enumerate(data.keys)}
+    missing = [key for key in keys if key not in place]
+    if missing:
+        raise UsageError(
+            f"{source}: {len(missing)} of {len(keys)} keys are not images of {data.spec}, such as {missing[0]}; give "
+            "the --data that was labelled"
+        )
+    return np.array([place[key] for key in keys], np.int64)
 
 
 def file_name(name: str) -> str:

@@ -3,18 +3,19 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import nn
 
 from ktransfer import files
-from ktransfer.detection import detectors, segmentation, trunks
-from ktransfer.detection.detectors import Settings
 from ktransfer.detection.frames import EXIF, OBEY
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
+
+if TYPE_CHECKING:
+    from ktransfer.detection.detectors import Settings  # imports torchvision, as all that makes a detector does
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Described:
 
     network: Network
     neck: str
-    settings: Settings
+    settings: "Settings"
     classes: tuple[str, ...]
     size: int
     channels: int = 256
@@ -46,6 +47,8 @@ def make(
     described: Described, seed: int, weights: Path | None = None, foreign: bool = False, filled_later: bool = False
 ) -> nn.Module:
     """A network of that kind: its trunk with the weights of a file (see `trunks.build`), the rest by the seed."""
+    from ktransfer.detection import detectors, segmentation, trunks
+
     network, norm = described.network, described.settings.norm
     trunk = trunks.build(network, weights, described.neck, norm, seed, described.channels, foreign, filled_later)
     if described.settings.kind in segmentation.HEADS:
@@ -77,6 +80,8 @@ def describe(path: Path) -> Described:
 
 def described(found: dict[str, Any]) -> Described:
     """What `Described.as_dict` says; KeyError, TypeError or ValueError where it says something else."""
+    from ktransfer.detection.detectors import Settings
+
     network, settings, exif = Network(**found["network"]), Settings(**found["settings"]), found.get("exif", OBEY)
     if exif not in EXIF:
         raise ValueError(f"exif is {exif}")

@@ -17,13 +17,12 @@ import hashlib
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import stages
-from ktransfer.config import build, nearest
+from ktransfer.config import build, nearest, read_toml
 from ktransfer.errors import UsageError
 from ktransfer.plan import Call
 
@@ -73,7 +72,7 @@ def read(path: Path) -> Recipe:
         UsageError: no TOML, unknown tables, stages or settings, an axis without values or with one twice.
     """
     where = f"--recipe {path}"
-    held = tables_of(path)
+    held = read_toml(path, "--recipe")
     if wrong := [name for name in held if name not in (*CHAIN, *OTHERS)]:
         raise UsageError(f"{where}: no table '{wrong[0]}'; {nearest(wrong[0], (*CHAIN, *OTHERS))}")
     if not all(isinstance(table, dict) for table in held.values()):
@@ -99,20 +98,6 @@ def read(path: Path) -> Recipe:
             cell = _cell(common, arms[arm], {ARM: arm} if len(arms) > 1 else {}, given, first, where)
             found.setdefault(json.dumps([cell.values, cell.repeated], default=str), cell)
     return Recipe(common, arms, grid, names, list(found.values()))
-
-
-def tables_of(path: Path) -> dict[str, Any]:
-    """What a TOML file holds.
-
-    Raises:
-        UsageError: it cannot be read, or is no TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"--recipe {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--recipe {path}: not valid TOML: {error}") from error
 
 
 def repeats(axis: str) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import files
+from ktransfer import files, tables
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.loader import cache_place, readable
@@ -30,12 +30,13 @@ from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
 from ktransfer.detection.strengths import STRENGTHS
 from ktransfer.errors import StageError, UsageError
-from ktransfer.networks import TRUNKS, Network, check_arch, describe, functions, published, teachers
+from ktransfer.networks import TRUNKS, Network, check_arch, functions, published, teachers
 from ktransfer.networks.descriptors import MODULES
+from ktransfer.networks.made import network_of
 from ktransfer.networks.zoos import TIMM, TORCHVISION
 from ktransfer.plan import Plan, latest
 from ktransfer.progress import say, track
-from ktransfer.run import done_record, input_hash
+from ktransfer.run import input_hash
 from ktransfer.training import loop
 from ktransfer.training.device import choose_device
 
@@ -325,12 +326,8 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
         network = Network(config.backbone, config.width, config.stride, config.size, 0, "imagenet", "random")
         return network, None, False
     if config.init == RUN:
-        coming = latest(before, "retrain")
-        if coming and coming.network and coming.weights:
-            return replace(coming.network, classes=0), coming.weights, False
-        done_record(run, "retrain", "retrain", "retrain")
-        path = run / "retrain" / "model.safetensors"
-        return replace(describe(path), classes=0), path, False
+        network, weights = network_of(run, "retrain", before)
+        return replace(network, classes=0), weights, False
     if config.init.startswith(TIMM):
         raise UsageError(
             f"--init {config.init}: a name of timm comes without weights; give torchvision:NAME, "
@@ -350,15 +347,16 @@ def _backbone(run: Path, config: SelftrainConfig, before: Sequence[Plan]) -> tup
 
 def _table(result: dict[str, Any]) -> str:
     """The measures in per cent with 95 % intervals over resampled images."""
-    first = next(iter(result["scores"].values()))
-    names = [name for name in first if f"{name}_interval" in first]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for arm, found in result["scores"].items():
-        cells = []
-        for name in names:
-            low, high = found[f"{name}_interval"]
-            cells.append(f"{100 * found[name]:.1f} ({100 * low:.1f} to {100 * high:.1f})")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    images = result["data"]
+    cells = [
+        (arm, name, _with_interval(found[name], *found[f"{name}_interval"]))
+        for arm, found in result["scores"].items()
+        for name in found
+        if f"{name}_interval" in found
+    ]
+    lines, images = tables.markdown(*tables.crossed("", cells)), result["data"]
     least = f"; scores from {result['test_threshold']} on" if "test_threshold" in result else ""
     return "\n".join(lines) + (f"\n\n{images['labelled']} labelled images, {images['test']} to test{least}.\n")
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"

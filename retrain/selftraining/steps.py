@@ -2,12 +2,10 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
-from ktransfer import files
 from ktransfer.config import settings_of
 from ktransfer.plan import PlannedStep
-from ktransfer.run import RECORD, changes, input_hash, locked, read_record
+from ktransfer.run import changes, drop, input_hash, read_record
 
 from ..config import SelftrainConfig
 from . import joint
@@ -53,25 +51,15 @@ def otherwise(run: Path, step: PlannedStep) -> list[str]:
 def remove(run: Path, steps: list[PlannedStep]) -> None:
     """Make room for `--overwrite`: the steps of this line that were made differently go, and what rests on them.
 
-    Where none was, all steps of the line go. Those that another line made stay unless they rest on one that goes. The
-    records go last, so that a removal that was killed is not taken for a whole stage.
+    Where none was, all steps of the line go. Those that another line made stay unless they rest on one that goes.
     """
-    with locked(run):
-        there = [read_record(run, STAGE, step.name) is not None for step in steps]
-        changed = [
-            step.name
-            for place, step in enumerate(steps)
-            if otherwise(run, step) or (not there[place] and any(there[place:]))
-        ]
-        going = changed or [step.name for step in steps]
-        path = run / STAGE / RECORD
-        held: dict[str, Any] = files.read_json(path) if path.is_file() else {}
-        kept = {name: held[name] for name in held if not any(_rests(name, other) for other in going)}
-        for name in held.keys() - kept.keys():
-            for output in held[name].get("writes", []):
-                files.remove(run / STAGE / output)
-        if held:
-            files.write_json(path, kept)
+    differs = [bool(otherwise(run, step)) for step in steps]
+    there = [read_record(run, STAGE, step.name) is not None for step in steps]
+    changed = [
+        step.name for place, step in enumerate(steps) if differs[place] or (not there[place] and any(there[place:]))
+    ]
+    going = changed or [step.name for step in steps]
+    drop(run, STAGE, lambda name: any(_rests(name, other) for other in going))
 
 
 def _rests(step: str, other: str) -> bool:

@@ -6,12 +6,11 @@ for all cells, `[names]` says what values are called in the tables. Each cell is
 
 import itertools
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from ktransfer import files
-from ktransfer.config import build
+from ktransfer.config import build, read_toml
 from ktransfer.errors import KTransferError, StageError, UsageError
 from ktransfer.progress import say
 from ktransfer.run import leaves_nothing, read_record
@@ -98,12 +97,7 @@ def read(path: Path) -> Recipe:
         UsageError: no TOML, unknown tables or settings, an axis without values or with one twice, cells that would
             share a folder.
     """
-    try:
-        held = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--recipe {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--recipe {path}: not valid TOML: {error}") from error
+    held = read_toml(path, "--recipe")
     wrong = [name for name in held if name not in TABLES]
     if wrong or not all(isinstance(held.get(name, {}), dict) for name in TABLES):
         raise UsageError(

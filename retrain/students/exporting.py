@@ -21,7 +21,7 @@ from ktransfer.progress import say
 from ktransfer.run import begin, done_record, input_hash, read_record
 
 from ..config import ExportConfig
-from . import detector_file, hugging_face, onnx_file, quantising, state_dicts, torch_program
+from . import hugging_face, onnx_file, quantising, state_dicts, torch_program
 from .card import Exported, card
 from .classifier import Classifier
 from .format import Format, difference, need_packages, versions
@@ -126,6 +126,8 @@ def carry_out(plan: ExportPlan) -> Path:
 
 def _carry_out_objects(plan: ExportPlan) -> Path:
     """The same of a detector or segmenter."""
+    from . import detector_file
+
     config, digest, (step_name, settings) = plan.config, input_hash(plan.source), _step(plan.config, plan.objects)
     name = f"{plan.objects}.onnx"
     outputs = [f"{plan.objects}/{file}" for file in (name, CARD)]
@@ -247,6 +249,8 @@ def _check_objects(
     run: Path, config: ExportConfig, source: Path, made: Described, inputs: dict[str, str]
 ) -> ExportPlan:
     """The same of a detector or segmenter."""
+    from . import detector_file
+
     objects = detector_file.kind_of(made)
     if config.format != "onnx" or config.int8:
         given = "--int8" if config.int8 else f"--format {config.format}"

@@ -1,7 +1,7 @@
 """Where a student lies, and what it is: the weight file of a run, one that was copied, or an exported one."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,16 +13,17 @@ from ktransfer.networks import Network
 from ktransfer.run import done_record, input_hash, read_record
 
 from .classifier import Classifier
-from .detector import Detector
-from .onnx_detector import finds_objects, load_onnx_detector
-from .onnx_student import ENDING, load_onnx
+from .onnx_student import ENDING, finds_objects, load_onnx
+
+if TYPE_CHECKING:
+    from .detector import Detector
 
 STAGE = "retrain"
 SELFTRAIN = "selftrain"
 MODEL = "model.safetensors"
 
 
-def load_model(path: str | Path) -> Classifier | Detector:
+def load_model(path: str | Path) -> "Classifier | Detector":
     """The student of a weight file of ours, of an exported .onnx, or of a run (`retrain/`, else `selftrain/`), on the
     CPU: one that tells classes, or one that finds objects.
 
@@ -48,12 +49,15 @@ def is_detector(weights: Path) -> bool:
         return False
 
 
-def load_detector(weights: Path, device: torch.device) -> Detector:
+def load_detector(weights: Path, device: torch.device) -> "Detector":
     """The detector or segmenter of a weight file of `selftrain`, or of an exported .onnx, which is on the CPU.
 
     Raises:
         UsageError: its weights do not fit; an .onnx that ktransfer did not write.
     """
+    from .detector import Detector
+    from .onnx_detector import load_onnx_detector
+
     if weights.suffix == ENDING:
         return load_onnx_detector(weights)
     model, made = saved.load(weights)

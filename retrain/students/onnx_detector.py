@@ -65,15 +65,6 @@ class OnnxDetector(Detector):
         return [torch.from_numpy(np.asarray(one)) for one in found]
 
 
-def finds_objects(path: Path) -> bool:
-    """Whether an .onnx says that it holds a detector or segmenter.
-
-    Raises:
-        UsageError: onnxruntime is missing or does not take it.
-    """
-    return DETECTOR in opened(path).get_modelmeta().custom_metadata_map
-
-
 def load_onnx_detector(path: Path) -> OnnxDetector:
     """That of a file that `export` wrote.
 

@@ -89,6 +89,15 @@ def load_onnx(path: Path) -> OnnxStudent:
     return OnnxStudent(network, found, tuple(map(str, names)), path)
 
 
+def finds_objects(path: Path) -> bool:
+    """Whether an .onnx says that it holds a detector or segmenter.
+
+    Raises:
+        UsageError: onnxruntime is missing or does not take it.
+    """
+    return DETECTOR in opened(path).get_modelmeta().custom_metadata_map
+
+
 def opened(path: Path) -> Any:
     """An inference session of a file.
 

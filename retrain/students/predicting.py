@@ -22,7 +22,6 @@ from ktransfer.training.options import MachineOptions
 
 from . import vectors
 from .classifier import LIST, Classifier, Tap
-from .detector import write
 from .loading import classifier_of, is_detector, load_detector, weights_at
 from .onnx_student import ENDING
 
@@ -109,6 +108,8 @@ def _find(
     workers: int,
 ) -> Path:
     """The same by a detector or segmenter."""
+    from .detector import write
+
     if out is None or out.suffix != JSON:
         raise UsageError(f"--out {out or ''}: {weights} finds objects; name a .json, in COCO's format")
     for name, value in others.items():

@@ -16,7 +16,7 @@ from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
-from ktransfer.pretext import pretext, solving, stage
+from ktransfer.pretext import permutations, pretext, solving, stage, tasks
 from ktransfer.pretext.config import PretextConfig
 from ktransfer.pretext.tasks import SETTINGS, SHEETS, open_task, usual_size
 from ktransfer.training.batch import Batch
@@ -158,6 +158,16 @@ def test_it_learns_images_that_it_has_not_seen(tmp_path, task, least):
     last = [line for line in metrics(tmp_path / "run") if "held_out_accuracy" in line][-1]
     assert last["held_out_accuracy"] > least
     assert last[f"held_out_{NOUNS[task]}"] == (64 if task == "rotation" else 16)
+
+
+def test_a_plan_needs_the_usual_permutations_by_their_hash_alone():
+    tasks._generated.cache_clear()
+    opened = open_task(settings("jigsaw"))
+    assert tasks._generated.cache_info().misses == 0
+    assert opened.inputs["permutations"] == permutations.summarise(permutations.generate()).sha256
+    assert opened.classes == len(opened.make.keywords["permutations"]()) == 701
+    other = open_task(settings("jigsaw", min_distance=4))
+    assert other.inputs["permutations"] == permutations.summarise(permutations.generate(701, 4)).sha256
 
 
 @pytest.mark.parametrize("task", NEW)
