@@ -10,6 +10,7 @@ import torch
 from ktransfer import files
 from ktransfer.config import Settings, build, chosen, chosen_settings, in_words, read_by, result_settings, settings_of
 from ktransfer.data.loader import typical_short_side
+from ktransfer.detection.enough import need_boxes
 from ktransfer.errors import Reply, UsageError
 from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep
@@ -21,6 +22,7 @@ from . import finished, supervised
 from .arms import SUPERVISED, Arm, Trained, find_arms, trained_networks
 from .comparison import compare
 from .config import PROTOCOLS, EvalConfig, own_settings
+from .enough import labelled
 from .protocols import protocol as protocols
 from .published import published
 from .seeds import merged
@@ -238,6 +240,7 @@ def _of_detectors(run: Path, given: EvalConfig, detectors: finished.Finished, de
     config = replace(given, protocol="detect", labelled=given.labelled or detectors.labelled, trunk=finished.TRUNK)
     splits = _opened(config)
     trained_detectors.check(run, config, splits, detectors)
+    need_boxes(None, splits[1], config.canvas)
     return Evaluation(run, config, splits, chosen_settings(config, finished.READ), [], device)
 
 
@@ -249,6 +252,7 @@ def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: 
     arms = find_arms(trained, config)
     protocol = protocols.load(config.protocol)
     protocol.check([arm.network for arm in arms], splits, config, run)
+    getattr(protocol, "enough", labelled)(splits, config)
     if hasattr(protocol, "check_arms"):
         protocol.check_arms(arms, config)
     return Evaluation(run, config, splits, settings_of(config, config.protocol), trained, device)

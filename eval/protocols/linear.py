@@ -6,6 +6,7 @@ learning rate chosen on a tenth of the training split, which the probes do not l
 `--preset deepcluster` and `fair` are those of other groups (presets.py).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ktransfer.training.batch import Source
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..enough import held_out
 from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading
 from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
@@ -35,6 +37,7 @@ TITLE = "linear probe"
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %"}
 HELD_OUT = 0.1
 SAMPLE = 4096  # images on which the channels are standardised
+enough = partial(held_out, share=HELD_OUT)
 
 
 def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:

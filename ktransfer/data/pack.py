@@ -23,7 +23,7 @@ from ktransfer.data.dataset import Dataset, Reader, check_broken
 from ktransfer.data.folders import PACKS
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
-from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, Unreadable, UsageError, remedy, why
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say
 
@@ -200,6 +200,8 @@ def _refuse_another(out: Path, data: Dataset, recipe: Recipe) -> None:
     """UsageError unless `out` is a finished pack of these images and settings."""
     try:
         found = packs.read_pack(out)
+    except Unreadable:
+        raise
     except UsageError as error:
         raise UsageError(
             f"--out {out}: exists, and is not a complete pack; remove it or choose another name"
@@ -229,5 +231,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or " ".join(str(error).split())
-        raise StageError(f"{out}: cannot go on ({why}); give the same command again when there is room") from error
+        raise StageError(
+            f"{out}: cannot go on ({why(error)}); {remedy(error, 'look at the disk')}, and give the same command again"
+        ) from error

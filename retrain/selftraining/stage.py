@@ -20,11 +20,13 @@ from torch import Tensor
 from ktransfer import files
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
+from ktransfer.data.enough import need
 from ktransfer.data.loader import cache_place, readable
 from ktransfer.data.opening import open_dataset
 from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, fraction, load_ids, subset
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.enough import need_boxes, need_pixels
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
 from ktransfer.errors import StageError, UsageError
@@ -151,6 +153,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
             f"{labelled.keys[evaluating[0]]}; give a training and a test set that share none, or leave them out by "
             "--ids"
         )
+    (need_pixels if config.task == "segment" else need_boxes)(labelled, test, config.size)
+    need(unlabelled, range(len(unlabelled)), 1, "images without boxes")
     data = Data(labelled, unlabelled, test)
     reads = ("retrain",) if config.init == RUN else ()
     steps = [step._replace(reads=reads) for step in planned(config, data, None if coming else file)]
