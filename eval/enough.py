@@ -36,7 +36,7 @@ def held_out(splits: tuple[Dataset, Dataset], config: EvalConfig, share: float, 
     need(train, learning, learned, f"{TRAIN} beside those that are held out")
     chosen = held if train.tags is None else held[(train.tags[held] == 1).any(1)]
     with_label = "" if train.tags is None else " with a label"
-    need(train, chosen, 1, f"of the {share:.0%} of the {TRAIN}{with_label} that are held out to choose by")
+    need(train, chosen, 1, f"{TRAIN}{with_label} that are held out ({share:.0%}) to choose by")
 
 
 def tuned(splits: tuple[Dataset, Dataset], config: EvalConfig, share: float) -> None:

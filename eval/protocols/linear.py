@@ -28,7 +28,7 @@ from ..arms import Arm, model_of
 from ..config import EvalConfig
 from ..enough import held_out
 from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading
-from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
+from ..learners.probe import Probes, hold_out, learnable, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from ..result import Result, broken_lines, result_of
 
@@ -105,6 +105,7 @@ def evaluate(
             plain, tested = (Computed(pooled, split, 1, config.dtype) for split in images)
         broken = [split.broken for split in images]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
+    learning = learnable(learning, broken[0], config.batch)
 
     targets = torch.from_numpy(train.targets).long().to(device)
     sample = None if crops else _sample(plain, learning[:SAMPLE], numbers)

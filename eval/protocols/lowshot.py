@@ -73,7 +73,7 @@ def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
     """
     labelled(splits, config)
     for name, rows in subsets(splits[0], config).items():
-        need(splits[0], rows, 1, f"images whose labels are used ({MEASURES[name].partition(',')[0]})")
+        need(splits[0], rows, 1, f"training images whose labels are used ({MEASURES[name].partition(',')[0]})")
 
 
 def evaluate(

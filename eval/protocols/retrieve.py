@@ -27,7 +27,7 @@ from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
-from ..enough import TEST, TRAIN
+from ..enough import TRAIN, labelled
 from ..intervals import mean_of, share_of
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
@@ -60,9 +60,8 @@ def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
     Raises:
         UsageError: one line.
     """
-    train, test = splits
-    need(train, range(len(train)), SHOWN, TRAIN)
-    need(test, range(len(test)), 1, TEST)
+    labelled(splits, config)
+    need(splits[0], range(len(splits[0])), SHOWN, TRAIN)
 
 
 def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:

@@ -91,7 +91,7 @@ def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
         UsageError: one line.
     """
     held_out(splits, config, HELD_OUT)
-    need(splits[1], _drawn(splits[1], config).numpy(), 1, f"of the {TEST} that are drawn")
+    need(splits[1], _drawn(splits[1], config).numpy(), 1, f"{TEST} that are drawn")
 
 
 def evaluate(

@@ -57,7 +57,7 @@ def need(data: Dataset, rows: Rows, least: int, what: str) -> None:
     Raises:
         UsageError: one line.
     """
-    refuse(data, look(data, rows, least, reading(data)), least, f"{what} that can be read")
+    refuse(data, look(data, rows, least, reading(data)), least, what)
 
 
 def need_kinds(data: Dataset, rows: Rows, kinds: Callable[[int], Hashable], what: str) -> None:
@@ -85,22 +85,23 @@ def need_kinds(data: Dataset, rows: Rows, kinds: Callable[[int], Hashable], what
             raise UsageError(
                 f"{data.spec}: its {what} that can be read all have one label{why}; give images of at least two"
             )
-    refuse(data, found, 1, f"{what} that can be read")
+    refuse(data, found, 1, what)
 
 
-def refuse(data: Dataset, found: Found, least: int, what: str) -> None:
+def refuse(data: Dataset, found: Found, least: int, what: str, will: str = "can be read") -> None:
     """UsageError where `found` is less than the `least` that is needed.
 
     Args:
-        what: which images would have done.
+        what: which images these are. will: what those do that are enough.
     """
     if found.enough >= least:
         return
-    there = f"only {found.enough} of its" if found.enough else "none of its"
     why = f" ({found.reason})" if found.reason else ""
-    raise UsageError(
-        f"{data.spec}: needs at least {least} {what}, and has {there} {found.tried}{why}; repair them or give others"
-    )
+    if found.enough:
+        there = f"only {found.enough} of its {found.tried} {what} {will}, and {least} are needed"
+    else:
+        there = f"none of its {found.tried} {what} {will}" if found.tried else f"has no {what}"
+    raise UsageError(f"{data.spec}: {there}{why}; repair them or give others")
 
 
 def reading(data: Dataset) -> Callable[[int], bool]:

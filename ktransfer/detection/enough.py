@@ -24,10 +24,10 @@ def need_boxes(train: Detection | None, test: Detection, size: int) -> None:
     if train is not None:
         read = _on_canvas(train, size)
         boxed = [row for row, one in enumerate(train.objects) if (~one.crowd).any()]
-        refuse(train, look(train, boxed, 1, read), 1, f"{TRAIN} with a box that can be read")
-        refuse(train, look(train, range(len(train)), LEARNED, read), LEARNED, f"{TRAIN} that can be read")
+        refuse(train, look(train, boxed, 1, read), 1, f"{TRAIN} with a box")
+        refuse(train, look(train, range(len(train)), LEARNED, read), LEARNED, TRAIN)
     counted = [row for row, one in enumerate(test.objects) if (~(one.crowd | one.difficult)).any()]
-    refuse(test, look(test, counted, 1, _on_canvas(test, size)), 1, f"{TEST} with a box that can be read")
+    refuse(test, look(test, counted, 1, _on_canvas(test, size)), 1, f"{TEST} with a box")
 
 
 def need_pixels(train: Detection, test: Detection, size: int) -> None:
@@ -37,7 +37,7 @@ def need_pixels(train: Detection, test: Detection, size: int) -> None:
     """
     for split, what, least in ((train, TRAIN, LEARNED), (test, TEST, 1)):
         found = look(split, range(len(split)), least, _known(split, size))
-        refuse(split, found, least, f"{what} that can be read, with a pixel of known class")
+        refuse(split, found, least, what, "can be read and have a pixel of known class")
 
 
 def _known(data: Detection, size: int) -> Callable[[int], bool]:
