@@ -331,7 +331,7 @@ def test_a_half_of_which_nothing_can_be_read_adds_nothing(parts, strength, lost)
     model, loss, batch, _ = parts
     valid = batch.valid.clone()
     valid[list(lost)] = False
-    joint_loss, own = loss("plain", strength=strength)
+    joint_loss, _ = loss("plain", strength=strength)
     value, sums = joint_loss(model, replace(batch, valid=valid))
     value.backward()
     assert torch.isfinite(value) and all(torch.isfinite(number).all() for number in sums.values())
