@@ -9,6 +9,7 @@ import torch
 
 from ktransfer import files
 from ktransfer.config import Settings, build, chosen, chosen_settings, in_words, read_by, result_settings, settings_of
+from ktransfer.data.duplicates import tell_shared
 from ktransfer.data.loader import typical_short_side
 from ktransfer.detection.enough import need_boxes
 from ktransfer.errors import Reply, UsageError
@@ -261,7 +262,9 @@ def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: 
 def _opened(config: EvalConfig) -> Any:
     if not config.labelled:
         raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
-    return protocols.open_data(config.protocol, config.labelled)
+    splits = protocols.open_data(config.protocol, config.labelled)
+    tell_shared(config.labelled, *splits[:2])
+    return splits
 
 
 def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:

@@ -17,7 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ktransfer import __version__, files, lock
+from ktransfer import __version__, files
+from ktransfer.artifacts import lock
 from ktransfer.config import all_settings, result_settings, settings_before
 from ktransfer.errors import KTransferError, UsageError, refuse_machine, remedy, why
 from ktransfer.progress import say
@@ -135,19 +136,7 @@ def _unwritable(run: Path, error: OSError) -> UsageError:
 
 def in_use(run: Path) -> bool:
     """Whether a process works in a run folder (False where that cannot be told)."""
-    try:
-        handle = os.open(run / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
+    return lock.taken(run / ".lock")
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ import PIL
 from numpy.typing import NDArray
 from PIL import features
 
-from ktransfer import files, lock
-from ktransfer.artifacts import hdf5
+from ktransfer import files
+from ktransfer.artifacts import hdf5, lock
 from ktransfer.artifacts.features import HEADER_BYTES, allocated_early, encode_keys
 from ktransfer.data import packs
 from ktransfer.data.dataset import Dataset

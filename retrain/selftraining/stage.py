@@ -20,6 +20,7 @@ from torch import Tensor
 from ktransfer import files
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
+from ktransfer.data.duplicates import tell_shared
 from ktransfer.data.enough import need
 from ktransfer.data.loader import cache_place, readable
 from ktransfer.data.opening import open_dataset
@@ -155,6 +156,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
         )
     (need_pixels if config.task == "segment" else need_boxes)(labelled, test, config.size)
     need(unlabelled, range(len(unlabelled)), 1, "images without boxes")
+    tell_shared(config.labelled, labelled, test)
     data = Data(labelled, unlabelled, test)
     reads = ("retrain",) if config.init == RUN else ()
     steps = [step._replace(reads=reads) for step in planned(config, data, None if coming else file)]

@@ -48,6 +48,18 @@ def take(handle: int, path: Path) -> Callable[[], None]:
     return lambda: None
 
 
+def taken(path: Path) -> bool:
+    """Whether a process holds the lock at `path`; False where that cannot be told."""
+    if (text := _read(path.with_name(path.name + OWNER))) and not _ended(parsed(text)):
+        return True
+    try:
+        with path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
+    return False
+
+
 def holder() -> dict[str, Any]:
     """This process: its machine, since when that is up, its number, and when it began."""
     pid = os.getpid()
