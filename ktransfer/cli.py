@@ -17,10 +17,10 @@ import click
 
 from ktransfer import __version__, stages
 from ktransfer.config import build, read_toml
-from ktransfer.errors import KTransferError, Reply, Stopped, UsageError
+from ktransfer.errors import KTransferError, Reply, Stopped, UsageError, remedy, why
 from ktransfer.help import Door, add_stages
 from ktransfer.stages import STAGES
-from ktransfer.tools import FULL, TOOLS
+from ktransfer.tools import TOOLS
 
 if TYPE_CHECKING:
     from ktransfer.plan import Call, Plan
@@ -196,9 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{STOPPED} {shlex.join(words)}", 130)
     except OSError as error:
         show()
-        remedy = "make room and give the same command again" if error.errno in FULL else "give the same command again"
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        return _fail(f"{what}; finished stages are complete: {remedy}", 1)
+        way = remedy(error, "")
+        again = f"{way} and give the same command again" if way else "give the same command again"
+        return _fail(f"{error.filename or 'a file'}: {why(error)}; finished stages are complete: {again}", 1)
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)

@@ -47,7 +47,7 @@ class BrokenImage(KTransferError):
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HELD = "another process holds it; wait until that one is done, or end it"
-_NETWORK = "its network disk does not answer; check the connection, and give the same command again"
+_NETWORK = "its network disk does not answer: check the connection"
 _PLACE = "check the path"
 REMEDIES = {
     errno.ENOSPC: "make room",
@@ -59,7 +59,7 @@ REMEDIES = {
     errno.EMFILE: "this process may not open more files: raise the limit (ulimit -n), or give fewer --workers",
     errno.ENFILE: "the machine has no room for another open file: end other programs",
     errno.ENOMEM: "end other programs, or give fewer --workers",
-    errno.ESTALE: "the server of its network disk has dropped it: give the same command again, or mount it again",
+    errno.ESTALE: "the server of its network disk has dropped it: mount it again if it stays so",
     errno.EIO: "the disk failed: look at the system's log, and copy what is on it to another one",
     errno.EAGAIN: _HELD,
     errno.EBUSY: _HELD,

@@ -16,7 +16,7 @@ from ktransfer.machine import cores
 from ktransfer.progress import say_once, track
 
 END = 2**12  # bytes at either end of a file that are looked at first
-TOLD = 3
+TOLD, JOB = 3, 256
 Look = Callable[[Path], Hashable]
 
 
@@ -61,10 +61,11 @@ def _looked(data: Dataset, rows: Sequence[int], look: Look) -> dict[int, Hashabl
         except (OSError, ValueError):  # a broken image, which is said elsewhere
             return None
 
+    jobs = [rows[at : at + JOB] for at in range(0, len(rows), JOB)]
     with ThreadPoolExecutor(cores()) as pool:
-        told = pool.map(content, rows) if look is not _size else map(content, rows)
-        shown = track(zip(rows, told, strict=True), len(rows), f"compare images of {data.name}")
-        return {row: found for row, found in shown if found is not None}
+        told = pool.map(lambda job: [(row, content(row)) for row in job], jobs)
+        shown = track(told, len(jobs), f"compare images of {data.name}", "jobs")
+        return {row: found for job in shown for row, found in job if found is not None}
 
 
 def _source(data: Dataset, row: int) -> Path | Place | None:

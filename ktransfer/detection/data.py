@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ktransfer import files, rng
 from ktransfer.data.dataset import UNKNOWN, Dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.progress import say_once
 
 Outline = list[list[float]] | dict[str, Any] | None
@@ -105,6 +105,7 @@ def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
     try:
         listed = files.read_json(path)
     except (OSError, ValueError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a JSON list of image ids ({error})") from error
     known = {number: row for row, number in enumerate(data.ids)}
     if not isinstance(listed, list) or not listed or any(isinstance(one, list | dict) for one in listed):

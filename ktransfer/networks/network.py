@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ktransfer import files, rng
 from ktransfer.config import nearest
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks import descriptors, functions
 from ktransfer.networks.formats import hugging_face
 from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, torchvision_names
@@ -259,6 +259,7 @@ def describe(path: Path) -> Network:
         with safe_open(path, framework="pt") as handle:
             found = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
     try:
         return Network(**json.loads(found["network"]))

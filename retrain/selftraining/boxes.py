@@ -19,7 +19,7 @@ from ktransfer.data.folders import ENDINGS
 from ktransfer.detection.coco import outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
 from ktransfer.detection.predictions import Prediction
-from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.errors import BrokenImage, UsageError, refuse_machine
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
@@ -184,6 +184,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
             if not note.get("iscrowd")
         ]
     except (OSError, ValueError, RecursionError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error
