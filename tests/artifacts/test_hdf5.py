@@ -15,7 +15,7 @@ from ktransfer.artifacts.features import create_or_resume, open_features
 from ktransfer.artifacts.labels import read_labels, write_labels
 from ktransfer.data.pack import pack
 from ktransfer.data.packs import read_pack
-from ktransfer.errors import Unreadable, UsageError
+from ktransfer.errors import StageError, Unreadable, UsageError
 
 HOLD = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'{more}); print('held', flush=True); sys.stdin.read()"
 
@@ -79,3 +79,23 @@ def test_what_is_cut_off_is_still_said_to_be(made) -> None:
     with pytest.raises(UsageError, match="not a whole HDF5 file") as caught:
         read(path)
     assert not isinstance(caught.value, Unreadable)
+
+
+def test_progress_that_cannot_be_read_now_is_no_reason_to_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "f.h5", ["a.png", "b.png"], np.zeros(2, np.int32), 3, "float32", {"teacher": "t"}
+    writer = create_or_resume(*given, save_seconds=0)
+    writer.write(0, np.ones((1, 3)), np.ones(1, bool))
+    writer.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(StageError, match="Input/output error"):
+            create_or_resume(*given)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert create_or_resume(*given).rows_done == 1
