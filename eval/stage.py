@@ -15,7 +15,7 @@ from ktransfer.detection.enough import need_boxes
 from ktransfer.errors import Reply, UsageError
 from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep
-from ktransfer.progress import say
+from ktransfer.progress import say, show
 from ktransfer.run import begin, input_hash, versions
 from ktransfer.training.device import choose_device
 
@@ -115,7 +115,7 @@ def _evaluate(evaluating: Evaluation) -> Path:
     ) as step:
         report = step.folder / names[0]
         if step.done:
-            print(_shown(files.read_json(report), evaluating))
+            show(_shown(files.read_json(report), evaluating))
             return report
         work = step.folder / f"work-{name}"
         result: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _evaluate(evaluating: Evaluation) -> Path:
         drawn = [f"{name}/{file}" for file in dict.fromkeys(drawn)]
         step.finish([step.folder / file for file in [*names, *drawn]], broken=list(broken))
         files.remove(work)
-        print(_shown(result, evaluating))
+        show(_shown(result, evaluating))
         say(f"eval {name}: done; {len(broken)} broken images; {report}")
         return report
 

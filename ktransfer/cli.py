@@ -19,6 +19,7 @@ from ktransfer import __version__, stages
 from ktransfer.config import build, read_toml
 from ktransfer.errors import KTransferError, Reply, Stopped, UsageError, remedy, why
 from ktransfer.help import Door, add_stages
+from ktransfer.machine import keep_streams
 from ktransfer.stages import STAGES
 from ktransfer.tools import TOOLS
 
@@ -176,6 +177,8 @@ for _tool in TOOLS:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; every error is one line, exit code 2 for misuse and 1 for failure."""
+    if argv is None:
+        keep_streams()
     words = sys.argv[1:] if argv is None else argv
     show: Callable[[], None] = traceback.print_exc if "--debug" in words else lambda: None
     try:

@@ -17,6 +17,7 @@ from typing import Any, TypedDict, TypeVar
 from tqdm import tqdm
 
 from ktransfer import distributed, files
+from ktransfer.machine import CLOSED, Lasting, stderr
 
 T = TypeVar("T")
 
@@ -59,8 +60,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
 def bar(total: int, label: str, unit: str = "images", done: int = 0) -> Bar:
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
     look: dict[str, Any] = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
-    if _json:
-        look["file"] = io.StringIO()
+    look["file"] = io.StringIO() if _json else stderr()
     return Bar(total=total, initial=done, desc=label, disable=not distributed.is_leader(), **look)
 
 
@@ -81,7 +81,12 @@ def say_once(line: str) -> None:
 def say(line: str) -> None:
     """One line for people, above any bar."""
     if distributed.is_leader():
-        _print(in_json(message=line)) if _json else tqdm.write(line, file=sys.stderr)
+        _print(in_json(message=line)) if _json else tqdm.write(line, file=stderr())
+
+
+def show(text: str) -> None:
+    """A result, on stdout; it stands in a file too, so that nothing is lost where nobody reads it."""
+    print(text, file=Lasting(sys.stdout, CLOSED), flush=True)
 
 
 def speak_json(wanted: bool) -> None:
@@ -113,7 +118,7 @@ def kept_in(file: Path, line: Sequence[str]) -> Iterator[None]:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=stderr(), flush=True)
 
 
 def _tell(shown: Bar) -> None:

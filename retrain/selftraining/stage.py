@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import files
+from ktransfer import files, progress
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
 from ktransfer.data.duplicates import tell_shared
@@ -291,7 +291,7 @@ def _evaluate(run: Path, work: Work, arms: dict[str, Path]) -> Path:
             evaluated = {name: getattr(config, name) for name in TASKS[config.task].EVALUATED}
             files.write_json(path, {"schema": 1, "data": images, **evaluated, "scores": found})
             step.finish([path])
-        print(_table(files.read_json(path)))
+        progress.show(_table(files.read_json(path)))
         return path
 
 
