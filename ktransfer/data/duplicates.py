@@ -8,10 +8,12 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from ktransfer.data import decoding
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.packs import Place
+from ktransfer.data.packs import Place, read_image
 from ktransfer.machine import cores
 from ktransfer.progress import say_once, track
 
@@ -70,8 +72,11 @@ def _looked(data: Dataset, rows: Sequence[int], look: Look) -> dict[int, Hashabl
 
 def _source(data: Dataset, row: int) -> Path | Place | None:
     """The file, or the place in a pack, that an image is read from, as its `reader` holds it."""
-    held = getattr(data.reader(row), "args", ()) if data.reader is not None else ()
-    return held[0] if held and isinstance(held[0], Path | Place) else None
+    reader = data.reader(row) if data.reader is not None else None
+    if not isinstance(reader, partial) or reader.func not in (decoding.decode, read_image):
+        return None
+    held = reader.args[0]
+    return held if isinstance(held, Path | Place) else None
 
 
 def _size(path: Path) -> Hashable:
