@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ktransfer import files
 from ktransfer.artifacts.centroids import SCHEMA, SOURCE, Projection, read_centroids
 from ktransfer.artifacts.features import Features
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 
 from .algorithms.lloyd import Clustering
 
@@ -85,6 +85,7 @@ def read_start(path: Path, k: int, dim: int | None, normalise: bool) -> NDArray[
             if not isinstance(given, np.ndarray):
                 raise ValueError("an archive")
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            refuse_machine(path, error)
             reason = " ".join(str(error).split())
             raise UsageError(f"--start {path}: not a .npy file of centroids ({reason})") from error
     wanted = f"({k}, {'d' if dim is None else dim})"

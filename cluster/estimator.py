@@ -17,6 +17,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from ktransfer.progress import quiet, say
+
 from .algorithms.initialisation import SAMPLE_EACH, SAMPLE_NUMBERS, kmeans_plus_plus
 from .algorithms.lloyd import Clustering, State, assign_rows, kmeans
 from .arrays import (
@@ -37,6 +39,7 @@ from .engines.choose import ENGINES, choose_engine
 from .engines.engine import Engine, Rows, described
 
 STARTS = ("k-means++", "random")
+ALGORITHMS = ("lloyd", "elkan")
 START_SAMPLE = 2**16  # distinct rows that k-means++ looks at, if no more are needed for many clusters
 
 
@@ -59,12 +62,16 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         n_clusters: k >= 1, at most the number of rows; with fewer distinct ones some clusters stay empty, and a
             ConvergenceWarning says so.
         init: "k-means++" (on 65,536 random ones of the distinct rows, or 64 k if that is more, at most 1 GiB of them),
-            "random" (distinct rows, by weight), or (k, d) centres.
-        n_init: runs, of which the one with the least inertia is kept; "auto": 10 for "random", else 1.
+            "random" (distinct rows, by weight), (k, d) centres, or a function of (X, n_clusters, random_state) that
+            gives them, X as it was given.
+        n_init: runs, of which the one with the least inertia is kept; "auto": 10 for "random" and functions, else 1.
         max_iter: iterations of a run, at least 1.
         tol: a run ends when the squared shifts of all centres add up to at most this share of the mean variance of
             the columns; 0: when no label moves.
+        verbose: 0 says nothing at all; 1 or more shows bars, and says what happens.
         random_state: int, numpy RandomState, or None.
+        copy_x: as in scikit-learn; here rows are never changed.
+        algorithm: "lloyd" or "elkan": the labels are the same, and `engine` says how distances are saved.
         engine: "auto", "faiss", "faiss-float16" or "exact", as `ktransfer cluster --engine`; all give the same labels.
 
     Attributes:
@@ -87,7 +94,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         n_init: int | str = "auto",
         max_iter: int = 300,
         tol: float = 1e-4,
+        verbose: int = 0,
         random_state: Any = None,
+        copy_x: bool = True,
+        algorithm: str = "lloyd",
         engine: str = "auto",
     ) -> None:
         self.n_clusters = n_clusters
@@ -95,7 +105,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.verbose = verbose
         self.random_state = random_state
+        self.copy_x = copy_x
+        self.algorithm = algorithm
         self.engine = engine
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> "KMeans":
@@ -104,6 +117,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         Raises:
             ValueError: a parameter, shape or weight that cannot be, NaN or infinity in X, or n < k.
         """
+        with quiet(not self.verbose):
+            return self._fit(X, sample_weight)
+
+    def _fit(self, X: Any, sample_weight: Any) -> "KMeans":
         k = self.n_clusters
         runs = self._check_parameters()
         table = self._table(X, reset=True)
@@ -111,17 +128,19 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         if count < k:
             raise ValueError(f"n_samples={count} should be >= n_clusters={k}: take fewer clusters")
         weights = check_weights(sample_weight, count)
-        given = None if isinstance(self.init, str) else self._given_centres(dim)
+        given = None if isinstance(self.init, str) or callable(self.init) else self._given_centres(self.init, dim)
         frame = frame_of(table, weights)
         everything = Rows(count, dim, reader(table, frame), on_device=device_reader(table, frame))
         rows = weighed(everything, weights)
-        if given is None:
-            draw = _drawer(rows, k, self.init)
-        else:
+        if given is not None:
             start = into(frame, given)
             draw = lambda seed: start  # noqa: E731
+        elif callable(self.init):
+            draw = lambda seed: into(frame, self._asked(X, dim, seed))  # noqa: E731
+        else:
+            draw = _drawer(rows, k, self.init)
         tolerance = self.tol * variance(rows) if self.tol else 0.0
-        engine = choose_engine(self.engine, tell=lambda line: None)
+        engine = self._engine()
         best: Clustering | None = None
         for seed in check_random_state(self.random_state).randint(2**31 - 1, size=runs).tolist():
             found = _lloyd(rows, k, draw(seed), self.max_iter, tolerance, engine)
@@ -148,7 +167,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
                 f"Number of distinct clusters ({filled}) found smaller than n_clusters ({k}): "
                 "there may be too few distinct rows",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return self
 
@@ -167,6 +186,10 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
     def transform(self, X: Any) -> Any:
         """(n, k) float64: Euclidean distances to all centres, right to about 1e-8 of the largest."""
         check_is_fitted(self)
+        with quiet(not self.verbose):
+            return like(X, self._distances(X))
+
+    def _distances(self, X: Any) -> NDArray[np.float64]:
         table = self._table(X, reset=False)
         read = reader(table, self._frame)
         centroids = self._centroids().astype(np.float64)
@@ -178,7 +201,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             block = read(start, stop) - middle
             squares = np.einsum("ij,ij->i", block, block)[:, None] - 2 * block @ centroids.T + lengths
             distances[start:stop] = np.sqrt(np.maximum(squares, 0)) * self._frame.unit
-        return like(X, distances)
+        return distances
 
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """`fit`, then `transform` of the same rows."""
@@ -202,19 +225,33 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
             raise ValueError(f"tol = {self.tol!r}: give a number of at least 0")
         if self.engine not in ENGINES:
             raise ValueError(f"engine = {self.engine!r}: give one of {', '.join(ENGINES)}")
+        if not isinstance(self.verbose, Integral | np.bool_) or self.verbose < 0:
+            raise ValueError(f"verbose = {self.verbose!r}: give a whole number of at least 0")
+        if not isinstance(self.copy_x, bool | np.bool_):
+            raise ValueError(f"copy_x = {self.copy_x!r}: give True or False")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm = {self.algorithm!r}: give {' or '.join(ALGORITHMS)}")
         if isinstance(self.init, str) and self.init not in STARTS:
-            raise ValueError(f"init = {self.init!r}: give {' or '.join(STARTS)}, or an array of centres")
+            raise ValueError(f"init = {self.init!r}: give {' or '.join(STARTS)}, an array of centres or a function")
+        drawn = callable(self.init) or (isinstance(self.init, str) and self.init == "random")
         if isinstance(self.n_init, str) and self.n_init == "auto":
-            return 10 if isinstance(self.init, str) and self.init == "random" else 1
+            return 10 if drawn else 1
         if not _at_least_1(self.n_init):
             raise ValueError(f"n_init = {self.n_init!r}: give auto or a whole number of at least 1")
-        if not isinstance(self.init, str) and self.n_init != 1:
-            warnings.warn(f"n_init = {self.n_init}: one run, as init gives the centres", RuntimeWarning, stacklevel=3)
+        if not isinstance(self.init, str) and not drawn and self.n_init != 1:
+            warnings.warn(f"n_init = {self.n_init}: one run, as init gives the centres", RuntimeWarning, stacklevel=4)
             return 1
         return int(self.n_init)
 
-    def _given_centres(self, dim: int) -> Doubles:
-        centres = as_numpy(self.init).astype(np.float64)
+    def _engine(self) -> Engine:
+        return choose_engine(self.engine, tell=say if self.verbose else lambda line: None)
+
+    def _asked(self, X: Any, dim: int, seed: int) -> Doubles:
+        """The centres of a function that gives them, for one run."""
+        return self._given_centres(self.init(X, self.n_clusters, random_state=np.random.RandomState(seed)), dim)
+
+    def _given_centres(self, given: Any, dim: int) -> Doubles:
+        centres = as_numpy(given).astype(np.float64)
         if centres.shape != (self.n_clusters, dim):
             raise ValueError(f"init has shape {centres.shape}, not (n_clusters, n_features) = {(self.n_clusters, dim)}")
         if not np.isfinite(centres).all():
@@ -246,7 +283,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         table = self._table(X, reset=False)
         read, on_device = reader(table, self._frame), device_reader(table, self._frame)
         rows = Rows(table.shape[0], table.shape[1], read, on_device=on_device)
-        return assign_rows(rows, self._centroids(), choose_engine(self.engine, tell=lambda line: None))
+        with quiet(not self.verbose):
+            return assign_rows(rows, self._centroids(), self._engine())
 
 
 class _Settled(Exception):

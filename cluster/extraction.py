@@ -13,6 +13,7 @@ from ktransfer import distributed, networks
 from ktransfer.artifacts.features import create_or_resume
 from ktransfer.config import build
 from ktransfer.data.dataset import Dataset, check_broken
+from ktransfer.data.enough import need
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.ordered import ordered_map
@@ -138,6 +139,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = (), data:
     data = data or open_dataset(spec)
     if config.name is not None and (Path(config.name).name != config.name or config.name.startswith(".")):
         raise UsageError(f"--name {config.name}: must be a plain file name, without folders")
+    need(data, range(len(data)), 1, "images")
     device = choose_device(config)
     teacher = _teacher(run, config, before)
     network = teacher.network

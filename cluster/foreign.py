@@ -13,7 +13,7 @@ from ktransfer.artifacts.features import Features, create_or_resume, open_featur
 from ktransfer.config import option
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.opening import open_dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.progress import bar, say
 from ktransfer.run import begin, changes, input_hash, need_disk
 
@@ -192,6 +192,7 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
                 return archive[flat[0]], held
             return archive[ROWS], held
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        refuse_machine(path, error)
         reason = " ".join(str(error).split())
         raise UsageError(
             f"{path}: cannot be read ({reason}); save plain arrays with numpy.save or numpy.savez"

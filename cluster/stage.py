@@ -1,6 +1,5 @@
 """The cluster stage: features in, centroids out."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from ktransfer.artifacts.centroids import Projection
 from ktransfer.artifacts.features import Features, open_features
 from ktransfer.config import build, nearest
 from ktransfer.errors import UsageError
+from ktransfer.machine import stderr
 from ktransfer.plan import Plan, PlannedStep, carry_out_line, latest, plan_line
 from ktransfer.progress import say
 from ktransfer.run import begin, input_hash
@@ -309,7 +309,7 @@ def _evaluate(
     written = [folder / "quality.json"]
     write_record(written[0], record)
     say(f"cluster: {record_summary(record)}; {written[0]}")
-    if sys.stderr.isatty():
+    if stderr().isatty():
         say(f"cluster: sizes in powers of two: {sparkline(record['sizes']['histogram'])}")
     images = images_of(config.data, features) if config.sheet else None
     if images is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ktransfer import files, tables
 from ktransfer.config import read_by
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 
 from .config import PROTOCOLS, EvalConfig
 from .intervals import Z95
@@ -93,6 +93,7 @@ def _results(run: Path) -> dict[str, dict[str, Any]]:
             result = files.read_json(path)
             schema = result["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            refuse_machine(path, error)
             raise UsageError(f"{path}: not a result of ktransfer eval ({error}); evaluate {run} again") from error
         if schema != SCHEMA or "inputs" not in result:
             raise UsageError(f"{path}: made by another version of ktransfer; evaluate it again, with eval --overwrite")

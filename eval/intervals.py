@@ -24,6 +24,10 @@ def share_of(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
 
 
 def mean_of(measure: str, each: NDArray[np.floating]) -> dict[str, Any]:
-    """The mean of (m,) numbers in 0..1 with a normal interval within 0..1: {measure: ..., measure_interval}."""
-    value, error = float(each.mean()), Z95 * float(each.std(ddof=1)) / len(each) ** 0.5
+    """The mean of (m,) numbers in 0..1 with a normal interval within 0..1: {measure: ..., measure_interval}.
+
+    One number says nothing of how far others would lie apart: its interval is 0..1.
+    """
+    value = float(each.mean())
+    error = Z95 * float(each.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 1.0
     return {measure: value, f"{measure}_interval": [max(0.0, value - error), min(1.0, value + error)]}

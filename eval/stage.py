@@ -9,11 +9,13 @@ import torch
 
 from ktransfer import files
 from ktransfer.config import Settings, build, chosen, chosen_settings, in_words, read_by, result_settings, settings_of
+from ktransfer.data.duplicates import tell_shared
 from ktransfer.data.loader import typical_short_side
+from ktransfer.detection.enough import need_boxes
 from ktransfer.errors import Reply, UsageError
 from ktransfer.networks import Network
 from ktransfer.plan import Plan, PlannedStep
-from ktransfer.progress import say
+from ktransfer.progress import say, show
 from ktransfer.run import begin, input_hash, versions
 from ktransfer.training.device import choose_device
 
@@ -21,6 +23,7 @@ from . import finished, supervised
 from .arms import SUPERVISED, Arm, Trained, find_arms, trained_networks
 from .comparison import compare
 from .config import LOCATED, PROTOCOLS, EvalConfig, own_settings
+from .enough import labelled
 from .protocols import protocol as protocols
 from .published import published
 from .seeds import merged
@@ -112,7 +115,7 @@ def _evaluate(evaluating: Evaluation) -> Path:
     ) as step:
         report = step.folder / names[0]
         if step.done:
-            print(_shown(files.read_json(report), evaluating))
+            show(_shown(files.read_json(report), evaluating))
             return report
         work = step.folder / f"work-{name}"
         result: dict[str, Any] = {
@@ -153,7 +156,7 @@ def _evaluate(evaluating: Evaluation) -> Path:
         drawn = [f"{name}/{file}" for file in dict.fromkeys(drawn)]
         step.finish([step.folder / file for file in [*names, *drawn]], broken=list(broken))
         files.remove(work)
-        print(_shown(result, evaluating))
+        show(_shown(result, evaluating))
         say(f"eval {name}: done; {len(broken)} broken images; {report}")
         return report
 
@@ -239,6 +242,7 @@ def _of_detectors(run: Path, given: EvalConfig, detectors: finished.Finished, de
     config = replace(given, protocol="detect", labelled=labelled, trunk=finished.TRUNK, exif=exif)
     splits = _opened(config)
     trained_detectors.check(run, config, splits, detectors)
+    need_boxes(None, splits[1], config.canvas)
     return Evaluation(run, config, splits, chosen_settings(config, finished.READ), [], device)
 
 
@@ -250,6 +254,7 @@ def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: 
     arms = find_arms(trained, config)
     protocol = protocols.load(config.protocol)
     protocol.check([arm.network for arm in arms], splits, config, run)
+    getattr(protocol, "enough", labelled)(splits, config)
     if hasattr(protocol, "check_arms"):
         protocol.check_arms(arms, config)
     return Evaluation(run, config, splits, settings_of(config, config.protocol), trained, device)
@@ -258,7 +263,10 @@ def _of_networks(run: Path, config: EvalConfig, trained: list[Trained], device: 
 def _opened(config: EvalConfig) -> Any:
     if not config.labelled:
         raise UsageError("eval: no labelled images were given; name a folder with train/ and val/ by --labelled")
-    return protocols.open_data(config.protocol, config.labelled, config.exif if config.protocol in LOCATED else None)
+    exif = config.exif if config.protocol in LOCATED else None
+    splits = protocols.open_data(config.protocol, config.labelled, exif)
+    tell_shared(config.labelled, *splits[:2])
+    return splits
 
 
 def _resolved(config: EvalConfig, network: Network, splits: Any) -> EvalConfig:

@@ -17,10 +17,11 @@ import click
 
 from ktransfer import __version__, stages
 from ktransfer.config import build, stage_tables
-from ktransfer.errors import KTransferError, Reply, Stopped, UsageError
+from ktransfer.errors import KTransferError, Reply, Stopped, UsageError, remedy, why
 from ktransfer.help import Door, add_stages
+from ktransfer.machine import keep_streams
 from ktransfer.stages import STAGES
-from ktransfer.tools import FULL, TOOLS
+from ktransfer.tools import TOOLS
 
 if TYPE_CHECKING:
     from ktransfer.plan import Call, Plan
@@ -176,6 +177,8 @@ for _tool in TOOLS:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; every error is one line, exit code 2 for misuse and 1 for failure."""
+    if argv is None:
+        keep_streams()
     words = sys.argv[1:] if argv is None else argv
     show: Callable[[], None] = traceback.print_exc if "--debug" in words else lambda: None
     try:
@@ -196,9 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{STOPPED} {shlex.join(words)}", 130)
     except OSError as error:
         show()
-        remedy = "make room and give the same command again" if error.errno in FULL else "give the same command again"
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        return _fail(f"{what}; finished stages are complete: {remedy}", 1)
+        way = remedy(error, "")
+        again = f"{way} and give the same command again" if way else "give the same command again"
+        return _fail(f"{error.filename or 'a file'}: {why(error)}; finished stages are complete: {again}", 1)
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)

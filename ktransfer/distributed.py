@@ -8,6 +8,7 @@ memory, whatever device they compute on; only what a training sums up in each st
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.errors import KTransferError, StageError, Stopped, UsageError
+from ktransfer.machine import stderr
 
 MEETING = timedelta(minutes=5)
+QUIET = 5.0  # seconds of waiting for the others, until a line says so
 PATIENCE = timedelta(days=30)  # the others wait while the leader works alone
 _group: Any = None
 _sharing_gpus = False  # more processes on this machine than GPUs
@@ -93,6 +96,9 @@ def joined() -> Iterator[None]:
     _choose_gpu()
     import torch.distributed as dist
 
+    waiting = threading.Timer(QUIET, _tell_waiting, (world,))
+    waiting.daemon = True
+    waiting.start()
     try:
         dist.init_process_group("gloo", timeout=MEETING)
         # Another group, as the time for meeting is also the time that one may wait for a message.
@@ -103,9 +109,22 @@ def joined() -> Iterator[None]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({str(error).splitlines()[0]}); check that all were started, and that this address can be reached"
         ) from error
+    finally:
+        waiting.cancel()
     yield
     _group = None
     dist.destroy_process_group()  # after an error the connections last until the process ends, as `rest` relies on
+
+
+def _tell_waiting(world: int) -> None:
+    """Said by whoever waits: which of the processes is missing, none of them knows."""
+    print(
+        f"ktransfer: waiting for the other {world - 1} of {world} processes at {os.environ['MASTER_ADDR']}:"
+        f"{os.environ['MASTER_PORT']} (this is RANK {os.environ['RANK']}), for at most {MEETING.seconds // 60} "
+        "minutes; if none was started, these variables were left in the shell: unset WORLD_SIZE RANK",
+        file=stderr(),
+        flush=True,
+    )
 
 
 @contextmanager

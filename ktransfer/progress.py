@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -17,11 +18,13 @@ from typing import Any, TypedDict, TypeVar
 from tqdm import tqdm
 
 from ktransfer import distributed, files
+from ktransfer.machine import CLOSED, Lasting, stderr
 
 T = TypeVar("T")
 
 EVERY = 5.0  # seconds between two states of a bar in the file, and between two lines of one in JSON
 _json = False
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 _file: Path | None = None
 _line: list[str] = []
 
@@ -59,9 +62,8 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
 def bar(total: int, label: str, unit: str = "images", done: int = 0) -> Bar:
     """A bar with ETA and rate that shows itself after half a second; `done` of `total` were done before (a resume)."""
     look: dict[str, Any] = {"unit": f" {unit}", "delay": 0.5, "dynamic_ncols": True, "smoothing": 0.1}
-    if _json:
-        look["file"] = io.StringIO()
-    return Bar(total=total, initial=done, desc=label, disable=not distributed.is_leader(), **look)
+    look["file"] = io.StringIO() if _json else stderr()
+    return Bar(total=total, initial=done, desc=label, disable=_quiet.get() or not distributed.is_leader(), **look)
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str = "images") -> Iterator[T]:
@@ -80,8 +82,23 @@ def say_once(line: str) -> None:
 
 def say(line: str) -> None:
     """One line for people, above any bar."""
-    if distributed.is_leader():
-        _print(in_json(message=line)) if _json else tqdm.write(line, file=sys.stderr)
+    if distributed.is_leader() and not _quiet.get():
+        _print(in_json(message=line)) if _json else tqdm.write(line, file=stderr())
+
+
+def show(text: str) -> None:
+    """A result, on stdout; it stands in a file too, so that nothing is lost where nobody reads it."""
+    print(text, file=Lasting(sys.stdout, CLOSED), flush=True)
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Within, this thread shows no bars and says nothing, where that is wanted."""
+    before = _quiet.set(wanted or _quiet.get())
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
 
 
 def speak_json(wanted: bool) -> None:
@@ -113,7 +130,7 @@ def kept_in(file: Path, line: Sequence[str]) -> Iterator[None]:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=stderr(), flush=True)
 
 
 def _tell(shown: Bar) -> None:

@@ -5,11 +5,11 @@ and `clusters` (`cluster` and `assign`).
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from ktransfer import __version__, files
+from ktransfer.artifacts import lock
 from ktransfer.config import all_settings, result_settings, settings_before
-from ktransfer.errors import KTransferError, UsageError
+from ktransfer.errors import KTransferError, UsageError, refuse_machine, remedy, why
 from ktransfer.progress import say
 from ktransfer.stages import command_of
 
 RECORD = "stage.json"
 PROGRESS = ".progress.json"  # what `ktransfer status` reads, while a line of stages works in the run
 NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
-_locks: dict[Path, int] = {}
+_guard = threading.Lock()
+
+
+@dataclass
+class _Holder:
+    """Who holds a run folder in this process, how often, and what lets go of it."""
+
+    who: tuple[int, int]
+    times: int
+    release: Callable[[], None]
+
+
+_locks: dict[Path, _Holder] = {}
 
 
 @dataclass
@@ -62,49 +75,68 @@ class Step:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder while this one works in it (re-entrant).
+    """Keep others out of a run folder while this thread works in it (re-entrant): processes, and threads of this one.
 
     Raises:
-        UsageError: the folder cannot be made or written, or another process holds it.
+        UsageError: the folder cannot be made or written, or another one holds it.
     """
+    who = os.getpid(), threading.get_ident()
+    key = run.resolve()
+    with _guard:
+        held = _locks.get(key)
+        if held is None or held.who[0] != who[0]:  # what a fork has copied is not held
+            held = _locks[key] = _Holder(who, 0, _taken(run))
+        elif held.who != who:
+            raise UsageError(
+                f"--run {run}: another thread of this process is using it; wait for it or choose another folder"
+            )
+        held.times += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            held.times -= 1
+            if not held.times:
+                del _locks[key]
+                held.release()
+
+
+def _taken(run: Path) -> Callable[[], None]:
+    """Lock a run folder against other processes; what lets go of it."""
+    path = run / ".lock"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UsageError(f"--run {run}: cannot be written ({error.strerror}); choose another folder") from error
-    key = run.resolve()
+        raise _unwritable(run, error) from error
     try:
-        if not _locks.get(key):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(
-                    f"--run {run}: another ktransfer process is using it; wait for it or choose another folder"
-                ) from error
-        _locks[key] = _locks.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            _locks[key] -= 1
-    finally:
+        release = lock.take(handle, path)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(lock.holder()).encode(), 0)
+    except lock.Busy as busy:
+        who = busy.who or lock.named(lock.parsed(os.pread(handle, 4096, 0).decode(errors="replace")))
         os.close(handle)
+        raise UsageError(
+            f"--run {run}: another ktransfer process is using it ({who}); {busy} or choose another folder"
+        ) from busy
+    except OSError as error:
+        os.close(handle)
+        raise _unwritable(run, error) from error
+
+    def let_go() -> None:
+        os.close(handle)
+        release()
+
+    return let_go
+
+
+def _unwritable(run: Path, error: OSError) -> UsageError:
+    return UsageError(f"--run {run}: cannot be written ({why(error)}); {remedy(error, 'choose another folder')}")
 
 
 def in_use(run: Path) -> bool:
     """Whether a process works in a run folder (False where that cannot be told)."""
-    try:
-        handle = os.open(run / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return False
+    return lock.taken(run / ".lock")
 
 
 @contextlib.contextmanager
@@ -163,7 +195,7 @@ def begin(
             folder.mkdir(parents=True, exist_ok=True)
             _save(folder, name, record)
         except OSError as error:
-            raise UsageError(f"--run {run}: cannot be written ({error.strerror}); choose another folder") from error
+            raise _unwritable(run, error) from error
         step = Step(run, folder, name, record, done=False)
         try:
             yield step
@@ -210,7 +242,7 @@ def input_hash(path: Path) -> str:
     try:
         return files.sha256(path)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot be read ({why(error)}); {remedy(error, 'check it')}") from error
 
 
 def drop(run: Path, stage: str, goes: Callable[[str], bool]) -> None:
@@ -276,6 +308,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a stage record ({error}); remove the folder {folder} to start over") from error
     return steps
 

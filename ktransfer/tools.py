@@ -1,15 +1,12 @@
 """The commands beside the stages: tools that need no plan. Their modules are imported only when they are called."""
 
-import errno
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ktransfer.errors import UsageError
+from ktransfer.errors import FULL, UsageError, remedy, why
 from ktransfer.help import Alone
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.command()
@@ -32,7 +29,8 @@ def perms(count: int, min_distance: int, seed: int, source: Path | None, out: Pa
         except OSError as error:
             if error.errno in FULL:
                 raise
-            raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from error
+            way_out = remedy(error, "choose another place")
+            raise UsageError(f"--out {out}: cannot be written ({why(error)}); {way_out}") from error
     click.echo(f"{facts.count} permutations of {facts.tiles} tiles")
     click.echo(f"Hamming distance: min {facts.min_distance}, mean {facts.mean_distance:.4f}")
     click.echo("pairs at each distance: " + ", ".join(f"{key}: {value}" for key, value in facts.histogram.items()))

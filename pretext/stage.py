@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ktransfer import distributed, networks, rng
 from ktransfer.config import build
 from ktransfer.data.dataset import Dataset
+from ktransfer.data.enough import need
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
@@ -32,6 +33,7 @@ from .preview import save_sheet
 from .tasks import SHEETS, Task, open_task, refuse_foreign, usual_size
 
 LEAST_TILE = 8
+LEAST_LEARNED = 2  # images that batch norm needs
 LEAST_SIZE = {"jigsawpp": 30, "jigsaw": 30, "rotation": 10, "context": 36}  # of images whose tiles are that large
 
 
@@ -160,6 +162,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Pr
         )
     if 0 < config.limit < 4:
         raise UsageError(f"--limit {config.limit}: too few images to learn from; give 0 (all) or at least 4")
+    rows = _split(data, config)
+    need(data, rows[0].numpy(), LEAST_LEARNED, "training images")
     device = choose_device(config)
     size = config.size or usual_size(config.task, typical_short_side(data))
     cached = cache_place(config.cache_images, len(data), size, device)
@@ -192,7 +196,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Pr
         config=config,
         task=task,
         device=device,
-        rows=_split(data, config),
+        rows=rows,
     )
 
 

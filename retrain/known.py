@@ -84,6 +84,15 @@ def refuse_together(config: RetrainConfig) -> None:
         raise UsageError(f"--uniform: --objective {config.objective} has no clusters to draw from; leave it out")
 
 
+def refuse_one_label(config: RetrainConfig, data: Dataset, known: Known, rows: Tensor) -> None:
+    """StageError where the images that can be read, (n,) `rows`, all have one label, and labels are what is learned."""
+    if config.objective in LABELLED and len(known.labels[rows, 0].unique()) < 2:
+        raise StageError(
+            f"retrain: the {len(rows)} images of {data.spec} that can be read all have one label; repair the others, "
+            "or label them anew"
+        )
+
+
 def sent(known: Known) -> tuple[dict[str, Any], list[NDArray[Any]]]:
     """What an order says of it, for `received`."""
     if known.features is None or known.places is None:

@@ -34,7 +34,17 @@ from ktransfer.training.reading import data_facts, kept_images, readable_by_all
 from . import own_network
 from .config import RetrainConfig
 from .initial import find_initial, start_from
-from .known import CLASSES, LABELLED, OF_FEATURES, assigned, find_known, received, refuse_together, sent
+from .known import (
+    CLASSES,
+    LABELLED,
+    OF_FEATURES,
+    assigned,
+    find_known,
+    received,
+    refuse_one_label,
+    refuse_together,
+    sent,
+)
 from .objectives.objective import Known, Objective
 from .objectives.table import open_objective
 from .own_network import narrowed
@@ -92,6 +102,7 @@ def carry_out(plan: RetrainPlan) -> Path:
             start_from(plan.initial, model)
         images = ImageLoader(data, stored_side(config.size), config.workers, cache=config.cache_images, device=device)
         rows = readable_by_all(images, known.rows(), config.max_broken)
+        refuse_one_label(config, data, known, rows)
         loss = partial(_loss, objective=objective, network=network, config=config)
         tell_plan(model, loss, images, rows, config, device, "retrain")
         if distributed.world_size() > 1:

@@ -1,9 +1,12 @@
 """Steps of a run: begun, finished, skipped, refused, and locked against other processes."""
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 from ktransfer import files
 from ktransfer import run as runs
+from ktransfer.artifacts import lock
 from ktransfer.config import option
 from ktransfer.errors import KTransferError, UsageError
 
@@ -285,3 +289,119 @@ def test_changed_defaults_of_a_newer_version(tmp_path):
     path.write_text(json.dumps(steps))
     assert "min-size was None, is 1" in refusal(tmp_path)
     assert "min-size was None, is 1" in refusal(tmp_path, config=replace(Some(), workers=4))
+
+
+NO_FLOCK = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+HOLDER = """
+import errno, fcntl, os, sys
+def refuse(*_): raise OSError({number}, os.strerror({number}))
+fcntl.flock = refuse
+from pathlib import Path
+from ktransfer import run
+with run.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=NO_FLOCK)
+def without_flock(request, monkeypatch):
+    """A file system that knows no flock, as Lustre and some kinds of NFS."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    return request.param
+
+
+def test_a_file_system_without_flock(tmp_path, without_flock):
+    run = tmp_path / "run"
+    finish(run)
+    assert not list(run.glob(".lock.*"))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.format(number=without_flock), str(run)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    assert runs.in_use(run)
+    words = (
+        rf"another ktransfer process is using it \(process {holder.pid} on .*\); wait for it, remove .*\.lock\.owner"
+    )
+    with pytest.raises(UsageError, match=words), runs.locked(run):
+        raise AssertionError("the lock was taken")
+    holder.kill()  # it cannot let go
+    holder.communicate()
+    assert (run / ".lock.owner").is_file() and not runs.in_use(run)
+    with runs.locked(run), runs.locked(run):
+        assert json.loads((run / ".lock.owner").read_text())["pid"] == os.getpid()
+    assert not list(run.glob(".lock.*"))
+
+
+def test_of_another_machine_nothing_is_assumed(tmp_path, without_flock):
+    owner = {"host": "elsewhere", "boot": "x", "pid": 2**22 + 1}
+    (tmp_path / ".lock.owner").write_text(json.dumps(owner))
+    with pytest.raises(UsageError, match="on elsewhere"), runs.locked(tmp_path):
+        raise AssertionError("the lock was taken")
+    assert json.loads((tmp_path / ".lock.owner").read_text()) == owner
+
+
+@pytest.mark.parametrize("field", [{"boot": "an earlier one"}, {"began": "1"}, {"pid": 2**22 + 1}])
+def test_what_has_ended_is_taken_over(tmp_path, without_flock, field):
+    (tmp_path / ".lock.owner").write_text(json.dumps(lock.holder() | {"pid": 1} | field))
+    with runs.locked(tmp_path):
+        assert json.loads((tmp_path / ".lock.owner").read_text())["pid"] == os.getpid()
+
+
+def test_a_thread_is_kept_out_and_told_so(tmp_path):
+    said = []
+
+    def other():
+        try:
+            with runs.locked(tmp_path):
+                said.append("free")
+        except UsageError as error:
+            said.append(str(error))
+
+    with runs.locked(tmp_path), runs.locked(tmp_path):
+        for _ in range(2):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+    assert ["another thread of this process is using it" in one for one in said] == [True, True]
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert said[-1] == "free"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "mount it for writing"),
+        (errno.EACCES, "permissions"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ESTALE, "mount it again"),
+        (errno.EIO, "the disk failed"),
+    ],
+)
+def test_each_reason_has_its_way_out(tmp_path, monkeypatch, number, words):
+    finish(tmp_path)
+    before = (tmp_path / "stage/stage.json").read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(UsageError, match=words) as caught:
+            record(tmp_path)
+    assert os.strerror(number) in str(caught.value) and "remove the folder" not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.open", fail)
+        with pytest.raises(UsageError, match=words), runs.locked(tmp_path / "new"):
+            raise AssertionError("the lock was taken")
+    assert (tmp_path / "stage/stage.json").read_bytes() == before

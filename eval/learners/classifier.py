@@ -20,7 +20,7 @@ from ..arms import Arm, model_of
 from ..config import EvalConfig
 from ..protocols.linear import rates
 from .maps import FORWARD_BATCH, Layer, Views, cached_maps, choose_layers, reading
-from .probe import Probes, hold_out, optimiser, predict, probe_loss
+from .probe import Probes, hold_out, learnable, optimiser, predict, probe_loss
 
 HELD_OUT = 0.1
 SAMPLE = 4096  # images on which the channels are standardised
@@ -93,6 +93,7 @@ def prepare(arm: Arm, train: Dataset, config: EvalConfig, folder: Path, device: 
         for mirror in (False, True)
     ]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
+    learning = learnable(learning, np.flatnonzero(~views[0].valid).tolist(), config.batch)
     return Training(arm, trunk, layers, train, views, learning, held, config, folder, device)
 
 

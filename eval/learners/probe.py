@@ -1,6 +1,6 @@
 """Linear probes on several layers with several learning rates at once, and what they reach."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,12 @@ def scores(predicted: Tensor, wanted: Tensor) -> dict[str, float | list[float]]:
         "mean_class": mean,
         "mean_class_interval": [max(0.0, mean - error), min(1.0, mean + error)],
     }
+
+
+def learnable(rows: Tensor, broken: Iterable[int], batch: int) -> Tensor:
+    """(n,) `rows` to learn from: without the broken ones where these could fill a whole batch."""
+    lost = torch.isin(rows, torch.tensor(list(broken), dtype=torch.int64))
+    return rows[~lost] if int(lost.sum()) >= min(batch, len(rows)) else rows
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from ktransfer import networks
 from ktransfer.artifacts.labels import read_labels
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.decoding import square
+from ktransfer.data.enough import need
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.networks import Network
@@ -33,6 +34,7 @@ from ktransfer.run import input_hash, read_record
 from ..arms import Arm
 from ..bootstrap import Places, with_intervals
 from ..config import EvalConfig
+from ..enough import TRAIN, labelled
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
 from ..learners.neighbours import unit
@@ -73,6 +75,17 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
     """
     check_frozen(evaluated, splits, config, run)
     numbers_of_clusters(config, splits[0])
+
+
+def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
+    """Find images that cannot be read, where too few are left.
+
+    Raises:
+        UsageError: one line.
+    """
+    labelled(splits, config)
+    train = splits[0]
+    need(train, range(len(train)), 2 * max(numbers_of_clusters(config, train)), TRAIN)
 
 
 def numbers_of_clusters(config: EvalConfig, train: Dataset) -> list[int]:
@@ -258,11 +271,11 @@ def pseudo_labels(path: Path, splits: tuple[Dataset, Dataset], name: str) -> tup
     """
     found = read_labels(path)
     keys, known = found.keys or [], found.labels >= 0
-    why = ""
+    why = "" if known.any() else "no image has one"
     for split in splits:
         place = {key: row for row, key in enumerate(split.keys)}
         rows = np.array([place.get(key, -1) for key in keys], np.int64)
-        if not len(rows) or (rows < 0).any():
+        if not known.any() or not len(rows) or (rows < 0).any():
             continue
         if not (why := _others(path, [key for key, one in zip(keys, known, strict=True) if one], split)):
             return found.labels[known].astype(np.int64), split.targets[rows[known]].astype(np.int64)

@@ -41,12 +41,14 @@ from ktransfer.training.options import LoopOptions, TrainOptions
 
 from ..arms import Arm
 from ..config import EvalConfig
+from ..enough import boxed
 from ..result import Result, broken_lines, result_of
 
 PROTOCOL = "detect/2"
 TITLE = "detection"
 MEASURES = {"AP": "AP %", "AP50": "AP50 %", "AP75": "AP75 %", "VOC07": "VOC07 mAP %"}
 NOTE = "{counts}detector, canvas, schedule and least score stand in its json."
+enough = boxed
 COLUMNS = ("frozen", "partial", "full")
 SAMPLED = 64  # boxes of an image that the heads of Faster R-CNN learn from, as in Fast R-CNN
 PROPOSALS = 300

@@ -35,6 +35,10 @@ LEAST = 44  # pixels of a filter's side
 GAP = 3
 
 
+def enough(splits: Any, config: EvalConfig) -> None:
+    """No image is read."""
+
+
 def check(evaluated: list[Network], splits: Any, config: EvalConfig, run: Path) -> None:
     """Find networks without a convolution of colours.
 

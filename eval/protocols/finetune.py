@@ -32,6 +32,7 @@ from ktransfer.networks import Network
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..enough import tuned
 from ..learners import tuning
 from ..learners.heads import Before, copied, trunk, unit_variance, with_classes
 from ..learners.probe import hold_out
@@ -43,6 +44,7 @@ TITLE = "fine-tuned"
 MEASURES = tuning.MEASURES
 MULTI_LABEL = True
 inputs = tuning.inputs
+enough = partial(tuned, share=tuning.HELD_OUT)
 STRATEGIES = {
     "frozen": (Phase(1.0, 0.0),),
     "staged": (Phase(0.5, 0.0), Phase(0.5, 1.0)),

@@ -6,6 +6,7 @@ learning rate chosen on a tenth of the training split, which the probes do not l
 `--preset deepcluster` and `fair` are those of other groups (presets.py).
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from ktransfer.training.batch import Source
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..enough import held_out
 from ..learners.maps import FORWARD_BATCH, Computed, Views, cached_maps, map_bytes, reading
-from ..learners.probe import Probes, hold_out, optimiser, predict, probe_loss, scores
+from ..learners.probe import Probes, hold_out, learnable, optimiser, predict, probe_loss, scores
 from ..presets import PRESETS, Crops, check_preset, cropped_maps, preset_layers, ten_crop_predictions, with_schedule
 from ..result import Result, broken_lines, result_of
 
@@ -35,6 +37,7 @@ TITLE = "linear probe"
 MEASURES = {"top1": "top-1 %", "mean_class": "mean per class %"}
 HELD_OUT = 0.1
 SAMPLE = 4096  # images on which the channels are standardised
+enough = partial(held_out, share=HELD_OUT)
 
 
 def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: EvalConfig, run: Path) -> None:
@@ -102,6 +105,7 @@ def evaluate(
             plain, tested = (Computed(pooled, split, 1, config.dtype) for split in images)
         broken = [split.broken for split in images]
     learning, held = hold_out(len(train), HELD_OUT, config.seed)
+    learning = learnable(learning, broken[0], config.batch)
 
     targets = torch.from_numpy(train.targets).long().to(device)
     sample = None if crops else _sample(plain, learning[:SAMPLE], numbers)

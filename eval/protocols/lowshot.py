@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from ktransfer import files
 from ktransfer.data.dataset import Dataset
+from ktransfer.data.enough import need
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
+from ..enough import labelled
 from ..episodes import EPISODES, episodes
 from ..intervals import Z95
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
@@ -61,6 +63,17 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
     """
     check_frozen(evaluated, splits, config, run)
     subsets(splits[0], config)
+
+
+def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
+    """Find labels that only images have which cannot be read.
+
+    Raises:
+        UsageError: one line.
+    """
+    labelled(splits, config)
+    for name, rows in subsets(splits[0], config).items():
+        need(splits[0], rows, 1, f"training images whose labels are used ({MEASURES[name].partition(',')[0]})")
 
 
 def evaluate(

@@ -22,6 +22,7 @@ from ktransfer.progress import say
 
 from ..arms import Arm, model_of
 from ..config import EvalConfig
+from ..enough import tuned
 from ..learners import tuning
 from ..learners.heads import Before, before, copied, with_classes
 from ..learners.maps import choose_layers
@@ -32,6 +33,7 @@ TITLE = "frozen up to"
 MEASURES = tuning.MEASURES
 MULTI_LABEL = True
 inputs = tuning.inputs
+enough = partial(tuned, share=tuning.HELD_OUT)
 FULLY_CONNECTED = {"fc6": "bn6", "fc7": "bn7"}  # layer of an AlexNet -> its last module before the ReLU
 
 

@@ -4,6 +4,8 @@ PROTOCOL   its name and version, such as "knn/1"; the version changes whenever a
 TITLE      the first cell of its tables, such as "k nearest neighbours"
 MEASURES   {measure: words for the table}; the first is the one that comparisons are made by
 check      (networks, splits, config, run) -> None; UsageError for what can be known before the work
+enough     (splits, config) -> None; UsageError where nothing is left to learn from or to judge by, as images cannot be
+           read; where it is missing, `enough.labelled`
 check_arms (arms, config) -> None; UsageError for what can be known of the weights before the work; optional
 evaluate      (arm, splits, config, folder, device) -> what is written for one network (see `Result`); `folder` is for
            what is written on the way, and is removed when the outcome is kept

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ktransfer import rng
 from ktransfer.config import nearest
 from ktransfer.data.dataset import Dataset
+from ktransfer.data.enough import need
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.sheets import SIDE, Strip, draw_sheet, save_sheet
 from ktransfer.errors import StageError, UsageError
@@ -26,6 +27,7 @@ from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
+from ..enough import TRAIN, labelled
 from ..intervals import mean_of, share_of
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
@@ -50,6 +52,16 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
         raise UsageError(
             f"--protocol retrieve: {len(splits[0])} training images, but {SHOWN} are needed; give more images"
         )
+
+
+def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
+    """Find images that cannot be read, where too few are left.
+
+    Raises:
+        UsageError: one line.
+    """
+    labelled(splits, config)
+    need(splits[0], range(len(splits[0])), SHOWN, TRAIN)
 
 
 def wanted_rows(config: EvalConfig, test: Dataset) -> list[int]:

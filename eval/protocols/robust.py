@@ -27,6 +27,7 @@ from torch import Tensor
 from ktransfer import files, networks, rng
 from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
+from ktransfer.data.enough import need
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -39,8 +40,9 @@ from ..attack import pgd
 from ..bootstrap import Places, with_intervals
 from ..config import EvalConfig
 from ..corruptions import KINDS, SEVERITIES, severities
+from ..enough import TEST, held_out
 from ..intervals import mean_of, share_of
-from ..learners.classifier import KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
+from ..learners.classifier import HELD_OUT, KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
 from ..learners.maps import FORWARD_BATCH, choose_layers, map_bytes
 from ..result import Result, broken_lines, result_of
 from .linear import rates
@@ -82,6 +84,16 @@ def check(evaluated: list[Network], splits: tuple[Dataset, Dataset], config: Eva
         need_disk(run, needed, "eval")
 
 
+def enough(splits: tuple[Dataset, Dataset], config: EvalConfig) -> None:
+    """Find images that cannot be read, where none are left to choose or to judge by.
+
+    Raises:
+        UsageError: one line.
+    """
+    held_out(splits, config, HELD_OUT)
+    need(splits[1], _drawn(splits[1], config).numpy(), 1, f"{TEST} that are drawn")
+
+
 def evaluate(
     arm: Arm, splits: tuple[Dataset, Dataset], config: EvalConfig, folder: Path, device: torch.device
 ) -> Result:
@@ -101,8 +113,7 @@ def evaluate(
     classifier = Classifier(training, chosen.layer, [chosen.head, noisy]).to(device)
     columns = [f"{kind} {share:g}" for kind in KINDS_OF_NOISE for share in _shares(config)]
 
-    order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
-    rows = order[: config.robust_images or len(test)].sort().values
+    rows = _drawn(test, config)
     side = stored_side(arm.network.size)
     images = ImageLoader(test, side, config.workers, cache="off")
     outcomes: list[dict[str, Any]] = []
@@ -225,6 +236,12 @@ def _cells(
 def _mean(measure: str, hit: NDArray[Any]) -> dict[str, Any]:
     """The mean over (m, ...) predictions to m images, with a normal interval over the images."""
     return mean_of(measure, hit.reshape(len(hit), -1).mean(axis=1))
+
+
+def _drawn(test: Dataset, config: EvalConfig) -> Tensor:
+    """(m,) int64 rows of the test images that are shown worse, rising."""
+    order = rng.words(config.seed, "eval/robust", 0, torch.arange(len(test)), 1)[:, 0].argsort(stable=True)
+    return order[: config.robust_images or len(test)].sort().values
 
 
 def _shares(config: EvalConfig) -> list[float]:

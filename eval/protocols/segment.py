@@ -28,11 +28,13 @@ from ktransfer.networks import Network
 
 from ..arms import Arm
 from ..config import EvalConfig
+from ..enough import masked
 from ..result import Result
 from .detect import by_column, columns, look, scales, train_column, trunk_of
 
 PROTOCOL = "segment/2"
 TITLE = "segmentation"
+enough = masked
 MEASURES = {"mIoU": "mIoU %", "pixels": "pixels right %"}
 NOTE = "{counts}canvas and schedule stand in its json."
 

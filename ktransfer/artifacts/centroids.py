@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import Features
 from ktransfer.errors import UsageError
 
@@ -55,7 +55,7 @@ def read_centroids(path: Path) -> Centroids:
         UsageError: missing, or not such a file.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as file:
             attributes: dict[str, Any] = dict(file.attrs)
             if attributes["schema"] != SCHEMA:
                 raise KeyError(f"schema {attributes['schema']}")
@@ -68,7 +68,8 @@ def read_centroids(path: Path) -> Centroids:
                 projection = Projection(**{name: parts[name] for name in Projection._fields})
             source = {name: str(attributes[name]) for name in SOURCE}
             return Centroids(centroids, projection, bool(attributes["normalise"]), source, path)
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except hdf5.ERRORS as error:
+        hdf5.refuse_unreadable(path, error)
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktransfer.errors import StageError, UsageError
+from ktransfer.artifacts import hdf5
+from ktransfer.errors import StageError, UsageError, remedy, why
 from ktransfer.files import PART, commit, reserve, write_json
 from ktransfer.progress import bar
 
@@ -59,12 +60,10 @@ class Writer:
     """
 
     def __init__(self, path: Path, keys: Sequence[str], spec: str, rows_done: int, save_seconds: float) -> None:
-        import h5py
-
         self.rows_done = rows_done
         self._path, self._keys, self._spec = path, keys, spec
         self._part, self._progress = _beside(path)
-        with h5py.File(self._part, "r") as file:
+        with hdf5.opened(self._part) as file:
             self._dtype: np.dtype[Any] = file["features"].dtype
             self._dim = int(file["features"].shape[1])
             self._features_at, self._valid_at = (int(file[name].id.get_offset()) for name in ("features", "valid"))
@@ -169,9 +168,9 @@ def create_or_resume(
     encoded = encode_keys(keys)
     spec = _spec(encoded, targets, dim, dtype, header)
     part, progress = _beside(path)
-    rows_done = _rows_done(progress, spec) if part.is_file() else None
-    if rows_done is None:
-        with _disk_errors(path):
+    with _disk_errors(path):
+        rows_done = _rows_done(progress, spec) if part.is_file() else None
+        if rows_done is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             progress.unlink(missing_ok=True)
             _create(part, encoded, targets, dim, dtype, header)
@@ -200,9 +199,7 @@ class Features:
     @cached_property
     def keys(self) -> list[str]:
         """n keys in row order, read when first asked for."""
-        import h5py
-
-        with h5py.File(self.path, "r") as file:
+        with hdf5.opened(self.path) as file:
             return decode_keys(file["key"][:])
 
 
@@ -212,21 +209,17 @@ def open_features(path: Path) -> Features:
     Raises:
         UsageError: the file is missing, not HDF5, cut off, of another kind or of another schema.
     """
-    import h5py
-
     if not path.is_file():
         raise UsageError(f"{path}: no such feature file; `ktransfer extract` writes one")
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as file:
             _check_layout(path, file)
             data = file["features"]
             offset, shape, dtype = data.id.get_offset(), data.shape, data.dtype
             valid, targets = file["valid"][:], file["target"][:]
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path}: not a whole HDF5 file ({_one_line(error)}); extract the features again with --overwrite"
-        ) from error
+    except hdf5.ERRORS as error:
+        hdf5.refuse(path, error, "extract the features again with --overwrite")
     if offset is None or path.stat().st_size < offset + int(np.prod(shape)) * dtype.itemsize:
         raise UsageError(f"{path}: cut off before its last row; extract the features again with --overwrite")
     rows: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
@@ -340,7 +333,7 @@ def _rows_done(progress: Path, spec: str) -> int | None:
     """Rows that are surely written, None where there is no progress file for this header."""
     try:
         saved = json.loads(progress.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # what cannot be read now may be sound, and is no reason to start over
         return None
     return int(saved["rows"]) if saved.get("spec") == spec else None
 
@@ -366,7 +359,7 @@ def _create(
     head = encoded.nbytes + n * 5 + HEADER_BYTES
     reserve(part, head + n * dim * np.dtype(dtype).itemsize, head)
     early = allocated_early()
-    with h5py.File(part, "w") as file:
+    with hdf5.opened(part, "w") as file:
         for name, value in header.items():
             file.attrs[name] = value
         file.create_dataset("key", data=encoded)
@@ -381,16 +374,12 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or _one_line(error)
         raise StageError(
-            f"{path}: cannot write the features ({why}); make room and give the same command again"
+            f"{path}: cannot write the features ({why(error)}); {remedy(error, 'look at the disk')}, and give the "
+            "same command again"
         ) from error
 
 
 def _plain(value: Any) -> Attribute:
     plain: Attribute = value.item() if isinstance(value, np.generic) else value
     return plain
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import decode_keys, encode_keys
 from ktransfer.errors import UsageError
 from ktransfer.files import write_bytes, write_whole
@@ -177,7 +178,7 @@ def _read_h5(path: Path) -> Labels:
     import h5py
 
     try:
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as file:
             names = [name for name in ("key", "label") if not isinstance(file.get(name), h5py.Dataset)]
             if names:
                 _wrong(path, f"no data set {', '.join(names)}")
@@ -192,7 +193,8 @@ def _read_h5(path: Path) -> Labels:
             if more.dtype != np.dtype("<i4") or more.ndim != 2 or len(more) != len(labels):
                 _wrong(path, "more must be (n, views - 1) int32")
             return Labels(decode_keys(file["key"][:]), labels, int(file.attrs["k"]), more)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except hdf5.ERRORS as error:
+        hdf5.refuse_unreadable(path, error)
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")
 
 

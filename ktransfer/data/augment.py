@@ -21,10 +21,10 @@ def in_parts(make: Callable[[slice], Tensor], images: int, numbers: int, device:
     Args:
         make: a slice of the images -> (of them, ...) float32; each image must not depend on the others.
         images: how many there are.
-        numbers: of an image, as far as known; only speed depends on it.
+        numbers: of an image, as far as known, 0 where there are none; only speed depends on it.
         device: where it computes.
     """
-    step = max(1, _PART_BYTES // (4 * numbers)) * torch.get_num_threads()
+    step = max(1, _PART_BYTES // (4 * max(1, numbers))) * torch.get_num_threads()
     if device.type != "cpu" or images <= step:
         return make(slice(0, images))
     first = make(slice(0, step))

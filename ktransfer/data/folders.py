@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,20 @@ from ktransfer.files import commit
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PACKS = (".h5", ".hdf5")
 VAL_NAMES = ("val", "valid", "validation", "test")
+JUNK = (
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "lost+found",
+    "found.000",
+    "system volume information",
+    "__macosx",
+    "__pycache__",
+)
+"""Folders that systems and programs put among images, in lower case; what lies in them are not images of the data."""
 UNREADABLE = -1
 _LAYOUT = 1
 # A change within the same tick of the file system's clock leaves the folder's time as it was (FAT ticks every 2 s).
@@ -27,13 +42,14 @@ class Found:
     """Images below a folder: relative names with "/" in code-point order (for valid Unicode that of the UTF-8 bytes).
 
     `sizes` are bytes, -1 for a link that leads nowhere; `ignored` counts files with other endings, `repeated` links to
-    folders that are already in.
+    folders that are already in; `junk` are the folders that were passed over (`JUNK`).
     """
 
     names: list[str]
     sizes: list[int]
     ignored: int
     repeated: int
+    junk: list[str]
 
 
 class Listing(NamedTuple):
@@ -61,6 +77,7 @@ def walk(root: Path) -> Found:
     sizes: list[int] = []
     seen: set[tuple[int, int]] = set()
     ignored = repeated = 0
+    junk: list[str] = []
     # Links wait until all real folders are done, so that these keep their own names.
     folders, links = [""], list[str]()
     while folders or links:
@@ -81,7 +98,8 @@ def walk(root: Path) -> Found:
         listings[name] = listing
         ignored += listing.ignored
         prefix = name and name + "/"
-        folders += [prefix + folder for folder in reversed(listing.folders)]
+        junk += [prefix + folder for folder in listing.folders if folder.lower() in JUNK]
+        folders += [prefix + folder for folder in reversed(listing.folders) if folder.lower() not in JUNK]
         for image in listing.images:
             names.append(prefix + image)
             sizes.append(file_size(_join(root, prefix + image)))
@@ -98,7 +116,40 @@ def walk(root: Path) -> Found:
     if kept != known:
         _save(cache, kept)
     order = sorted(range(len(names)), key=names.__getitem__)
-    return Found([names[i] for i in order], [sizes[i] for i in order], ignored, repeated)
+    return Found([names[i] for i in order], [sizes[i] for i in order], ignored, repeated, sorted(junk))
+
+
+def names_in(root: Path) -> dict[str, str]:
+    """What lies in a folder: names in lower case -> as they are written, the first of those that differ in case alone.
+
+    Nothing where it cannot be read, which `walk` says.
+    """
+    try:
+        return {name.lower(): name for name in sorted(os.listdir(root), reverse=True)}  # noqa: PTH208
+    except OSError:
+        return {}
+
+
+def find_named(root: Path, there: Mapping[str, str], names: Iterable[str]) -> Path | None:
+    """What of `there` (`names_in`) has the first of some names, as it is written, else in any case; None for nothing.
+
+    Args:
+        names: in lower case.
+    """
+    found = next((name for name in names if name in there), None)
+    if found is None:
+        return None
+    return exact if os.path.lexists(exact := root / found) else root / there[found]
+
+
+def only_folder(root: Path, there: Mapping[str, str]) -> Path | None:
+    """The folder that all else lies in, as some archives unpack: the only one, beside no image or pack; else None."""
+    names = [name for lower, name in there.items() if not lower.startswith(".") and lower not in JUNK]
+    if any(name.lower().endswith((*ENDINGS, *PACKS)) for name in names):
+        return None
+    folders = (root / name for name in names if (root / name).is_dir())
+    first, second = next(folders, None), next(folders, None)
+    return first if second is None else None
 
 
 def file_size(path: str) -> int:

@@ -7,7 +7,8 @@
 - COCO, where it or its `annotations` has instances_train*.json: an image has the classes of its boxes;
 - CSV, where it has train.csv (or .tsv) and val.csv (valid, validation, test): columns path and label (see
   `opening.open_dataset`). Several labels of an image stand in one cell, separated by ";" or "|", or in several rows;
-  where that, or an empty label, occurs anywhere in either file, the images of both have `tags`.
+  where that occurs anywhere in either file, the images of both have `tags`, and one without a label has none of the
+  classes. Where it does not, images without a label are left out, and a line says how many.
 
 Of VOC, COCO and such CSV files the images have `tags`; objects that VOC calls difficult are tagged -1, not counted.
 """
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from ktransfer.data import foreign
 from ktransfer.data.dataset import Dataset, class_names, escaped, of_files
-from ktransfer.data.folders import PACKS, VAL_NAMES, file_size
+from ktransfer.data.folders import PACKS, VAL_NAMES, file_size, find_named, names_in
 from ktransfer.data.lists import read_list
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
@@ -100,14 +101,36 @@ def _coco(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         return None
     names = [_instances(folder, ("train",)), _instances(folder, VAL_NAMES)]
     say_once(f"{spec}: several labels an image, of {names[0].name} and {names[1].name}")
-    train, val = (_coco_split(spec, root, path) for path in names)
+    (train, above), (val, _) = (_coco_split(spec, root, path) for path in names)
     if train.classes != val.classes:
         differing = ", ".join(sorted(set(train.classes) ^ set(val.classes))[:5])
         if differing or len(train.classes) != len(val.classes) or val.tags is None:
             raise UsageError(f"{names[0]} and {names[1]} have different categories ({differing}); give both the same")
         order = [val.classes.index(name) for name in train.classes]
         val = replace(val, classes=train.classes, tags=np.ascontiguousarray(val.tags[:, order]))
-    return train, val
+    return _only_classes(spec, above, train, val)
+
+
+def _only_classes(spec: str, above: set[str], *splits: Dataset) -> tuple[Dataset, Dataset]:
+    """Both splits without categories that no image has and that are others' supercategories: rows of the table of
+    categories that some exporters write beside the classes."""
+    used = np.logical_or(*((split.tags != 0).any(0) for split in splits if split.tags is not None))
+    kept = np.array([one or name not in above for name, one in zip(splits[0].classes, used, strict=True)])
+    lost = [name for name, one in zip(splits[0].classes, kept, strict=True) if not one]
+    if lost:
+        say_once(f"{spec}: {len(lost)} supercategories that no image has are no classes: {', '.join(lost[:5])}")
+        shown = tuple(name for name, one in zip(splits[0].classes, kept, strict=True) if one)
+        splits = tuple(_with_columns(split, shown, kept) for split in splits)
+    empty = int((~used[kept]).sum())
+    if empty:
+        say_once(f"{spec}: {empty} of {len(splits[0].classes)} categories are in no image; they are not judged by")
+    return splits[0], splits[1]
+
+
+def _with_columns(split: Dataset, classes: tuple[str, ...], kept: NDArray[np.bool_]) -> Dataset:
+    assert split.tags is not None
+    tags = np.ascontiguousarray(split.tags[:, kept])
+    return replace(split, classes=classes, tags=tags, fingerprint=_digest(split, classes, tags))
 
 
 def _instances(folder: Path, words: Sequence[str]) -> Path:
@@ -119,11 +142,16 @@ def _instances(folder: Path, words: Sequence[str]) -> Path:
     raise UsageError(f"{folder} has no {' or '.join(f'instances_{word}*.json' for word in words)}; put it there")
 
 
-def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
+def _coco_split(spec: str, root: Path, path: Path) -> tuple[Dataset, set[str]]:
+    """A split, and the names of its supercategories as keys are written."""
     try:
         content: Any = json.loads(_read(path))
         files = {foreign.key(image["id"]): foreign.key(image["file_name"]) for image in content["images"]}
         named = {foreign.key(kind["id"]): (kind["id"], foreign.key(kind["name"])) for kind in content["categories"]}
+        above = {foreign.key(kind["supercategory"]) for kind in content["categories"] if kind.get("supercategory")}
+        above -= {name for _, name in named.values()} & {
+            foreign.key(kind["name"]) for kind in content["categories"] if kind.get("supercategory") == kind["name"]
+        }
         present = {(foreign.key(mark["image_id"]), foreign.key(mark["category_id"])) for mark in content["annotations"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
@@ -148,7 +176,8 @@ def _coco_split(spec: str, root: Path, path: Path) -> Dataset:
         if image not in row or kind not in column:
             raise UsageError(f"{path}: an annotation names image {image} or category {kind}, which it does not list")
         tags[row[image], column[kind]] = 1
-    return _with_tags(spec, place, split, list(files.values()), [named[key][1] for key in columns], tags)
+    found = _with_tags(spec, place, split, list(files.values()), [named[key][1] for key in columns], tags)
+    return found, set(escaped(above))
 
 
 def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
@@ -161,7 +190,11 @@ def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
         raise UsageError(f"{root} has {lone.name}, but no {words} with the ending .csv or .tsv; put it beside that one")
     tables = [_labels_of(path) for path in paths if path]
     names = [path.stem for path in paths if path]
-    several = any(len(labels) != 1 for table in tables for labels in table.values())
+    several = any(len(labels) > 1 for table in tables for labels in table.values())
+    if several:
+        _tell_several(spec, tables)
+    else:
+        tables = [_without_unlabelled(path, table) for path, table in zip(filter(None, paths), tables, strict=True)]
     classes = class_names([label for labels in tables[0].values() for label in labels])
     unknown = {label for labels in tables[1].values() for label in labels} - set(classes)
     if unknown:
@@ -176,8 +209,30 @@ def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:
     return train, val
 
 
+def _tell_several(spec: str, tables: Sequence[Mapping[str, list[str]]]) -> None:
+    numbers = [len(labels) for table in tables for labels in table.values()]
+    none = f", {numbers.count(0):,} have none" if 0 in numbers else ""
+    say_once(
+        f"{spec}: several labels an image: {sum(number > 1 for number in numbers):,} of {len(numbers):,} have more "
+        f"than one{none}"
+    )
+
+
+def _without_unlabelled(path: Path, table: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The images with a label, of a table in which none has several."""
+    known = {name: labels for name, labels in table.items() if labels}
+    if len(known) < len(table):
+        first = next(name for name, labels in table.items() if not labels)
+        say_once(
+            f"{path}: {len(table) - len(known):,} of {len(table):,} images, such as {first}, have no label and are "
+            "left out; give them one of their own if that means something"
+        )
+    return known
+
+
 def _table(root: Path, words: Iterable[str]) -> Path | None:
-    return next((path for word in words for end in TABLES if (path := root / f"{word}{end}").is_file()), None)
+    found = find_named(root, names_in(root), [f"{word}{end}" for word in words for end in TABLES])
+    return found if found is not None and found.is_file() else None
 
 
 def _labels_of(path: Path) -> dict[str, list[str]]:

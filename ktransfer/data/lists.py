@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, remedy, why
 
 PATH_COLUMNS = ("path", "file", "filename", "key")
 LABEL_COLUMNS = ("label", "class", "target")
@@ -18,7 +18,7 @@ def read_list(path: Path) -> tuple[list[str], list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        raise UsageError(f"{path} cannot be read ({why(error)}); {remedy(error, 'check it')}") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise UsageError(f"{path}, line {line}: a NUL character; a list is plain text with one path per line")

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from ktransfer.data import shards
 from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
-from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, walk
+from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, find_named, names_in, only_folder, walk
 from ktransfer.data.labelled import open_layout
 from ktransfer.data.lists import read_list
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
 LISTS = (".txt", ".csv", ".tsv")
+TRAIN, VAL = ("train", "training"), (*VAL_NAMES, "testing")
+STRAY = 0.1  # the largest share of images outside of folders that are taken as classes
 
 
 def open_dataset(spec: str, turned: bool = True) -> Dataset:
@@ -27,9 +29,10 @@ def open_dataset(spec: str, turned: bool = True) -> Dataset:
     UsageError when it names no images.
 
     A folder is searched with all its sub-folders; a linked folder counts once, hidden names are skipped. Where every
-    image lies in one of at least two first-level folders, those are its classes. A folder that holds `train` beside
-    `val` (or `valid`, `validation`, `test`), as folders or as packs such as `train.h5`, means its `train`, and a line
-    says so. The images are upright, or, where not `turned`, as they are stored, whatever their EXIF says.
+    image lies in one of at least two first-level folders, those are its classes; folders around all of them do not
+    count, and a few images outside of them have no class. A folder that holds `train` beside `val` (or `valid`,
+    `validation`, `test`) in any case, as folders or as packs such as `train.h5`, means its `train`. A line says what of
+    this was found. The images are upright, or, where not `turned`, as they are stored, whatever their EXIF says.
     """
     if spec.startswith("scenes:"):
         return _scenes(spec, "train")
@@ -37,7 +40,8 @@ def open_dataset(spec: str, turned: bool = True) -> Dataset:
         return shards.open_shards(spec, paths, turned)
     path = _existing(spec)
     if path.is_dir():
-        if (train := _split_place(path, ("train",))) and (val := _split_place(path, VAL_NAMES)):
+        if parts := _parts(path):
+            train, val = parts
             say_once(f"{spec} has {train.name} and {val.name}: using {train}")
             path = train
         return _folder_or_pack(spec, path, turned)
@@ -64,9 +68,11 @@ def open_splits(spec: str) -> tuple[Dataset, Dataset]:
     if spec.startswith("scenes:"):
         return _scenes(spec, "train"), _scenes(spec, "val")
     root = _existing(spec)
-    if other := open_layout(spec, root):
-        return other
-    train, val = _split_place(root, ("train",)), _split_place(root, VAL_NAMES)
+    for place, _ in _around(root):
+        if other := open_layout(spec, place):
+            return other
+    there = names_in(root)
+    train, val = _parts(root) or (_split_place(root, there, TRAIN), _split_place(root, there, VAL))
     if (train is None or val is None) and (found := _sharded_splits(spec, root)):
         return found
     if train is None or val is None:
@@ -106,9 +112,11 @@ def _with_same_classes(places: tuple[Path, Path], splits: tuple[Dataset, Dataset
     for path, split in zip(places, splits, strict=True):
         if not split.classes or (split.targets == UNKNOWN).any():
             outside = next((key for key in split.keys if "/" not in key), None)
-            why = f"{outside} lies outside of the class folders" if outside else "there is only one class folder"
+            why = "there is only one class folder"
             if split.classes:
                 why = f"{split.keys[int(np.argmin(split.targets))]} has no class"
+            if outside and path.is_dir():
+                why = f"{outside} lies outside of the class folders"
             raise UsageError(f"{path}: {why}; every image needs a folder that names its class, at least two of them")
     differing = sorted(set(splits[0].classes) ^ set(splits[1].classes))
     if differing:
@@ -136,12 +144,31 @@ def _existing(spec: str) -> Path:
     raise UsageError(f"{spec} does not exist: there is no {lost} in {known}{hint or '; check the path'}")
 
 
-def _split_place(root: Path, names: Sequence[str]) -> Path | None:
-    """The first folder of these names or, where there is none, the first pack."""
-    packs = (root / f"{name}{ending}" for name in names for ending in PACKS)
-    return next((root / name for name in names if (root / name).is_dir()), None) or next(
-        (path for path in packs if path.is_file()), None
-    )
+def _parts(root: Path) -> tuple[Path, Path] | None:
+    """Training and test part of a folder, or of one that all in it lies in; None where there are no such parts."""
+    for place, there in _around(root):
+        train, val = _split_place(place, there, TRAIN), _split_place(place, there, VAL)
+        if train and val:
+            return train, val
+    return None
+
+
+def _around(root: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The folder and, where that holds a single one, this, and so on; each with the names in it (`names_in`)."""
+    place: Path | None = root
+    while place is not None and place.is_dir():
+        there = names_in(place)
+        yield place, there
+        place = only_folder(place, there)
+
+
+def _split_place(root: Path, there: Mapping[str, str], names: Sequence[str]) -> Path | None:
+    """The first folder of these names, in any case, or, where there is none, the first pack."""
+    folder = find_named(root, there, names)
+    if folder is not None and folder.is_dir():
+        return folder
+    pack = find_named(root, there, [f"{name}{ending}" for name in names for ending in PACKS])
+    return pack if pack is not None and pack.is_file() else None
 
 
 def _folder_or_pack(spec: str, path: Path, turned: bool = True) -> Dataset:
@@ -158,6 +185,11 @@ def _folder(spec: str, root: Path, turned: bool) -> Dataset:
     found = walk(root)
     if not found.names and (held := _shards_of(spec, root)):
         return shards.open_shards(spec, held, turned)
+    if found.junk:
+        say_once(
+            f"{root}: {len(found.junk):,} folders that no images of the data lie in are passed over, such as "
+            f"{found.junk[0]}"
+        )
     if found.ignored or found.repeated:
         say_once(
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
@@ -165,11 +197,26 @@ def _folder(spec: str, root: Path, turned: bool) -> Dataset:
         )
     if not found.names:
         raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has images")
-    keys = escaped(found.names)
-    labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
-    if "" in labels or len(set(labels)) < 2:
-        labels = [""] * len(keys)
-    return of_files(spec, root, root.name, found.names, found.sizes, labels, turned)
+    return of_files(spec, root, root.name, found.names, found.sizes, _classes(root, escaped(found.names)), turned)
+
+
+def _classes(root: Path, keys: Sequence[str]) -> list[str]:
+    """The class of each image, "" of those without one: the first folder in which not all of them lie."""
+    around = os.path.commonprefix([min(keys), max(keys)]).rpartition("/")[0]  # noqa: RUF071 -- of all, by two of them
+    cut = len(around) + 1 if around else 0
+    labels = [key[cut:].partition("/")[0] if "/" in key[cut:] else "" for key in keys]
+    classes, outside = set(labels) - {""}, labels.count("")
+    if len(classes) < 2:
+        return [""] * len(keys)
+    if around:
+        say_once(f"{root}: the {len(classes):,} folders of {around} are its classes")
+    if outside:
+        stray = f"{outside:,} of its {len(keys):,} images, such as {keys[labels.index('')]}, lie outside of its folders"
+        if outside > STRAY * len(keys):
+            say_once(f"{root}: {stray}, so that these are not taken as classes")
+            return [""] * len(keys)
+        say_once(f"{root}: {stray}, which are the classes, and have none")
+    return labels
 
 
 def _list(spec: str, path: Path, turned: bool) -> Dataset:

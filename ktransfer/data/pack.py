@@ -23,7 +23,7 @@ from ktransfer.data.dataset import Dataset, Reader, check_broken
 from ktransfer.data.folders import PACKS
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
-from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, Unreadable, UsageError, remedy, why
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say
 
@@ -32,6 +32,10 @@ LARGEST = 8192  # no network sees more
 _LONGEST_JPEG = 65_500  # the format's own limit is 65,535, libjpeg's is this
 _JOB = 16  # images a worker takes at a time
 _AHEAD = 3  # jobs a worker, so that none waits for the writer
+_GUARD = (
+    "a worker begins by running your script up to its end: put the call of pack below if __name__ == '__main__':, or "
+    "give workers=1"
+)
 _SAMPLE = 16  # images that are encoded to guess the size of the file
 
 
@@ -66,6 +70,8 @@ def pack(
         UsageError: what was asked for cannot be done.
         StageError: too many images are broken, or the disk is full.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that runs the script once more
+        raise UsageError(f"pack: called while a worker process begins; {_GUARD}")
     out = Path(out)
     recipe = _recipe(out, size, raw, quality, workers, max_broken)
     source = open_dataset(data)
@@ -169,11 +175,14 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(context.Lock(),))
     try:
         pending = deque(pool.submit(work, job) for job in islice(jobs, workers * _AHEAD))
+        started = multiprocessing.active_children()
         while pending:
             done = pending.popleft().result()
             pending.extend(pool.submit(work, job) for job in islice(jobs, 1))
             yield done
     except BrokenProcessPool as error:
+        if any((child.exitcode or 0) > 0 for child in started):
+            raise UsageError(f"pack: a worker process could not begin; {_GUARD}") from error
         raise StageError(
             "pack: a worker process was killed, perhaps because memory ran out; give the same command again with fewer "
             "--workers: it goes on where it stopped"
@@ -200,6 +209,8 @@ def _refuse_another(out: Path, data: Dataset, recipe: Recipe) -> None:
     """UsageError unless `out` is a finished pack of these images and settings."""
     try:
         found = packs.read_pack(out)
+    except Unreadable:
+        raise
     except UsageError as error:
         raise UsageError(
             f"--out {out}: exists, and is not a complete pack; remove it or choose another name"
@@ -229,5 +240,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or " ".join(str(error).split())
-        raise StageError(f"{out}: cannot go on ({why}); give the same command again when there is room") from error
+        raise StageError(
+            f"{out}: cannot go on ({why(error)}); {remedy(error, 'look at the disk')}, and give the same command again"
+        ) from error

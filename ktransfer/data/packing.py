@@ -6,7 +6,6 @@ image to FILE.rows. When all are there, HDF5 writes FILE.head, a file of that le
 header is laid into the gap. FILE.progress says how many images are safely on disk.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import features
 
 from ktransfer import files
+from ktransfer.artifacts import hdf5, lock
 from ktransfer.artifacts.features import HEADER_BYTES, allocated_early, encode_keys
 from ktransfer.data import packs
 from ktransfer.data.dataset import Dataset
-from ktransfer.errors import StageError, UsageError
+from ktransfer.errors import StageError, UsageError, remedy, why
 from ktransfer.progress import say
 
 _LEAST = 2**13  # a shorter data set would share a block with others, and its place depend on its length
@@ -64,15 +64,19 @@ class Unfinished:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._row_file = self._rows.open("ab+")
         except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another place") from error
+            raise _unwritable(out, error) from error
         with ExitStack() as stack:
             stack.callback(self._row_file.close)
             try:
-                fcntl.flock(self._row_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                self._let_go = lock.take(self._row_file.fileno(), self._rows)
+            except lock.Busy as busy:
+                who = f" ({busy.who})" if busy.who else ""
                 raise UsageError(
-                    f"--out {out}: another ktransfer process is writing it; wait, or choose another file"
-                ) from error
+                    f"--out {out}: another ktransfer process is writing it{who}; {busy} or choose another file"
+                ) from busy
+            except OSError as error:
+                raise _unwritable(out, error) from error
+            stack.callback(self._let_go)
             self._spec = _spec(data, recipe)
             self._data_at, records = self._saved()
             self.rows_done = len(records)
@@ -124,6 +128,7 @@ class Unfinished:
     def close(self) -> None:
         """Save what is there and let go of the files."""
         with ExitStack() as stack:  # also where the disk is full
+            stack.callback(self._let_go)
             stack.callback(self._row_file.close)
             stack.callback(self._data_file.close)
             if not self._data_file.closed:
@@ -134,7 +139,7 @@ class Unfinished:
         try:
             saved = json.loads(self._progress.read_text("utf-8"))
             same = saved["spec"] == self._spec
-        except (OSError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             saved, same = None, False
         if same:
             records = self._records()[: saved["rows"]]
@@ -176,6 +181,10 @@ def forget(out: Path) -> None:
     """Remove what an unfinished pack leaves."""
     for path in beside(out):
         path.unlink(missing_ok=True)
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out {out}: cannot be written ({why(error)}); {remedy(error, 'choose another place')}")
 
 
 def _spec(data: Dataset, recipe: Recipe) -> str:
@@ -226,7 +235,7 @@ def _write_head(
     needed = sum(table.nbytes for table in tables.values()) + HEADER_BYTES
     files.reserve(path, needed + length, needed)
     early = allocated_early()
-    with h5py.File(path, "w") as file:
+    with hdf5.opened(path, "w") as file:
         for name, value in attributes.items():
             file.attrs[name] = value
         for name, table in tables.items():

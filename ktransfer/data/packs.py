@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import decode_keys
 from ktransfer.data import decoding, jpegs
 from ktransfer.data.dataset import Dataset, file_name
-from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError, remedy, why
 
 SCHEMA = 1
 ENCODINGS = ("jpeg", "raw")
@@ -149,7 +150,8 @@ def read_image(
             os.close(handle)
     except OSError as error:
         raise StageError(
-            f"{place.path}: cannot be read ({error.strerror}); the file must stay in place while it is used"
+            f"{place.path}: cannot be read ({why(error)}); the file must stay in place while it is used: "
+            f"{remedy(error, 'check it')}"
         ) from error
     if len(data) != place.length:
         raise StageError(f"{place.path}: was cut off while it was read; make it again with `ktransfer pack`")
@@ -171,18 +173,15 @@ def read_pack(path: Path) -> Pack:
     Raises:
         UsageError: it is not one, or not whole.
     """
-    import h5py
-
     try:
         size = path.stat().st_size
-        with h5py.File(path, "r") as file:
+        with hdf5.opened(path) as file:
             _check_layout(path, file, size)
             tables = {name: file[name][:] for name in TABLES}
             attributes = {name: kind(file.attrs[name]) for name, kind in ATTRIBUTES.items()}
             data_at, length = int(file["data"].id.get_offset()), len(file["data"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a whole HDF5 file ({why}); make it with `ktransfer pack`") from error
+    except hdf5.ERRORS as error:
+        hdf5.refuse(path, error, "make it with `ktransfer pack`")
     _check_values(path, tables, attributes, length)
     return Pack(path, tables, attributes, data_at)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ktransfer import files, rng
 from ktransfer.data import foreign
 from ktransfer.data.dataset import UNKNOWN, Dataset
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.progress import say_once
 
 SPLIT = 0.2  # of the images of data that has one part
@@ -125,6 +125,7 @@ def load_ids(path: Path, data: Detection) -> NDArray[np.int64]:
     try:
         listed = files.read_json(path)
     except (OSError, ValueError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a JSON list of image ids ({error})") from error
     known = {foreign.key(one): row for row, one in enumerate(data.ids)}
     try:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ktransfer import files
 from ktransfer.detection.frames import EXIF, OBEY
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks import Network
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def describe(path: Path) -> Described:
         with safe_open(path, framework="pt") as handle:
             return described(json.loads((handle.metadata() or {})["detector"]))
     except (OSError, SafetensorError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give the model.safetensors") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: holds no detector; give the model.safetensors of a selftrain step") from error

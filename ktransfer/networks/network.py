@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ktransfer import files, rng
 from ktransfer.config import nearest
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks import descriptors, functions, own_modules
 from ktransfer.networks.formats import hugging_face
 from ktransfer.networks.zoos import TIMM, TORCHVISION, of_timm, of_torchvision, timm_of, torchvision_names
@@ -303,6 +303,7 @@ def _described(path: Path) -> tuple[Network, tuple[str, ...]]:
         with safe_open(path, framework="pt") as handle:
             found = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
     try:
         said = json.loads(found["network"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ktransfer import files
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.progress import say
 from ktransfer.training.stopping import Stopping
 
@@ -59,7 +59,10 @@ class Checkpoint:
             return 0
         try:
             step = self.load(torch.load(self.path, map_location=device, weights_only=True))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # damaged bytes make the unpickler raise almost anything
+            refuse_machine(self.path, error)
             raise UsageError(f"{self.path}: not a checkpoint of this training; start again with --overwrite") from error
         say(f"resumed at step {step}")
         return step

@@ -20,7 +20,7 @@ from ktransfer.data.folders import ENDINGS
 from ktransfer.detection.coco import corners, outline
 from ktransfer.detection.data import Detection, Objects, Outline, objects_of
 from ktransfer.detection.predictions import Prediction
-from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.errors import BrokenImage, UsageError, refuse_machine
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say_once
 
@@ -181,6 +181,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         names = {foreign.key(one["id"]): foreign.key(one["name"]) for one in held["categories"]}
         crowds = [foreign.flag(note.get("iscrowd")) for note in held["annotations"]]
     except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file of boxes") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path}: lacks {error}; a COCO file has images, annotations with bbox, categories") from error

@@ -145,20 +145,28 @@ def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, 
     """
     split = len(extents) - len(labels)
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        joint = detectors.plain(model)
-        assert isinstance(joint, Joint)
-        human, other = batch.valid & (batch.rows < split), batch.valid & (batch.rows >= split)
-        located, sums = own(model, replace(batch, valid=human, whole=False))
-        rows, count = batch.rows[other], batch.valid.sum()
+    def classified(model: nn.Module, batch: Batch, other: Tensor) -> tuple[Tensor, Tensor]:
+        rows = batch.rows[other]
         nothing = extents.new_zeros(len(rows), 1, 4)
         given = Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0)
         moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
         logits = model(moved.pixels, classify=True).float()
         wanted = labels[rows - split]
-        value, found = student.weighed(joint, [located, F.cross_entropy(logits, wanted)], weighing, count)
-        right = (logits.argmax(1) == wanted).float().mean()
+        return F.cross_entropy(logits, wanted), (logits.argmax(1) == wanted).float().mean()
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        joint = detectors.plain(model)
+        assert isinstance(joint, Joint)
+        human, other = batch.valid & (batch.rows < split), batch.valid & (batch.rows >= split)
+        located = told = right = boxes_met = extents.new_zeros(())  # of a half of which nothing could be read
+        if human.any():
+            located, sums = own(model, replace(batch, valid=human, whole=False))
+            boxes_met = sums["boxes"]
+        if other.any():
+            told, right = classified(model, batch, other)
+        count = batch.valid.sum()
+        value, found = student.weighed(joint, [located, told], weighing, count)
         shown = {"human_loss": found["human_loss"], "class_loss": found["pseudo_loss"], "ratio": found["ratio"]}
-        return value, shown | {"class_right": right * count, "human_boxes": 2 * sums["boxes"], "count": count}
+        return value, shown | {"class_right": right * count, "human_boxes": 2 * boxes_met, "count": count}
 
     return loss

@@ -30,7 +30,7 @@ from ktransfer.detection.masks import IGNORE
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.sheet import draw_augmented
 from ktransfer.detection.strengths import augment, boxless
-from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.errors import BrokenImage, StageError, UsageError, refuse_machine
 from ktransfer.number_list import number_list
 from ktransfer.progress import bar, track
 from ktransfer.training.batch import Batch, Loss
@@ -102,6 +102,7 @@ def read(
         listed = {str(one["file_name"]): (str(one["mask"]), one.get("sha256")) for one in held["images"]}
         names = [str(name) for name in held["classes"]]
     except (OSError, ValueError, RecursionError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a list of masks") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(

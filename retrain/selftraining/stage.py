@@ -17,14 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktransfer import files, tables
+from ktransfer import files, progress, tables
 from ktransfer.config import build
 from ktransfer.data.dataset import check_broken
+from ktransfer.data.duplicates import tell_shared
+from ktransfer.data.enough import need
 from ktransfer.data.loader import cache_place, readable
 from ktransfer.data.opening import open_dataset
 from ktransfer.detection import canvas, saved
 from ktransfer.detection.data import Detection, fraction, load_ids, subset
 from ktransfer.detection.detectors import Settings
+from ktransfer.detection.enough import need_boxes, need_pixels
 from ktransfer.detection.frames import OBEY
 from ktransfer.detection.losses import check_batches
 from ktransfer.detection.saved import Described
@@ -160,6 +163,9 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> Se
     flag, masked = f"--size {config.size}", config.task != "detect"
     canvas.look(flag, labelled, config.size, "training", STRENGTHS[config.augment].scales[1], masked)
     canvas.look(flag, test, config.size, "test", None, masked)
+    (need_pixels if config.task == "segment" else need_boxes)(labelled, test, config.size)
+    need(unlabelled, range(len(unlabelled)), 1, "images without boxes")
+    tell_shared(config.labelled, labelled, test)
     data = Data(labelled, unlabelled, test)
     reads = ("retrain",) if config.init == RUN else ()
     steps = [step._replace(reads=reads) for step in planned(config, data, None if coming else file)]
@@ -294,7 +300,7 @@ def _evaluate(run: Path, work: Work, arms: dict[str, Path]) -> Path:
             evaluated = {name: getattr(config, name) for name in TASKS[config.task].EVALUATED}
             files.write_json(path, {"schema": 1, "data": images, **evaluated, "scores": found})
             step.finish([path])
-        print(_table(files.read_json(path)))
+        progress.show(_table(files.read_json(path)))
         return path
 
 

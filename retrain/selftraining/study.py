@@ -12,7 +12,7 @@ from typing import Any
 from ktransfer import files
 from ktransfer.config import build, read_toml
 from ktransfer.errors import KTransferError, StageError, UsageError
-from ktransfer.progress import say
+from ktransfer.progress import say, show
 from ktransfer.run import leaves_nothing, read_record
 
 from ..config import SelftrainConfig
@@ -70,7 +70,7 @@ def study(recipe: str | Path, run: str | Path) -> Path:
     files.write_text(run / "study.md", text)
     for axis in plotted:
         files.write_text(run / f"{axis}.svg", tables.plot(plan, lines, axis))
-    print(text)
+    show(text)
     say(f"study: done; {len(wanted)} cells; {run / 'study.md'}")
     return run / "study.md"
 

@@ -191,10 +191,12 @@ def _label(network: Classifier, images: ImageLoader, out: Path, top: int, batch:
     probabilities = np.zeros((len(found), top), np.float32)
     with bar(len(found), "predict") as shown:
         for rows, pixels, valid, _ in images.batches(iter(torch.arange(len(found)).split(batch))):
+            shown.update(len(rows))
+            if not valid.any():
+                continue
             kept = rows[valid].numpy()
             best, places = network.probabilities(pixels[valid.to(images.device)]).topk(top)
             labels[kept], probabilities[kept] = places.cpu().numpy(), best.cpu().numpy()
-            shown.update(len(rows))
     files.write_whole(out, lambda part: _write(part, found.keys, labels, probabilities, network.names))
 
 

@@ -1,6 +1,7 @@
 """The estimator: scikit-learn's own checks, the same results as its k-means, every kind of array."""
 
 import pickle
+import time
 
 import h5py
 import numpy as np
@@ -361,3 +362,95 @@ def test_rows_of_another_length_or_size_are_refused_later():
         found.transform(np.full((2, 6), 1e300))
     with pytest.warns(RuntimeWarning, match="one run"):
         KMeans(3, init=blobs()[:3], n_init=4, engine="faiss").fit(blobs())
+
+
+def test_every_parameter_of_scikit_learn_s_is_taken():
+    ours, theirs = KMeans().get_params(), sk.KMeans().get_params()
+    assert ours == theirs | {"engine": "auto"}
+    given = {"n_clusters": 3, "algorithm": "elkan", "verbose": 0, "copy_x": False, "n_init": 2, "random_state": 4}
+    model = clone(KMeans(**given)).set_params(max_iter=7)
+    assert {**given, "max_iter": 7}.items() <= model.get_params().items()
+    plain = KMeans(3, n_init=2, random_state=4, max_iter=7).fit(blobs())
+    np.testing.assert_array_equal(model.fit(blobs()).cluster_centers_, plain.cluster_centers_)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict(blobs()), model.labels_)
+
+
+@pytest.mark.parametrize("name", ["faiss", "exact"])
+def test_a_function_gives_the_centres(name):
+    data, seen = blobs(offset=1e3), []
+
+    def init(X, n_clusters, random_state):  # noqa: N803 -- scikit-learn's name
+        seen.append((X.shape, n_clusters))
+        return X[random_state.permutation(len(X))[:n_clusters]]
+
+    model = KMeans(4, init=init, random_state=0, engine=name, tol=0).fit(data)
+    assert seen == [(data.shape, 4)] * 10
+    assert KMeans(4, init=init, n_init=2, random_state=0).fit(data).n_iter_ >= 1 and len(seen) == 12
+    best = min(
+        peer(data, data[np.random.RandomState(seed).permutation(len(data))[:4]]).inertia_
+        for seed in np.random.RandomState(0).randint(2**31 - 1, size=10)
+    )
+    assert model.inertia_ == pytest.approx(best, rel=1e-6)
+    with pytest.raises(ValueError, match=r"init has shape \(3, 6\), not"):
+        KMeans(4, init=lambda rows, n_clusters, random_state: rows[:3]).fit(data)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64", "uint64", "float16", "float32", "float64"])
+def test_numbers_of_any_type(dtype, tmp_path):
+    data = (blobs(centres=4) * 3).round().clip(0, 100).astype(dtype)
+    start = data[[0, 5, 9]].astype(np.float64) + 0.25
+    wanted = peer(data.astype(np.float64), start)
+    kept = data.copy()
+    model = ours(start, copy_x=False).fit(data)
+    np.testing.assert_array_equal(data, kept)
+    np.testing.assert_allclose(model.cluster_centers_, wanted.cluster_centers_, rtol=1e-5)
+    np.testing.assert_array_equal(model.labels_, wanted.labels_)
+    np.testing.assert_array_equal(model.predict(data), wanted.labels_)
+    assert model.score(data) == pytest.approx(wanted.score(data.astype(np.float64)), rel=1e-5)
+    if dtype != "uint64":
+        tensor = ours(start).fit(torch.from_numpy(data))
+        np.testing.assert_allclose(np.asarray(tensor.cluster_centers_), wanted.cluster_centers_, rtol=1e-5)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = data
+        np.testing.assert_array_equal(ours(start).fit(file["x"]).labels_, wanted.labels_)
+    yes = data > data.mean()
+    np.testing.assert_array_equal(ours(start).fit(yes).labels_, ours(start).fit(yes.astype(float)).labels_)
+
+
+def test_it_says_nothing_unless_asked(capfd, monkeypatch):
+    monkeypatch.setattr("ktransfer.cluster.algorithms.initialisation.SAMPLE_EACH", 1)
+    monkeypatch.setattr(estimator, "START_SAMPLE", 8)
+    original = estimator.passing
+
+    def slow(*given):
+        for block in original(*given):
+            time.sleep(0.3)
+            yield block
+
+    monkeypatch.setattr(estimator, "passing", slow)
+    model = KMeans(3, random_state=0).fit(blobs())
+    model.predict(blobs()), model.transform(blobs()), model.score(blobs()), model.fit_predict(blobs())
+    assert capfd.readouterr() == ("", "")
+    KMeans(3, random_state=0, verbose=1).fit(blobs())
+    said = capfd.readouterr()
+    assert said.out == "" and "k-means engine:" in said.err and "distinct rows" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": "full"}, "algorithm = 'full': give lloyd or elkan"),
+        ({"verbose": -1}, "verbose = -1"),
+        ({"copy_x": "no"}, "copy_x = 'no'"),
+    ],
+)
+def test_what_is_wrong_in_the_others_is_said(options, message):
+    with pytest.raises(ValueError, match=message):
+        KMeans(**options).fit(blobs())
+
+
+def test_warnings_point_to_the_caller():
+    with pytest.warns(RuntimeWarning, match="n_init = 3") as caught:
+        KMeans(2, init=np.eye(2), n_init=3).fit(np.eye(2))
+    assert caught[0].filename == __file__

@@ -329,3 +329,55 @@ def test_scenes() -> None:
     others = {open_dataset(f"scenes:{rest}").fingerprint for rest in ("", "seed=3", "size=32,seed=3", "images=50")}
     assert len({train.fingerprint, val.fingerprint} | others) == 6
     assert train.short_side is not None and train.short_side(0) == 32
+
+
+@pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAINING", "Testing"), ("train", "Validation")])
+@pytest.mark.parametrize("around", ["", "archive", "archive/archive"])
+def test_parts_in_any_case_and_in_a_folder_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: str, val: str, around: str
+) -> None:
+    root = tmp_path / "data"
+    for part, name in ((train, "1.png"), (val, "2.png")):
+        for kind in "ab":
+            put(root / around / part / kind / name)
+    put(root / "__MACOSX" / around / "a.png")
+    (root / "README.md").write_text("about")
+    found = open_dataset(str(root))
+    assert (found.keys, found.classes) == (("a/1.png", "b/1.png"), ("a", "b"))
+    assert f"has {train} and {val}: using {root / around / train}" in capsys.readouterr().err
+    splits = open_splits(str(root))
+    assert [split.keys for split in splits] == [("a/1.png", "b/1.png"), ("a/2.png", "b/2.png")]
+
+
+def test_a_folder_around_the_class_folders_does_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("ab", "abc"):
+        put(tmp_path / "photos" / kind / "x" / "1.png")
+    data = open_dataset(str(tmp_path))
+    assert data.keys == ("photos/ab/x/1.png", "photos/abc/x/1.png")
+    assert (data.classes, data.targets.tolist()) == (("ab", "abc"), [0, 1])
+    assert "the 2 folders of photos are its classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "junk", ["@eaDir", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information", "#recycle"]
+)
+def test_folders_of_systems_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str], junk: str) -> None:
+    for name in ("a/1.png", "b/2.png", f"{junk}/3.png", f"a/{junk}/4.png", ".ipynb_checkpoints/5.png"):
+        put(tmp_path / name)
+    data = open_dataset(str(tmp_path))
+    assert (data.keys, data.classes) == (("a/1.png", "b/2.png"), ("a", "b"))
+    assert "2 folders that no images of the data lie in are passed over, such as" in capsys.readouterr().err
+
+
+def test_images_outside_of_the_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(9):
+        put(tmp_path / "ab"[number % 2] / f"{number}.png")
+    put(tmp_path / "z.png")
+    data = open_dataset(str(tmp_path))
+    assert data.classes == ("a", "b") and data.targets.tolist() == [0] * 5 + [1] * 4 + [-1]
+    said = capsys.readouterr().err
+    assert "1 of its 10 images, such as z.png, lie outside of its folders, which are the classes, and have none" in said
+    put(tmp_path / "y.png")
+    data = open_dataset(str(tmp_path))
+    assert data.classes == () and set(data.targets.tolist()) == {-1}
+    assert "2 of its 11 images, such as y.png, lie outside of its folders, so that" in capsys.readouterr().err

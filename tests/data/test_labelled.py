@@ -236,3 +236,48 @@ def test_animals() -> None:
         present = {(mark["image_id"], mark["category_id"]) for mark in content["annotations"]}
         assert part.tags is not None and part.tags.sum() == len(present)
         assert part.read(0, 64).min() >= 0
+
+
+def test_an_image_without_a_label_does_not_make_them_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    table(tmp_path, "train.csv", "a.png,dog", "b.png,", "c.png,cat")
+    table(tmp_path, "val.csv", "d.png,cat", "a.png,  ")
+    train, val = open_splits(str(tmp_path))
+    assert train.tags is val.tags is None
+    assert (train.keys, val.keys) == (("a.png", "c.png"), ("d.png",))
+    assert (train.targets.tolist(), val.targets.tolist()) == ([1, 0], [0])
+    said = capsys.readouterr().err
+    assert "train.csv: 1 of 3 images, such as b.png, have no label and are left out" in said
+    assert "val.csv: 1 of 2 images, such as a.png" in said
+
+
+def test_what_makes_labels_several_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a.png", "b.png", "c.png")
+    table(tmp_path, "train.csv", "a.png,dog;cat", "b.png,", "c.png,cat")
+    table(tmp_path, "val.csv", "c.png,dog")
+    assert open_splits(str(tmp_path))[0].tags is not None
+    assert "several labels an image: 1 of 4 have more than one, 1 have none" in capsys.readouterr().err
+
+
+def test_a_supercategory_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "1.png", "2.png")
+    kinds = [
+        {"id": 0, "name": "animals", "supercategory": "none"},
+        {"id": 1, "name": "cat", "supercategory": "animals"},
+        {"id": 2, "name": "dog", "supercategory": "animals"},
+        {"id": 3, "name": "person", "supercategory": "person"},
+    ]
+    for part, image in (("train", 1), ("val", 2)):
+        notes = [{"id": 1, "image_id": image, "category_id": 1}]
+        notes += [{"id": 2, "image_id": image, "category_id": 2}] if part == "train" else []
+        held = {"images": [{"id": image, "file_name": f"{image}.png"}], "categories": kinds, "annotations": notes}
+        (tmp_path / f"instances_{part}.json").write_text(json.dumps(held))
+    train, val = open_splits(str(tmp_path))
+    assert train.classes == val.classes == ("cat", "dog", "person")
+    assert train.tags is not None and val.tags is not None
+    assert (train.tags.tolist(), val.tags.tolist()) == ([[1, 1, 0]], [[1, 0, 0]])
+    said = capsys.readouterr().err
+    assert "1 supercategories that no image has are no classes: animals" in said
+    assert "1 of 3 categories are in no image" in said

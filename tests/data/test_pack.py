@@ -377,3 +377,21 @@ def test_command(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["pack", *words, "--max-broken", "0.05"]) == 0
     assert "pack: done; 70 images" in capsys.readouterr().err
     assert bytes_of(tmp_path) == {"a.h5": (many / "whole.h5").read_bytes()}
+
+
+GUARDLESS = """
+import sys
+from ktransfer.data.pack import pack
+pack(sys.argv[1], sys.argv[2], 24, workers=2, max_broken=0.1)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(many: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(GUARDLESS)
+    words = [sys.executable, "script.py", str(many / "many"), "out/a.h5"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("or give workers=1")
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert "a worker process could not begin" in last and "__name__ == '__main__'" in last and "memory" not in last
+    pack(str(many / "many"), tmp_path / "out/a.h5", 24, workers=1, max_broken=0.1)
+    assert bytes_of(tmp_path / "out") == {"a.h5": (many / "whole.h5").read_bytes()}

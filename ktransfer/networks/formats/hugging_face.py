@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ktransfer.errors import UsageError
+from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks.formats.files import refuse_others
 from ktransfer.run import input_hash
 
@@ -198,6 +198,7 @@ def load(path: Path) -> tuple[HuggingFace, str]:
         try:
             tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
+            refuse_machine(file, error)
             raise UsageError(f"{file}: cannot be read ({_one_line(error)}); download it again") from error
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     model, info = _built(folder, list(tensors), tensors)
@@ -222,6 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        refuse_machine(path, error)
         raise UsageError(f"{path}: not JSON ({_one_line(error)}); download it again") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path}: not a JSON object; download it again")
@@ -266,6 +268,7 @@ def _names(folder: Folder) -> list[str]:
             with safe_open(file, framework="pt") as handle:
                 found += handle.keys()
         except (OSError, SafetensorError) as error:
+            refuse_machine(file, error)
             raise UsageError(f"{file}: cannot be read ({_one_line(error)}); download it again") from error
     return found
 

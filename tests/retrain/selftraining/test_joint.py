@@ -323,3 +323,17 @@ def test_what_is_of_pseudo_boxes_alone_leaves_it_as_it_is(made, copy, capsys):
     said = capsys.readouterr().err
     assert "pseudo: done before" in said and "student: done;" in said and "joint: done;" in said
     assert weights(copy, "joint") != weights(made, "joint")
+
+
+@pytest.mark.parametrize("strength", ["none", "S3"])
+@pytest.mark.parametrize("lost", [(0, 2), (1, 3, 4)])
+def test_a_half_of_which_nothing_can_be_read_adds_nothing(parts, strength, lost):
+    model, loss, batch, _ = parts
+    valid = batch.valid.clone()
+    valid[list(lost)] = False
+    joint_loss, _ = loss("plain", strength=strength)
+    value, sums = joint_loss(model, replace(batch, valid=valid))
+    value.backward()
+    assert torch.isfinite(value) and all(torch.isfinite(number).all() for number in sums.values())
+    gone, left = ("human_loss", "class_loss") if lost == (0, 2) else ("class_loss", "human_loss")
+    assert sums[gone] == 0 and sums[left] == pytest.approx(float(value.detach()) * int(valid.sum()), rel=1e-6)
