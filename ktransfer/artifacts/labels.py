@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.artifacts.features import decode_keys, encode_keys
+from ktransfer.artifacts.stored import table
 from ktransfer.errors import UsageError
 from ktransfer.files import write_bytes, write_whole
 
@@ -187,10 +188,12 @@ def _read_h5(path: Path) -> Labels:
                 _wrong(path, "label must be (n,) int32")
             if h5py.check_string_dtype(file["key"].dtype) is None or file["key"].ndim != 1:
                 _wrong(path, "key must be (n,) strings")
-            labels = file["label"][:]
-            more = file["more"][:] if "more" in file else np.empty((len(labels), 0), np.int32)
+            labels = table(file, "label", "i", 1)
+            more = table(file, "more", "i", 2) if "more" in file else np.empty((len(labels), 0), np.int32)
             if more.dtype != np.dtype("<i4") or more.ndim != 2 or len(more) != len(labels):
                 _wrong(path, "more must be (n, views - 1) int32")
+            if len(file["key"]) != len(labels):
+                _wrong(path, f"{len(file['key'])} keys for {len(labels)} labels")
             return Labels(decode_keys(file["key"][:]), labels, int(file.attrs["k"]), more)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")

@@ -4,7 +4,7 @@ import json
 import random
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +29,18 @@ class Tally:
     """Counts by scenario and kind, and the finds."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, Counter[str]] = {name: Counter() for name in SCENARIOS}
+        self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.points: dict[str, int] = {}
         self.finds: list[Find] = []
 
     def add(self, scenario: str, kind: str) -> None:
         """One more."""
         self.counts[scenario][kind] += 1
+
+    def find(self, scenario: str, what: str) -> None:
+        """Something that must not be; it is printed at once."""
+        self.finds.append(Find(scenario, what))
+        print(f"find: {scenario}: {what}", flush=True)
 
     def save(self, path: Path) -> None:
         """As JSON."""
@@ -66,15 +71,16 @@ def strike(place: Workplace, name: str, kind: Any, at: int, dice: random.Random,
         tally.add(name, f"{NAMES[kind]}, finished")
     elif end.status in (1, 2) and kind in (FULL, FAULT):
         tally.add(name, NAMES[kind])
-        tally.finds += [Find(name, f"{what}: {line}") for line in problems(end.said)]
+        for line in problems(end.said):
+            tally.find(name, f"{what}: {line}")
     else:
-        tally.finds.append(Find(name, f"{what}: ended with {end.status}: {end.said[-500:]}"))
+        tally.find(name, f"{what}: ended with {end.status}: {end.said[-500:]}")
         return
     again = place.run("tortured", argv)
     if again.status:
-        tally.finds.append(Find(name, f"{what}: given again, it ends with {again.status}: {again.said[-500:]}"))
+        tally.find(name, f"{what}: given again, it ends with {again.status}: {again.said[-500:]}")
     elif wrong := place.differing(name):
-        tally.finds.append(Find(name, f"{what}: given again, other bytes: {', '.join(wrong)}"))
+        tally.find(name, f"{what}: given again, other bytes: {', '.join(wrong)}")
 
 
 def problems(said: str) -> list[str]:

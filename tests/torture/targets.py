@@ -196,7 +196,8 @@ def centroids(_: Path, file: Path) -> None:
     from ktransfer.artifacts.centroids import nearest, read_centroids
 
     found = read_centroids(file)
-    nearest(found, np.zeros((2, 4), np.float32))
+    columns = found.centroids.shape[1] if found.projection is None else len(found.projection.mean)
+    nearest(found, np.zeros((2, columns), np.float32))
 
 
 def pack(_: Path, file: Path) -> None:
