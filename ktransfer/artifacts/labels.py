@@ -182,7 +182,10 @@ def _read_h5(path: Path) -> Labels:
             names = [name for name in ("key", "label") if not isinstance(file.get(name), h5py.Dataset)]
             if names:
                 _wrong(path, f"no data set {', '.join(names)}")
-            if file.attrs.get("schema") != SCHEMA or "k" not in file.attrs:
+            k = file.attrs.get("k")
+            if not isinstance(k, int | np.integer):
+                _wrong(path, f"k is {k}, must be a number of clusters")
+            if file.attrs.get("schema") != SCHEMA:
                 _wrong(path, f"schema is {file.attrs.get('schema')}, this version reads {SCHEMA}")
             if file["label"].dtype != np.dtype("<i4") or file["label"].ndim != 1:
                 _wrong(path, "label must be (n,) int32")
@@ -194,7 +197,7 @@ def _read_h5(path: Path) -> Labels:
                 _wrong(path, "more must be (n, views - 1) int32")
             if len(file["key"]) != len(labels):
                 _wrong(path, f"{len(file['key'])} keys for {len(labels)} labels")
-            return Labels(decode_keys(file["key"][:]), labels, int(file.attrs["k"]), more)
+            return Labels(decode_keys(file["key"][:]), labels, int(k), more)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")
 

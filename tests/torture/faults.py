@@ -180,7 +180,8 @@ class Pair:
         began = time.monotonic()
         try:
             code = both[1 - rank].wait(PATIENCE)
-            if landed and code == 0 and sign == signal.SIGKILL and both[rank].wait() != 0 and rank == 0:
+            lost = landed and sign == signal.SIGKILL and both[rank].wait() != 0
+            if lost and code == 0 and rank == 0:
                 tally.find(name, f"{what} after {after:.1f} s: the other ends as if nothing were")
         except subprocess.TimeoutExpired:
             tally.find(

@@ -65,7 +65,7 @@ def main() -> None:
         signal.alarm(SLOW)
         try:
             count["read"] += not targets.check(target, data, folder)
-        except (Exception, targets.Escape) as error:
+        except BaseException as error:  # what is written in Rust panics with one
             trace = [frame for frame in traceback.extract_tb(error.__traceback__) if "ktransfer" in frame.filename]
             where = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in trace[-3:]]
             keep(data, f"{type(error).__name__} in {' < '.join(reversed(where))}: {str(error)[:300]}")
@@ -84,7 +84,13 @@ def main() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     largest = max(map(len, seeds)) * 2 + 4096
-    quiet = [f"-max_len={largest}", "-rss_limit_mb=0", "-timeout=0", "-print_final_stats=0", "-verbosity=0"]
+    quiet = [f"-artifact_prefix={out}/", f"-max_len={largest}", "-rss_limit_mb=0", "-timeout=0", "-verbosity=0"]
+        f"-max_len={largest}",
+        "-rss_limit_mb=0",
+        "-timeout=0",
+        "-print_final_stats=0",
+        "-verbosity=0",
+    ]
     atheris.Setup(
         [sys.argv[0], *quiet, f"-max_total_time={int(seconds) + 30}", str(corpus)], one, custom_mutator=mutated
     )
