@@ -169,7 +169,7 @@ class Pair:
         return self.wanted[name]
 
     def disturbed(self, name: str, rank: int, after: float, sign: int, tally: Tally) -> None:
-        """One of the two gets a signal after some seconds; the other ends with a line, and given again both end well."""
+        """One of the two gets a signal; the other ends with a line within a minute, and given again both end well."""
         self.whole(name)
         what = f"{signal.Signals(sign).name} of {'the leader' if rank == 0 else 'the second'} of two"
         both = self.start(PAIR[name][1], self.before(name))

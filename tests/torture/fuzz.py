@@ -85,15 +85,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     largest = max(map(len, seeds)) * 2 + 4096
     quiet = [f"-artifact_prefix={out}/", f"-max_len={largest}", "-rss_limit_mb=0", "-timeout=0", "-verbosity=0"]
-        f"-max_len={largest}",
-        "-rss_limit_mb=0",
-        "-timeout=0",
-        "-print_final_stats=0",
-        "-verbosity=0",
-    ]
-    atheris.Setup(
-        [sys.argv[0], *quiet, f"-max_total_time={int(seconds) + 30}", str(corpus)], one, custom_mutator=mutated
-    )
+    limit = f"-max_total_time={int(seconds) + 30}"
+    atheris.Setup([sys.argv[0], *quiet, limit, str(corpus)], one, custom_mutator=mutated)
     signal.signal(signal.SIGALRM, too_long)
     sys.addaudithook(targets.guard(folder, out))
     atheris.Fuzz()

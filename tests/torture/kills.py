@@ -105,8 +105,13 @@ def torture(place: Workplace, until: float, tally: Tally, chosen: list[str], out
     while left:
         for name in list(left):
             if name not in begun:
-                place.whole(name)
                 begun.add(name)
+                try:
+                    place.whole(name)
+                except RuntimeError as error:
+                    tally.find(name, str(error))
+                    del left[name]
+                    continue
                 tally.points[name] = place.deeds[name]
                 left[name] = iter([(at, turn) for turn, at in enumerate(spread(max(1, place.deeds[name])))])
             at, turn = next(left[name], (0, 0))
