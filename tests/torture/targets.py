@@ -270,7 +270,7 @@ def record(folder: Path, _: Path) -> None:
 
     _tried(lambda: status(folder))
     run.changes(folder, "pretext", "pretext", PretextConfig(data="scenes:"), {"data": "1"})
-    run.done_record(folder, "pretext", "pretext", "pretext")
+    _tried(lambda: run.done_record(folder, "pretext", "pretext", "pretext"))
 
 
 def progress(folder: Path, _: Path) -> None:
