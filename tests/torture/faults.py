@@ -27,10 +27,11 @@ PAIR = {
 }
 
 
-def _disturbed(place: Workplace, name: str, what: str, tally: Tally, may_finish: bool = True, **order: Any) -> None:
+def _disturbed(
+    place: Workplace, name: str, what: str, tally: Tally, may_finish: bool = True, ready: bool = False, **order: Any
+) -> None:
     """One command under a fault: it ends with one line of ours (or well), and given again it ends the same."""
-    place.whole(name)
-    if "seconds" not in order:
+    if not ready:
         place.before(name)
     end = place.run("tortured", SCENARIOS[name].argv, **order)
     tally.add(name, what)
@@ -68,10 +69,9 @@ def small_files(place: Workplace, name: str, tally: Tally) -> None:
 
 def clock(place: Workplace, name: str, tally: Tally) -> None:
     """A clock that stands ten years ago, and one that is ten years ahead when the run goes on."""
-    half = max(1, place.deeds[name] // 2) if name in place.deeds else 20
     place.before(name)
-    place.run("tortured", SCENARIOS[name].argv, strike=(1, half), clock=-315_000_000)
-    _disturbed(place, name, "clock", tally, clock=315_000_000, seconds=0)
+    place.run("tortured", SCENARIOS[name].argv, strike=(1, max(1, place.deeds[name] // 2)), clock=-315_000_000)
+    _disturbed(place, name, "clock", tally, clock=315_000_000, ready=True)
     _again(place, name, "clock", tally)
 
 
@@ -86,7 +86,7 @@ def read_only(place: Workplace, name: str, tally: Tally) -> None:
         for path in (folder, *folder.rglob("*")):
             path.chmod(path.stat().st_mode & ~0o222)
     try:
-        _disturbed(place, name, "read-only", tally, may_finish=False, seconds=0)
+        _disturbed(place, name, "read-only", tally, may_finish=False, ready=True)
     finally:
         if mounted:
             subprocess.run(["umount", folder], check=True)
@@ -98,7 +98,6 @@ def read_only(place: Workplace, name: str, tally: Tally) -> None:
 
 def vanishing(place: Workplace, name: str, tally: Tally) -> None:
     """The folder of the run is renamed away while the command is at work."""
-    place.whole(name)
     folder = place.before(name)
     gone = folder.with_name("gone")
     shutil.rmtree(gone, ignore_errors=True)
@@ -106,7 +105,7 @@ def vanishing(place: Workplace, name: str, tally: Tally) -> None:
         0.4 * place.seconds[name], lambda: (folder / "mine").exists() and (folder / "mine").rename(gone)
     )
     away.start()
-    _disturbed(place, name, "vanishing folder", tally, seconds=0)
+    _disturbed(place, name, "vanishing folder", tally, ready=True)
     away.join()
     if gone.exists():
         shutil.rmtree(folder / "mine", ignore_errors=True)

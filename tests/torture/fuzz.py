@@ -32,6 +32,7 @@ def main() -> None:
         seeds = target.seeds()
         place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         folder = Path(tempfile.mkdtemp(prefix="torture", dir=place))
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         for seed in seeds:
             targets.check(target, seed, folder)
     finds = out / name.replace(" ", "-")

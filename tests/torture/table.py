@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import time
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ FAILURES = ("full disk", "EIO")
 def written(out: Path, seconds: float, words: str, page: Path | None) -> int:
     """Print the table, put it into the page; how many finds there were."""
     lines, found = described(out)
+    words = re.sub(r"--(out|table) \S+ ?", "", words).strip()
     head = (
         f"`make torture` ({words or 'no options'}), {seconds / 60:.0f} minutes, {time.strftime('%Y-%m-%d')}: "
         f"{os.cpu_count()} cores of {platform.machine()}, Linux {platform.release().split('-')[0]}, "
@@ -36,7 +38,7 @@ def described(out: Path) -> tuple[list[str], int]:
         lines += _kills(held)
         found += len(held["finds"])
         lines += [f"- {name}: {' '.join(what.split())[:300]}" for name, what in held["finds"]]
-    reports = sorted((out / "fuzz").glob("*.json"))
+    reports = sorted(path for path in (out / "fuzz").glob("*.json") if path.is_file())
     if reports:
         lines += ["", "| reader | inputs | read | refused | finds |", "|---|---|---|---|---|"]
         total = [0, 0, 0]
@@ -55,7 +57,7 @@ def _kills(held: dict[str, dict[str, dict[str, int]]]) -> list[str]:
     lines = ["| command | points | killed before | half-way | at an instant | full disk | EIO | finds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     total = [0] * 6
-    for name, count in held["counts"].items():
+    for name, count in held["counts"].items():  # a command without a row was not killed
         own = [count.get(kind, 0) for kind in (*KILLS, *FAILURES)]
         if not any(own):
             continue

@@ -1,4 +1,4 @@
-"""What the campaign once found, a file each (corpus/TARGET/): read, or refused in one line, and nothing else happens."""
+"""What the campaign once found, a file each (corpus/TARGET/): read, or refused in one line, and no more happens."""
 
 import sys
 from pathlib import Path

@@ -54,6 +54,7 @@ def single_faults(place: Workplace, tally: Tally, until: float) -> None:
     for fault, name in both:
         if time.time() > until:
             return
+        place.whole(name)
         fault(place, name, tally)
 
 
