@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-torch mutants check docs format bench install
+.PHONY: demo test test-all test-torch mutants torture check docs format bench install
 
 install: $(READY)
 
@@ -36,9 +36,16 @@ mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
 	nice $(BIN)/python tests/support/mutants.py --minutes $(MINUTES)
 
+# Kills, hostile files and faults of the machine; writes the table of docs/reliability.md. HOURS=8 for a night.
+HOURS ?= 0.17
+torture: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[torture]'
+	$(BIN)/python tests/torture/torture.py --hours $(HOURS) --table docs/reliability.md
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive ktransfer pretext cluster retrain eval
 	rm -rf build && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
 	cd build/site && MYPYPATH=. ../../$(BIN)/mypy --python-executable ../../$(BIN)/python --config-file ../../pyproject.toml -p ktransfer

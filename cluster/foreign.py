@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +190,9 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
                     raise UsageError(f"{path}: holds {', '.join(names) or 'nothing'}; save the rows as `{ROWS}`")
                 return archive[flat[0]], held
             return archive[ROWS], held
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise anything, or ask for terabytes
         refuse_machine(path, error)
         reason = " ".join(str(error).split())
         raise UsageError(

@@ -26,7 +26,7 @@ from ktransfer.stages import command_of
 
 RECORD = "stage.json"
 PROGRESS = ".progress.json"  # what `ktransfer status` reads, while a line of stages works in the run
-NEEDED = {"state", "config", "inputs", "outputs", "seconds"}
+NEEDED = {"state": str, "config": dict, "inputs": dict, "outputs": dict, "seconds": int | float}
 _guard = threading.Lock()
 
 
@@ -300,17 +300,24 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / RECORD
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(steps, dict) or not all(
-            isinstance(step, dict) and step.keys() >= NEEDED for step in steps.values()
-        ):
+        steps: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(steps, dict) or not all(map(_is_record, steps.values())):
             raise ValueError("not a table of steps")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse_machine(path, error)
         raise UsageError(f"{path}: not a stage record ({error}); remove the folder {folder} to start over") from error
     return steps
+
+
+def _is_record(step: Any) -> bool:
+    return (
+        isinstance(step, dict)
+        and all(isinstance(step.get(name), kind) for name, kind in NEEDED.items())
+        and all(isinstance(facts, dict) and isinstance(facts.get("bytes"), int) for facts in step["outputs"].values())
+        and all(isinstance(step.get(name), str | None) for name in ("error", "started"))
+    )
 
 
 def _save(folder: Path, name: str, record: dict[str, Any]) -> None:

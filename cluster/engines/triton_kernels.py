@@ -292,7 +292,8 @@ def _fastest(launch: Callable[[Tile], object], tiles: tuple[Tile, ...], found: t
         try:
             launch(tile)  # compiled
             scores = [score.clone() for score in found[1:]]
-        except Exception:  # it does not fit, or the compiler fails on it, which is no reason to do without the others
+        # It does not fit, or the compiler fails on it, which is no reason to do without the others.
+        except Exception:  # nosec B112
             continue
         right = right or scores
         if not all(map(_close, scores, right)):

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import Features
+from ktransfer.artifacts.stored import table
 from ktransfer.errors import UsageError
 
 SCHEMA = 1
@@ -59,19 +60,27 @@ def read_centroids(path: Path) -> Centroids:
             attributes: dict[str, Any] = dict(file.attrs)
             if attributes["schema"] != SCHEMA:
                 raise KeyError(f"schema {attributes['schema']}")
-            centroids: NDArray[np.float32] = np.asarray(file["centroids"], np.float32)
-            projection = None
-            if "pca" in file:
-                parts: dict[str, Any] = {name: np.asarray(data) for name, data in file["pca"].items()}
-                # Files from before there was whitening have no scale.
-                parts.setdefault("scale", np.ones(parts["components"].shape[1], np.float32))
-                projection = Projection(**{name: parts[name] for name in Projection._fields})
+            centroids: NDArray[np.float32] = table(file, "centroids", "f", 2).astype(np.float32, copy=False)
+            projection = _projection(file, centroids.shape[1]) if "pca" in file else None
             source = {name: str(attributes[name]) for name in SOURCE}
             return Centroids(centroids, projection, bool(attributes["normalise"]), source, path)
     except hdf5.ERRORS as error:
         hdf5.refuse_unreadable(path, error)
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not a clustering of ktransfer ({reason}); make it with ktransfer cluster") from error
+
+
+def _projection(file: Any, columns: int) -> Projection:
+    """The PCA of a file whose centroids have so many columns; ValueError where its parts do not fit together."""
+    axes = {"mean": 1, "components": 2, "explained": 1, "scale": 1}
+    # Files from before there was whitening have no scale.
+    found = {name: table(file, f"pca/{name}", "f", axes[name]) for name in axes if f"pca/{name}" in file}
+    found.setdefault("scale", np.ones(columns, np.float32))
+    made = Projection(**found)
+    shapes = [part.shape for part in made]
+    if shapes != [(len(made.mean),), (len(made.mean), columns), (columns,), (columns,)]:
+        raise ValueError(f"its PCA has the shapes {shapes}, the centroids {columns} columns")
+    return made
 
 
 def project(projection: Projection, rows: NDArray[np.float32]) -> NDArray[np.float32]:

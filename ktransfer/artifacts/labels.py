@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import decode_keys, encode_keys
+from ktransfer.artifacts.stored import table
 from ktransfer.errors import UsageError
 from ktransfer.files import write_bytes, write_whole
 
@@ -182,17 +183,22 @@ def _read_h5(path: Path) -> Labels:
             names = [name for name in ("key", "label") if not isinstance(file.get(name), h5py.Dataset)]
             if names:
                 _wrong(path, f"no data set {', '.join(names)}")
-            if file.attrs.get("schema") != SCHEMA or "k" not in file.attrs:
+            k = file.attrs.get("k")
+            if not isinstance(k, int | np.integer):
+                _wrong(path, f"k is {k}, must be a number of clusters")
+            if file.attrs.get("schema") != SCHEMA:
                 _wrong(path, f"schema is {file.attrs.get('schema')}, this version reads {SCHEMA}")
             if file["label"].dtype != np.dtype("<i4") or file["label"].ndim != 1:
                 _wrong(path, "label must be (n,) int32")
             if h5py.check_string_dtype(file["key"].dtype) is None or file["key"].ndim != 1:
                 _wrong(path, "key must be (n,) strings")
-            labels = file["label"][:]
-            more = file["more"][:] if "more" in file else np.empty((len(labels), 0), np.int32)
+            labels = table(file, "label", "i", 1)
+            more = table(file, "more", "i", 2) if "more" in file else np.empty((len(labels), 0), np.int32)
             if more.dtype != np.dtype("<i4") or more.ndim != 2 or len(more) != len(labels):
                 _wrong(path, "more must be (n, views - 1) int32")
-            return Labels(decode_keys(file["key"][:]), labels, int(file.attrs["k"]), more)
+            if len(file["key"]) != len(labels):
+                _wrong(path, f"{len(file['key'])} keys for {len(labels)} labels")
+            return Labels(decode_keys(file["key"][:]), labels, int(k), more)
     except hdf5.ERRORS as error:
         hdf5.refuse_unreadable(path, error)
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")

@@ -13,6 +13,7 @@ from ktransfer import files
 from ktransfer.detection.frames import EXIF, OBEY
 from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks import Network
+from ktransfer.networks.network import stated
 
 if TYPE_CHECKING:
     from ktransfer.detection.detectors import Settings  # imports torchvision, as all that makes a detector does
@@ -83,7 +84,7 @@ def described(found: dict[str, Any]) -> Described:
     """What `Described.as_dict` says; KeyError, TypeError or ValueError where it says something else."""
     from ktransfer.detection.detectors import Settings
 
-    network, settings, exif = Network(**found["network"]), Settings(**found["settings"]), found.get("exif", OBEY)
+    network, settings, exif = stated(found["network"]), Settings(**found["settings"]), found.get("exif", OBEY)
     if exif not in EXIF:
         raise ValueError(f"exif is {exif}")
     return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"], exif)

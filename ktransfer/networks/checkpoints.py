@@ -6,7 +6,7 @@ of their own (`classy_state_dict.base_model.model.trunk._feature_blocks.`, `stat
 their shapes. So no list of prefixes is needed.
 """
 
-import pickle
+import pickle  # for its error alone  # nosec B403
 import re
 import warnings
 from collections import Counter

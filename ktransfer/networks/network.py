@@ -11,8 +11,9 @@ torchvision's; every other classifier of torchvision goes by its own name (`torc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ HEAD = "head."
 NAMES = "names"
 """Of the classes, in the metadata of a weight file."""
 CLASSIFIER = ("fc", "bn6", "bn7")  # of AlexNet
+WIDEST, LARGEST = 64.0, 2**14  # factor on the channels, side of the input: what is above is no network of anybody
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512))  # channels of VGG-16 up to conv4_3
 
 
@@ -280,6 +282,31 @@ def content(state: Mapping[str, Tensor], network: Network, names: Sequence[str] 
     return serialise(dict(state), {"network": json.dumps(said)})
 
 
+def stated(found: Mapping[str, Any]) -> Network:
+    """The network that a weight file says it holds; what it says is not trusted.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none that has weights of its own. A name of a Python function or of a
+            folder would run or read what the writer of the file chose.
+    """
+    network = Network(**found)
+    for name, kind in {one.name: type(one.default) for one in fields(Network)}.items():
+        value = getattr(network, name)
+        if type(value) is not (str if name == "arch" else kind) and not (kind is float and type(value) is int):
+            raise TypeError(f"{name} is {value!r}")
+    if network.arch.startswith((functions.PREFIX, hugging_face.PREFIX)):
+        raise ValueError(f"{network.arch} has no weights in a file")
+    if not (0 < network.width <= WIDEST and 1 <= network.stride <= 16 and 1 <= network.size <= LARGEST):
+        raise ValueError(f"width {network.width}, stride {network.stride}, size {network.size}")
+    if network.classes < 0:
+        raise ValueError(f"{network.classes} classes")
+    if network.normalise != "picture":
+        mean, deviation = statistics(network.normalise)
+        if not len(mean) == len(deviation) == 3:
+            raise ValueError(f"normalise is {network.normalise!r}")
+    return network
+
+
 def describe(path: Path) -> Network:
     """What a weight file of ours holds.
 
@@ -308,8 +335,8 @@ def _described(path: Path) -> tuple[Network, tuple[str, ...]]:
     try:
         said = json.loads(found["network"])
         names = tuple(map(str, said.pop(NAMES, ())))
-        return Network(**said), names
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return stated(said), names
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: does not say which network it is; give a model.safetensors of ktransfer") from error
 
 
@@ -325,9 +352,21 @@ def load(path: Path, network: Network) -> nn.Module:
         unused += CLASSIFIER
     with safe_open(path, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
-    model = build(network, 0, "load")
     try:
+        _refuse_larger(network, sum(tensor.numel() for tensor in state.values()))
+        model = build(network, 0, "load")
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: its weights do not fit {network.arch}: {' '.join(str(error).split())}") from error
     return model
+
+
+def _refuse_larger(network: Network, held: int) -> None:
+    """ValueError where the network has more weights than the `held` ones of its file, before memory is taken for it."""
+    if network.classes > held:
+        raise ValueError(f"{network.classes} classes, and {held} numbers in the file")
+    if network.arch in TRUNKS[:2]:
+        with torch.device("meta"):
+            wanted = sum(weight.numel() for weight in AlexNet(network).parameters())
+        if wanted > held:
+            raise ValueError(f"it has {wanted} weights, and the file {held} numbers")

@@ -3,7 +3,7 @@
 import os
 import shlex
 import statistics
-import subprocess
+import subprocess  # of this Python alone  # nosec B404
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -159,7 +159,7 @@ def _made_beside(step: Step, run: Path, jobs: int) -> str:
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
     for stage, options in step.calls:
         words = in_words(place, stage, options)
-        made = subprocess.run(
+        made = subprocess.run(  # no shell  # nosec B603
             [sys.executable, "-m", *shlex.split(words)],
             env=os.environ | threads,
             stdin=subprocess.DEVNULL,

@@ -31,7 +31,7 @@ class Log:
         self.sums: dict[str, Tensor] = {}
         self.wait, self.started = 0.0, time.monotonic()
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in path.read_text("utf-8", "replace").splitlines() if _step_of(line) <= step]
             files.write_text(path, "".join(line + "\n" for line in kept))
 
     def add(self, sums: dict[str, Tensor], wait: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ktransfer.errors import StageError, UsageError
 from ktransfer.networks import Network
+from ktransfer.networks.network import stated
 
 from .classifier import LIST, Classifier, Tap
 
@@ -77,7 +78,7 @@ def load_onnx(path: Path) -> OnnxStudent:
     if DETECTOR in facts:
         raise UsageError(f"{path}: finds objects and tells no classes of images; give a student.onnx, or a run")
     try:
-        network = Network(**json.loads(facts["network"]))
+        network = stated(json.loads(facts["network"]))
         names = json.loads(facts["classes"]) if "classes" in facts else range(network.classes)
         if found.get_inputs()[0].name != INPUT or found.get_outputs()[0].name != OUTPUT:
             raise ValueError("other names")

@@ -2,7 +2,7 @@
 
 A new interpreter needs seconds to import torch; a fork needs none. One JSON object a line comes in:
 {"argv": [...], "log": path, "cwd": path, "kill": {"step": name, ...}}, one goes out: {"status": exit code, or minus the
-signal}. `kill` says when the child gets `signal`, counted from the moment when the step begins:
+signal, "deeds": n}. `kill` says when the child gets `signal`, counted from the moment when the step begins:
 
     "event": n      at the n-th file operation (opening, renaming, removing, making a folder)
     "seconds": t    after t seconds
@@ -11,9 +11,12 @@ signal}. `kill` says when the child gets `signal`, counted from the moment when 
     "done": true    when the step is about to be recorded as done
     "after": true   when that has just happened
 
-`largest` limits the size of every file written, as a full disk would.
+`after` seconds the child is killed from outside. `largest` limits the size of every file written, `memory` the bytes of
+address space beyond those in use, `limit` the seconds. Under torture/preload.c, `strike` has a kind and the number of
+the deed at which it strikes, and the answer counts deeds. `clock` is added to the time of day.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -36,6 +39,7 @@ MODULES = (
     "ktransfer.retrain.selftraining.study",
     "ktransfer.eval.stage",
 )
+PRELOADED = ctypes.CDLL(None)
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 
@@ -96,6 +100,16 @@ def child(order: dict[str, Any]) -> None:
         watch(order["kill"])
     if "largest" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest"], order["largest"]))
+    if "memory" in order:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
+    if "clock" in order:
+        real, real_ns = time.time, time.time_ns
+        time.time = lambda: real() + order["clock"]
+        time.time_ns = lambda: real_ns() + order["clock"] * 10**9
+    if hasattr(PRELOADED, "torture_arm"):
+        PRELOADED.torture_arm(*order.get("strike", (0, -1)))
+    signal.alarm(order.get("limit", 0))
     code = cli.main(order["argv"])
     sys.stdout.flush()
     sys.stderr.flush()
@@ -106,14 +120,19 @@ def main() -> None:
     for module in MODULES:
         importlib.import_module(module)
     for line in sys.stdin:
+        order = json.loads(line)
         pid = os.fork()
         if pid == 0:
             try:
-                child(json.loads(line))
+                child(order)
             finally:
                 os._exit(99)
+        if "after" in order:
+            time.sleep(order["after"])
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+        deeds = PRELOADED.torture_count() if hasattr(PRELOADED, "torture_count") else 0
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "deeds": deeds}), flush=True)
 
 
 if __name__ == "__main__":
