@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,15 +93,25 @@ def same_images(data: Dataset, other: Dataset, pairs: Sequence[tuple[int, int]])
 
 
 def of_files(
-    spec: str, root: Path, name: str, names: Sequence[str], sizes: Sequence[int], labels: Sequence[str]
+    spec: str,
+    root: Path,
+    name: str,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    labels: Sequence[str],
+    changed: Mapping[str, str] = MappingProxyType({}),
 ) -> Dataset:
-    """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none)."""
+    """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none).
+
+    `changed`: what tells the bytes of those apart that are not as they were, in spite of their size.
+    """
     keys = escaped(names)
     classes = class_names(escaped(labels))
     number = {label: index for index, label in enumerate(classes)}
     digest = hashlib.sha256()
-    for key, size in zip(keys, sizes, strict=True):
-        digest.update(f"{key}\0{size}\n".encode())
+    for key, file, size in zip(keys, names, sizes, strict=True):
+        mark = f"\0{changed[file]}" if file in changed else ""
+        digest.update(f"{key}\0{size}{mark}\n".encode())
     return Dataset(
         spec=spec,
         name=file_name(name),

@@ -161,13 +161,17 @@ def _folder(spec: str, root: Path) -> Dataset:
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
             f"{found.repeated:,} links to folders that are already included are not followed"
         )
+    if found.changed:
+        say_once(
+            f"{root}: {len(found.changed):,} images are not those that were there before, such as {min(found.changed)}"
+        )
     if not found.names:
         raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has images")
     keys = escaped(found.names)
     labels = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if "" in labels or len(set(labels)) < 2:
         labels = [""] * len(keys)
-    return of_files(spec, root, root.name, found.names, found.sizes, labels)
+    return of_files(spec, root, root.name, found.names, found.sizes, labels, found.changed)
 
 
 def _list(spec: str, path: Path) -> Dataset:
