@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ktransfer.errors import UsageError
 from ktransfer.files import commit
@@ -26,6 +26,8 @@ VAL_NAMES = ("val", "valid", "validation", "test")
 UNREADABLE = -1
 _LAYOUT = 2
 _SAMPLE = 2**12  # bytes in the middle and at the end of a file
+_DIGITS = 16
+_FIRST = slice(-2 * _DIGITS - 1, -_DIGITS - 1)
 # A change within the same tick of the file system's clock leaves the folder's time as it was (FAT ticks every 2 s).
 _TICK_NS = 2_000_000_000
 
@@ -49,7 +51,7 @@ class Found:
 class Listing(NamedTuple):
     """One folder as it was: what its entry said (`_entry`), its images, sub-folders and links, the count of others."""
 
-    entry: list[int]
+    entry: str
     images: list[str]
     folders: list[str]
     links: list[str]
@@ -59,12 +61,12 @@ class Listing(NamedTuple):
 class Index(NamedTuple):
     """What is remembered of all folders, and of their images, by their names below the root.
 
-    Of an image that is its entry (`_entry`; nothing where its bytes may be newer), its size, its first sample and the
-    last one.
+    Of an image that is its size, its entry (`_entry`; nothing where its bytes may be newer), its first sample and the
+    last one, with blanks between them: a million strings are no work for the garbage collector, as lists would be.
     """
 
     folders: dict[str, Listing]
-    images: dict[str, list[Any]]
+    images: dict[str, str]
 
 
 def walk(root: Path) -> Found:
@@ -87,7 +89,7 @@ def walk(root: Path) -> Found:
         names.append(name)
         sizes.append(UNREADABLE if status is None else status.st_size)
         if status is not None and cache is not None:
-            index.images[name] = _seen(_join(root, name), status, known.images.get(name), settled)
+            index.images[name] = _seen(_join(root, name), status, known.images.get(name, ""), settled)
 
     # Links wait until all real folders are done, so that these keep their own names.
     folders, links = [""], list[str]()
@@ -124,7 +126,7 @@ def walk(root: Path) -> Found:
     if index != known and cache is not None:
         _save(cache, index)
     order = sorted(range(len(names)), key=names.__getitem__)
-    changed = {name: last for name, (_, _, first, last) in index.images.items() if last != first}
+    changed = {name: seen[-_DIGITS:] for name, seen in index.images.items() if not seen.endswith(seen[_FIRST])}
     return Found([names[i] for i in order], [sizes[i] for i in order], ignored, repeated, changed)
 
 
@@ -141,22 +143,22 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-def _entry(status: os.stat_result) -> list[int]:
+def _entry(status: os.stat_result) -> str:
     """What is believed of a file or folder as long as it is the same."""
-    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return f"{status.st_mtime_ns:x} {status.st_ctime_ns:x} {status.st_ino:x}"
 
 
-def _seen(path: str, status: os.stat_result, before: list[Any] | None, settled: int) -> list[Any]:
-    entry, size = _entry(status), status.st_size
-    if before is not None and before[0] == entry and before[1] == size:
+def _seen(path: str, status: os.stat_result, before: str, settled: int) -> str:
+    entry, size = _entry(status), f"{status.st_size:x} "
+    if before.startswith(f"{size}{entry} "):
         return before
-    last = _sample(path, size)
-    first = before[2] if before is not None and before[1] == size else last
-    return [entry if status.st_mtime_ns < settled else [], size, first, last]
+    last = _sample(path, status.st_size)
+    first = before[_FIRST] if before.startswith(size) else last
+    return f"{size}{entry if status.st_mtime_ns < settled else ''} {first} {last}"
 
 
 def _sample(path: str, size: int) -> str:
-    """A digest of some of the bytes of a file, of all of them where it is small; "" where it cannot be read."""
+    """A digest of some of the bytes of a file, of all of them where it is small; zeros where it cannot be read."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -166,8 +168,8 @@ def _sample(path: str, size: int) -> str:
         finally:
             os.close(handle)
     except OSError:
-        return ""
-    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+        return "0" * _DIGITS
+    return hashlib.blake2b(b"".join(parts), digest_size=_DIGITS // 2).hexdigest()
 
 
 def _join(root: Path, name: str) -> str:
@@ -178,7 +180,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def _list(path: str, entry: list[int]) -> Listing:
+def _list(path: str, entry: str) -> Listing:
     images, folders, links, ignored = list[str](), list[str](), list[str](), 0
     with os.scandir(path) as entries:
         for found in entries:
