@@ -4,6 +4,7 @@ Pillow warns in words of its own, without the name of the file, and where warnin
 what it says while an image of ours is read is kept for that line. What other threads read is left alone.
 """
 
+import atexit
 import re
 import sys
 import threading
@@ -69,6 +70,8 @@ def remark(what: str) -> None:
 
 def note(name: str, what: Iterable[str]) -> None:
     """Keep what was passed over in an image; each counts once, however often it is read."""
+    if not _found:
+        atexit.register(say_tolerated)  # in a script of one's own, the end may be that of the script
     for text in what:
         kind = re.sub(r"\d[\d,]*", "N", text.split(".")[0]).strip()
         with _lock:
@@ -85,6 +88,7 @@ def taken() -> dict[str, set[str]]:
 
 def say_tolerated() -> None:
     """One line for what was passed over since the last one, nothing where there was nothing."""
+    atexit.unregister(say_tolerated)
     found = taken()
     if not found:
         return

@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ from PIL import Image, PngImagePlugin
 
 from ktransfer.data import decoding
 from ktransfer.data.decoding import decode
+from ktransfer.data.pack import pack
 from ktransfer.errors import BrokenImage
 from ktransfer.images import tolerated
+from ktransfer.images.mending import METADATA
 
 
 def photo(width: int = 64, height: int = 48) -> np.ndarray:
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 255 / (width - 1), y * 255 / max(height - 1, 1), (x + y) * 255 / (width + height - 2)], 2).astype(
-        np.uint8
-    )
+    channels = [x * 255 / (width - 1), y * 255 / max(height - 1, 1), (x + y) * 255 / (width + height - 2)]
+    return np.stack(channels, 2).astype(np.uint8)
 
 
 def encode(kind: str, pixels: np.ndarray | None = None, **options: object) -> bytes:
@@ -188,7 +190,7 @@ def test_threads_do_not_hear_each_other_and_others_are_warned() -> None:
     assert tolerated.taken() == {"Corrupt EXIF data": {"an image"}}
 
 
-def test_the_line_in_the_end(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_line_in_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(5):
         tolerated.note(f"{number}\n.png", ["Tag 1,234 is odd. Skipped"])
     tolerated.note("5.png", ["Tag 7 is odd", "another thing"])
@@ -198,3 +200,16 @@ def test_the_line_in_the_end(tmp_path: object, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith(said)
     tolerated.say_tolerated()
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pack_says_what_was_passed_over(tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.png").write_bytes(long_text() if number in (3, 30) else encode("PNG"))
+    pack(str(tmp_path), tmp_path / "out.h5", size=16, workers=workers)
+    said = capsys.readouterr().err
+    assert said.count("in spite of flaws") == 1 and "0 of them broken" in said
+    assert (
+        f"2 images were read in spite of flaws of the file (unreadable metadata or checksums: 2), such as {tmp_path}"
+        in said
+    )
