@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ktransfer.errors import UsageError
+from ktransfer.files import read_text
 
 Config = TypeVar("Config")
 
@@ -210,7 +211,7 @@ def read_toml(path: Path, stages: Mapping[str, Any]) -> dict[str, dict[str, Any]
         UsageError: the file is missing, is not TOML, or has a table that is no stage.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

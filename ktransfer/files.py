@@ -1,9 +1,11 @@
 """Files that are whole or not there: temporary name, fsync, rename."""
 
+import codecs
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 PART = ".part"
 PROBE = 2**20
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -53,18 +56,48 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_whole` for text, as UTF-8."""
-    write_bytes(path, text.encode())
+    """`write_whole` for text, as UTF-8; a byte of a file name that is none stands there as `\\udcNN`."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_whole` for JSON: indented, keys in the order given, non-ASCII as it is."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON with non-ASCII as it is; a byte of a file name that is not UTF-8 is escaped, and comes back by `json.loads`.
+
+    Python keeps such a byte as half of a surrogate pair, which UTF-8 has no place for.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _HALVES.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file of ours."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """UTF-8, also behind the byte order mark that spreadsheets and editors put first, or UTF-16; line ends as they are.
+
+    Args:
+        errors: "surrogateescape" where it holds names of files.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return data.decode("utf-8-sig", errors)
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines without their ends, \\n or \\r\\n: a path may hold any other character that Unicode counts as an end."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def remove(path: Path) -> None:

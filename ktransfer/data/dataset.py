@@ -1,6 +1,7 @@
 """What `--data` names: a folder, a list of paths, a pack or `scenes:`, as rows that never move."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 COMPARED = 64
+LONGEST = 255
+"""Bytes of a name of a file, at most."""
+_LONGEST_ENDING = ".progress.part"
 UNKNOWN = -1
 Reader = Callable[[int | None], NDArray[np.uint8]]
 _ODD = re.compile("[\\\\\x00-\x1f\x7f\udc80-\udcff]")
@@ -143,8 +147,16 @@ def _escape(match: re.Match[str]) -> str:
     return "\\\\" if character == "\\" else f"\\x{ord(character) & 0xFF:02x}"
 
 
+def fits(name: str) -> bool:
+    """Whether a file can be called so, and what is written beside it (`NAME.progress.part`)."""
+    return len(os.fsencode(name)) <= LONGEST - len(_LONGEST_ENDING)
+
+
 def file_name(name: str) -> str:
     """A file name without ending for what is called `name`.
 
-    At most 60 characters, so that "NAME.h5.part" stays under 255 bytes in any alphabet."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
+    Short enough for whatever is added to it, in any alphabet: 60 characters, or fewer where they take many bytes."""
+    found = re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
+    while not fits(found + ".h5"):
+        found = found[:-1]
+    return found

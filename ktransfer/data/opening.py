@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ktransfer.data import shards
 from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
-from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, walk
+from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, walk
 from ktransfer.data.labelled import open_layout
-from ktransfer.data.lists import read_list
+from ktransfer.data.lists import found, read_list
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
@@ -178,10 +178,10 @@ def _list(spec: str, path: Path) -> Dataset:
     names, labels = read_list(path)
     if not names:
         raise UsageError(f"{spec} lists no images; write one path per line, relative to the folder of the list")
+    names, labels, sizes = found(path, names, labels)
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{spec} lists {name} {times} times; name each image once")
-    sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
     return of_files(spec, path.parent, path.stem, names, sizes, labels)
 
 

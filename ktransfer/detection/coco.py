@@ -96,7 +96,7 @@ def read(path: Path, spec: str) -> Detection:
 
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); give a COCO file") from error
     lacking = [part for part in PARTS if not isinstance(held, dict) or not isinstance(held.get(part), list)]

@@ -174,7 +174,7 @@ def read(path: Path, data: Detection, threshold: float | NDArray[np.float64]) ->
         UsageError: no COCO file, images or classes that the data does not have.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
         place = {key: row for row, key in enumerate(data.keys)}
         by_id = {one["id"]: str(one["file_name"]) for one in held["images"]}
         names = {one["id"]: str(one["name"]) for one in held["categories"]}

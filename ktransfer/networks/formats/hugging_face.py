@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer.errors import UsageError
+from ktransfer.files import read_text
 from ktransfer.networks.formats.files import refuse_others
 from ktransfer.run import input_hash
 
@@ -220,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UsageError: it holds anything else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON ({_one_line(error)}); download it again") from error
     if not isinstance(found, dict):
