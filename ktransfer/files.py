@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 PART = ".part"
 PROBE = 2**20
+LONGEST = 255
+"""Bytes of a name of a file, at most."""
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
@@ -23,7 +25,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         OSError: it cannot be written, also where a library behind `write` has other words for a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + PART)
+    part = beside(path, PART)
     try:
         try:
             write(part)
@@ -36,6 +38,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file that is called as this one and `ending`, or by a digest of it where that were too long for a name."""
+    name = path.name + ending
+    if len(os.fsencode(name)) > LONGEST:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}"
+    return path.with_name(name)
 
 
 def commit(part: Path, path: Path) -> None:
@@ -72,6 +82,21 @@ def as_json(value: Any, indent: int | None = None) -> str:
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return _HALVES.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+@contextlib.contextmanager
+def in_unicode(path: Path) -> Iterator[str]:
+    """A file by a name that is Unicode, for libraries that take no other; by its number where its own is not.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    name = str(path)
+    if not _HALVES.search(name):
+        yield name
+        return
+    with path.open("rb") as handle:
+        yield f"/dev/fd/{handle.fileno()}"
 
 
 def read_json(path: Path) -> Any:

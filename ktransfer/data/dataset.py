@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, StageError
+from ktransfer.files import LONGEST
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 COMPARED = 64
-LONGEST = 255
-"""Bytes of a name of a file, at most."""
 _LONGEST_ENDING = ".progress.part"
 UNKNOWN = -1
 Reader = Callable[[int | None], NDArray[np.uint8]]

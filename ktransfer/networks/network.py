@@ -256,7 +256,7 @@ def describe(path: Path) -> Network:
         UsageError: missing, not safetensors, or not written by ktransfer.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
             found = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a weight file of ktransfer ({error}); give a model.safetensors") from error
@@ -276,7 +276,7 @@ def load(path: Path, network: Network) -> nn.Module:
     unused: tuple[str, ...] = (HEAD,) if network.arch in TRUNKS else ()
     if network.arch in TRUNKS[:2] and not network.classes:
         unused += CLASSIFIER
-    with safe_open(path, framework="pt") as handle:
+    with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
     model = build(network, 0, "load")
     try:

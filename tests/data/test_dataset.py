@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ktransfer.data import folders, scenes
+from ktransfer.data.dataset import file_name
 from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import BrokenImage, UsageError
 
@@ -414,3 +415,10 @@ def test_the_endings_of_what_is_read(tmp_path: Path) -> None:
     for name in names:
         put(tmp_path / name)
     assert set(open_dataset(str(tmp_path)).keys) == set(names)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "猫", "𐀀"])
+def test_names_are_short_enough_for_all_endings(letter: str) -> None:
+    short = file_name(letter * 300)
+    assert letter in short and len(f"{short}.h5.progress.part".encode()) <= 255
+    assert file_name(letter * 10) == letter * 10
