@@ -251,8 +251,8 @@ def tune(
         place = folder / str(number)
         ended = place / "model.safetensors"
         if ended.is_file():
-            with files.in_unicode(ended) as place:
-                model.load_state_dict(load_file(place))
+            with files.in_unicode(ended) as name:
+                model.load_state_dict(load_file(name))
             continue
         options = replace(config, epochs=epochs)
         tuned = Tuned(model, before.modules if phase.factor == 0 else ())

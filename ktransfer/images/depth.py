@@ -102,7 +102,7 @@ def low_tiles(image: Image.Image) -> list[Any] | None:
 
 def is_dark(image: Image.Image) -> bool:
     """Whether all high bytes of the colours are so small that what the image shows is in the low ones."""
-    return 0 <= max(high for _, high in image.getextrema()[:3]) <= _SHALLOW[-1] >> 8  # type: ignore[index,misc]
+    return 0 <= max(high for _, high in image.getextrema()[:3]) <= _SHALLOW[-1] >> 8  # type: ignore[misc]
 
 
 def joined(high: Image.Image, low: Image.Image, bits: int | None) -> Image.Image:
