@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ktransfer import files
 from ktransfer.artifacts.features import Features, create_or_resume, open_features
 from ktransfer.config import option
-from ktransfer.data.dataset import Dataset
+from ktransfer.data.dataset import Dataset, file_name, fits
+from ktransfer.data.lists import spellings
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.progress import bar, say
@@ -83,19 +85,20 @@ def open_foreign(features: str, keys: str | None, data: str | None) -> Foreign:
         )
     if len(names) != len(rows):
         raise UsageError(f"{where}: {len(names)} keys for {len(rows)} rows of {path}; give one for each row")
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise UsageError(f"{where}: key {name} occurs twice; give each row its own")
-        seen.add(name)
     if data:
         known = set(open_dataset(data).keys)
+        names = [next((one for one in spellings(name) if one in known), name) for name in names]
         strange = [name for name in names if name not in known]
         if strange:
             raise UsageError(
                 f"{where}: {len(strange)} of {len(names)} keys are no images of {data}, such as {strange[0]}; keys "
                 "are paths below the folder, with /"
             )
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UsageError(f"{where}: key {name} occurs twice; give each row its own")
+        seen.add(name)
     return Foreign(rows, names)
 
 
@@ -108,7 +111,11 @@ def preview(features: str, keys: str | None, data: str | None) -> Features:
 
 def adopted(run: Path, features: str) -> Path:
     """Where `adopt` writes a file of features."""
-    return run / "features" / f"{Path(features).stem}.h5"
+    return run / "features" / f"{_name(features)}.h5"
+
+
+def _name(features: str) -> str:
+    return Path(features).stem if fits(f"{Path(features).stem}.h5") else file_name(Path(features).stem)
 
 
 def adopt(run: Path, features: str, keys: str | None, data: str | None, overwrite: bool, stage: str) -> Path:
@@ -125,7 +132,7 @@ def adopt(run: Path, features: str, keys: str | None, data: str | None, overwrit
     source = open_dataset(data) if data else None
     dtype = "float16" if found.rows.dtype == np.float16 else "float32"
     _refuse_infinite(Path(features), found, dtype)
-    name = Path(features).stem
+    name = _name(features)
     inputs = {"features": input_hash(Path(features)), "keys": _digest(found.keys)}
     if source:
         inputs["data"] = source.fingerprint
@@ -202,12 +209,12 @@ def _arrays(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_text(path, "surrogateescape")
+        if "\0" in text:
+            raise ValueError("no text")
+    except (OSError, ValueError) as error:
         raise UsageError(f"--keys {path}: cannot be read ({error}); give a text file with one key a line") from error
-    # Not splitlines(): a path may hold any of the other characters that Unicode counts as line ends.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
+    return files.lines_of(text)
 
 
 def _strings(path: Path, held: NDArray[Any]) -> list[str]:

@@ -5,6 +5,8 @@ when they are called.
 """
 
 import importlib
+import io
+import itertools
 import shlex
 import sys
 import time
@@ -181,7 +183,10 @@ def main(argv: list[str] | None = None) -> int:
         keep_streams()
     words = sys.argv[1:] if argv is None else argv
     show: Callable[[], None] = traceback.print_exc if "--debug" in words else lambda: None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: for names of files that are not UTF-8
     try:
+        _refuse_empty(words)
         result = cli.main(args=words, prog_name="ktransfer", standalone_mode=False, obj=words)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -205,6 +210,15 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    for flag, value in itertools.pairwise([*words, "-"]):
+        if flag.startswith("--") and (value == "" or flag.endswith("=")):
+            name = flag.removesuffix("=")
+            raise UsageError(
+                f'{name} "": is empty (perhaps an unset variable of the shell); give it, or leave {name} out'
+            )
 
 
 def _fail(message: str, code: int) -> int:

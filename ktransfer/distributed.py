@@ -279,7 +279,7 @@ def all_gather(values: Sequence[int], error: Exception | None = None) -> list[li
     line = b""
     if error is not None:
         said = str(error) if isinstance(error, KTransferError) else f"{type(error).__name__}: {error}"
-        line = (f"process {rank()}: {said}" if rank() else said).encode()
+        line = (f"process {rank()}: {said}" if rank() else said).encode("utf-8", "backslashreplace")
     code = 0 if error is None else error.exit_code if isinstance(error, KTransferError) else 1
     states = torch.zeros(world_size(), 3 + len(values), dtype=torch.int64)
     own = torch.tensor([[code, isinstance(error, PeerLost), len(line), *values]])

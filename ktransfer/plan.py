@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ktransfer import stages
 from ktransfer.config import read_by
 from ktransfer.errors import UsageError
+from ktransfer.images.tolerated import say_tolerated
 from ktransfer.run import changes, leaves_nothing, read_record, refusal
 
 if TYPE_CHECKING:
@@ -155,7 +156,10 @@ def carry_out_line(line: Sequence[Plan]) -> list[Any]:
     Raises:
         UsageError, StageError: one line each.
     """
-    return [stages.module(plan.stage).carry_out(plan) for plan in line]
+    try:
+        return [stages.module(plan.stage).carry_out(plan) for plan in line]
+    finally:
+        say_tolerated()
 
 
 def with_table(stage: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

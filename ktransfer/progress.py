@@ -6,7 +6,6 @@ status`.
 
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,7 +108,7 @@ def speak_json(wanted: bool) -> None:
 
 def in_json(**values: Any) -> str:
     """One line of `--log-format json`; `time` is Unix time."""
-    return json.dumps({"time": round(time.time(), 3)} | values, ensure_ascii=False)
+    return files.as_json({"time": round(time.time(), 3)} | values)
 
 
 def speaks_json() -> bool:

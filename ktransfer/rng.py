@@ -48,7 +48,7 @@ def words(seed: int, purpose: str, epoch: int, index: Tensor, count: int) -> Ten
     blocks = torch.arange((count + 3) // 4, device=index.device)
     row = index.to(torch.int64)[:, None]
     counter = (row & _MASK, (row >> 32) & _MASK, torch.full_like(row, epoch & _MASK), blocks[None, :])
-    out = philox(counter, (seed & _MASK, zlib.crc32(purpose.encode())))
+    out = philox(counter, (seed & _MASK, zlib.crc32(purpose.encode("utf-8", "surrogateescape"))))
     stacked = torch.stack([part.expand(len(row), len(blocks)) for part in out], dim=2)
     return stacked.flatten(1)[:, :count]
 

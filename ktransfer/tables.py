@@ -70,5 +70,5 @@ def to_csv(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None =
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, such as one of published numbers."""
-    with path.open(encoding="utf-8", newline="") as handle:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
         return list(csv.DictReader(handle))

@@ -495,3 +495,10 @@ def test_reader_that_went_away(made):
     )
     os.close(write)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("--run", "", "pretext"), ("--run=", "pretext"), ("--run", "r", "pretext", "--data", "")]
+)
+def test_an_unset_variable_of_the_shell_is_refused(refused, words):
+    assert '"": is empty' in refused(*words)

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import codecs
 import errno
 import hashlib
 import os
@@ -110,3 +111,35 @@ def test_sha256(tmp_path):
     data = os.urandom(100_000)
     files.write_bytes(tmp_path / "x", data)
     assert files.sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_json_keeps_names_that_are_not_unicode(tmp_path: Path) -> None:
+    value = {"path": os.fsdecode(b"a\xe9\xff.png"), "other": "é猫🙂\u2028"}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_bytes().decode("utf-8")
+    assert "é猫🙂" in text and files.read_json(tmp_path / "a.json") == value
+    files.write_text(tmp_path / "a.txt", value["path"])
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "a\\udce9\\udcff.png"
+
+
+def test_lines_and_marks(tmp_path: Path) -> None:
+    assert files.lines_of("a\u2028b\x85c\r\nd\re\n\nf") == ["a\u2028b\x85c", "d\re", "", "f"]
+    assert files.lines_of("a\n") == ["a"] and files.lines_of("") == []
+    (tmp_path / "mark.txt").write_bytes(codecs.BOM_UTF8 + "é\r\n".encode())
+    assert files.read_text(tmp_path / "mark.txt") == "é\r\n"
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "猫", "🙂"])
+def test_names_of_any_length_can_be_written(tmp_path: Path, letter: str) -> None:
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    files.write_text(path, "whole")
+    assert path.read_text() == "whole" and names(tmp_path) == [path.name]
+
+
+def test_a_name_that_is_not_unicode_for_others(tmp_path: Path) -> None:
+    for name in (b"a.txt", b"a\xe9.txt"):
+        path = tmp_path / os.fsdecode(name)
+        path.write_text("here")
+        with files.in_unicode(path) as place:
+            place.encode()
+            assert Path(place).read_text() == "here"

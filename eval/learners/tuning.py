@@ -181,7 +181,8 @@ def evaluate_columns(
             if reached[best] < 0:
                 raise StageError(f"{column.name}: the loss is not finite at any of --lrs {config.lrs}; give lower ones")
             model, _ = column.start()
-            model.load_state_dict(load_file(folder / column.name / f"{best}.safetensors"))
+            with files.in_unicode(folder / column.name / f"{best}.safetensors") as place:
+                model.load_state_dict(load_file(place))
             predictions = crop_predictions(model.to(device), arm.network, test.images, tested, config, device)
             held_out = {str(rate): round(value, 4) if value >= 0 else None for rate, value in reached.items()}
             cell = {"lr": best, "held_out": held_out, **test.evaluated(predictions, tested, config.seed)}
@@ -250,7 +251,8 @@ def tune(
         place = folder / str(number)
         ended = place / "model.safetensors"
         if ended.is_file():
-            model.load_state_dict(load_file(ended))
+            with files.in_unicode(ended) as name:
+                model.load_state_dict(load_file(name))
             continue
         options = replace(config, epochs=epochs)
         tuned = Tuned(model, before.modules if phase.factor == 0 else ())

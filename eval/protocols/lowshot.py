@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ktransfer import files
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.enough import need
+from ktransfer.data.lists import spellings
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.progress import bar
@@ -110,8 +111,8 @@ def subsets(train: Dataset, config: EvalConfig) -> dict[str, NDArray[np.int64]]:
 
 def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = files.lines_of(files.read_text(path, "surrogateescape"))
+    except OSError as error:
         raise UsageError(
             f"--subset {path}: cannot be read ({error}); give a text file with one image per line"
         ) from error
@@ -123,7 +124,7 @@ def _listed(path: Path, train: Dataset) -> NDArray[np.int64]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        found = places.get(line.strip(), [])
+        found = next((places[name] for name in spellings(line) if name in places), [])
         if len(found) != 1:
             why = (
                 f"it is the name of {len(found)} training images" if found else "it is not an image of the training set"

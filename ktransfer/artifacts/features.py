@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ktransfer.artifacts import hdf5
 from ktransfer.errors import StageError, UsageError, remedy, why
-from ktransfer.files import PART, commit, reserve, write_json
+from ktransfer.files import PART, beside, commit, reserve, write_json
 from ktransfer.progress import bar
 
 SCHEMA = 1
@@ -318,7 +318,7 @@ def _check_layout(path: Path, file: Any) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
-    return path.with_name(path.name + PART), path.with_name(path.name + _PROGRESS)
+    return beside(path, PART), beside(path, _PROGRESS)
 
 
 def _spec(encoded: NDArray[Any], targets: NDArray[np.int32], dim: int, dtype: str, header: Mapping[str, Any]) -> str:

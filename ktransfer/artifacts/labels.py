@@ -183,11 +183,11 @@ def _read_h5(path: Path) -> Labels:
             names = [name for name in ("key", "label") if not isinstance(file.get(name), h5py.Dataset)]
             if names:
                 _wrong(path, f"no data set {', '.join(names)}")
+            if file.attrs.get("schema") != SCHEMA:
+                _wrong(path, f"schema is {file.attrs.get('schema')}, this version reads {SCHEMA}")
             k = file.attrs.get("k")
             if not isinstance(k, int | np.integer):
                 _wrong(path, f"k is {k}, must be a number of clusters")
-            if file.attrs.get("schema") != SCHEMA:
-                _wrong(path, f"schema is {file.attrs.get('schema')}, this version reads {SCHEMA}")
             if file["label"].dtype != np.dtype("<i4") or file["label"].ndim != 1:
                 _wrong(path, "label must be (n,) int32")
             if h5py.check_string_dtype(file["key"].dtype) is None or file["key"].ndim != 1:

@@ -1,22 +1,26 @@
 """What `--data` names: a folder, a list of paths, a pack or `scenes:`, as rows that never move."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.files import LONGEST
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 
 COMPARED = 64
+_LONGEST_ENDING = ".progress.part"
 UNKNOWN = -1
 Reader = Callable[[int | None], NDArray[np.uint8]]
 _ODD = re.compile("[\\\\\x00-\x1f\x7f\udc80-\udcff]")
@@ -99,17 +103,20 @@ def of_files(
     sizes: Sequence[int],
     labels: Sequence[str],
     turned: bool = True,
+    changed: Mapping[str, str] = MappingProxyType({}),
 ) -> Dataset:
     """Images that are files below `root`, of `sizes` bytes, with labels ("" where there is none).
 
-    They are upright, or, where not `turned`, as they are stored.
+    They are upright, or, where not `turned`, as they are stored. `changed`: what tells the bytes of those apart that
+    are not as they were, in spite of their size.
     """
     keys = escaped(names)
     classes = class_names(escaped(labels))
     number = {label: index for index, label in enumerate(classes)}
     digest = hashlib.sha256()
-    for key, size in zip(keys, sizes, strict=True):
-        digest.update(f"{key}\0{size}\n".encode())
+    for key, file, size in zip(keys, names, sizes, strict=True):
+        mark = f"\0{changed[file]}" if file in changed else ""
+        digest.update(f"{key}\0{size}{mark}\n".encode())
     digest.update(b"" if turned else b"exif ignored")
     return Dataset(
         spec=spec,
@@ -158,8 +165,16 @@ def rows_of(data: Dataset, keys: Sequence[str], source: Path) -> NDArray[np.int6
     return np.array([place[key] for key in keys], np.int64)
 
 
+def fits(name: str) -> bool:
+    """Whether a file can be called so, and what is written beside it (`NAME.progress.part`)."""
+    return len(os.fsencode(name)) <= LONGEST - len(_LONGEST_ENDING)
+
+
 def file_name(name: str) -> str:
     """A file name without ending for what is called `name`.
 
-    At most 60 characters, so that "NAME.h5.part" stays under 255 bytes in any alphabet."""
-    return re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
+    Short enough for whatever is added to it, in any alphabet: 60 characters, or fewer where they take many bytes."""
+    found = re.sub(r"[^\w.-]+", "_", name).lstrip(".-")[:60] or "data"
+    while not fits(found + ".h5"):
+        found = found[:-1]
+    return found

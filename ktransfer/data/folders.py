@@ -1,4 +1,8 @@
-"""Every image below a folder, in one order everywhere; what a folder lists is remembered while it is unchanged."""
+"""Every image below a folder, in one order everywhere; what a folder lists is remembered while it is unchanged.
+
+Unchanged is what git takes for it: times (also that of the change of the entry, which nobody can set), inode and size.
+An image whose entry changed while its size did not is compared with a sample of its bytes that was taken before.
+"""
 
 import hashlib
 import json
@@ -14,7 +18,10 @@ from typing import NamedTuple
 from ktransfer.errors import UsageError
 from ktransfer.files import commit
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".avif",
+)  # fmt: skip
 PACKS = (".h5", ".hdf5")
 VAL_NAMES = ("val", "valid", "validation", "test")
 JUNK = (
@@ -32,7 +39,10 @@ JUNK = (
 )
 """Folders that systems and programs put among images, in lower case; what lies in them are not images of the data."""
 UNREADABLE = -1
-_LAYOUT = 1
+_LAYOUT = 2
+_SAMPLE = 2**12  # bytes in the middle and at the end of a file
+_DIGITS = 16
+_FIRST = slice(-2 * _DIGITS - 1, -_DIGITS - 1)
 # A change within the same tick of the file system's clock leaves the folder's time as it was (FAT ticks every 2 s).
 _TICK_NS = 2_000_000_000
 
@@ -42,7 +52,8 @@ class Found:
     """Images below a folder: relative names with "/" in code-point order (for valid Unicode that of the UTF-8 bytes).
 
     `sizes` are bytes, -1 for a link that leads nowhere; `ignored` counts files with other endings, `repeated` links to
-    folders that are already in; `junk` are the folders that were passed over (`JUNK`).
+    folders that are already in; `junk` are the folders that were passed over (`JUNK`). `changed` are names of images
+    that have other bytes than when they were seen first, in the same number, with a digest of a sample of these.
     """
 
     names: list[str]
@@ -50,73 +61,91 @@ class Found:
     ignored: int
     repeated: int
     junk: list[str]
+    changed: dict[str, str]
 
 
 class Listing(NamedTuple):
-    """One folder as it was at `mtime_ns`: names of images, sub-folders and links, and the number of other files."""
+    """One folder as it was: what its entry said (`_entry`), its images, sub-folders and links, the count of others."""
 
-    mtime_ns: int
+    entry: str
     images: list[str]
     folders: list[str]
     links: list[str]
     ignored: int
 
 
+class Index(NamedTuple):
+    """What is remembered of all folders, and of their images, by their names below the root.
+
+    Of an image that is its size, its entry (`_entry`; nothing where its bytes may be newer), its first sample and the
+    last one, with blanks between them: a million strings are no work for the garbage collector, as lists would be.
+    """
+
+    folders: dict[str, Listing]
+    images: dict[str, str]
+
+
 def walk(root: Path) -> Found:
     """Search a folder and all below it, links included; UsageError where a folder cannot be read.
 
     A folder is entered once, under its own name if it lies below `root`, else under the first link to it; so loops end.
-    Hidden names are skipped. Listings come from the cache where a folder's modification time is unchanged; sizes are
-    always taken from the file system, so that a file rewritten in place is noticed too.
+    Hidden names are skipped. Listings come from the cache where a folder's entry is unchanged; each image is asked for
+    its entry, once, so that a file that was rewritten in place is noticed too.
     """
-    began = time.time_ns()
+    settled = time.time_ns() - _TICK_NS
     cache = _cache_file(root)
     known = _load(cache)
-    listings: dict[str, Listing] = {}
+    index = Index({}, {})
     names: list[str] = []
     sizes: list[int] = []
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     ignored = repeated = 0
     junk: list[str] = []
+
+    def add(name: str, status: os.stat_result | None) -> None:
+        names.append(name)
+        sizes.append(UNREADABLE if status is None else status.st_size)
+        if status is not None and cache is not None:
+            index.images[name] = _seen(_join(root, name), status, known.images.get(name, ""), settled)
+
     # Links wait until all real folders are done, so that these keep their own names.
     folders, links = [""], list[str]()
     while folders or links:
         name = folders.pop() if folders else links.pop(0)
         try:
             status = os.stat(_join(root, name))  # noqa: PTH116 -- Path objects cost more than the call
-            if (status.st_dev, status.st_ino) in seen:
+            if (status.st_dev, status.st_ino) in visited:
                 repeated += 1
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            listing = known.get(name)
-            if listing is None or listing.mtime_ns != status.st_mtime_ns:
-                listing = _list(_join(root, name), status.st_mtime_ns)
+            visited.add((status.st_dev, status.st_ino))
+            listing = known.folders.get(name)
+            if listing is None or listing.entry != _entry(status):
+                listing = _list(_join(root, name), _entry(status))
         except OSError as error:
             raise UsageError(
                 f"{_join(root, name)} cannot be read ({error.strerror}); allow it, or name the images in a list"
             ) from error
-        listings[name] = listing
+        if status.st_mtime_ns < settled:
+            index.folders[name] = listing
         ignored += listing.ignored
         prefix = name and name + "/"
         junk += [prefix + folder for folder in listing.folders if folder.lower() in JUNK]
         folders += [prefix + folder for folder in reversed(listing.folders) if folder.lower() not in JUNK]
         for image in listing.images:
-            names.append(prefix + image)
-            sizes.append(file_size(_join(root, prefix + image)))
+            add(prefix + image, _status(_join(root, prefix + image)))
         for link in listing.links:
-            size, folder = _follow(_join(root, prefix + link))
-            if folder:
+            led = _status(_join(root, prefix + link))
+            if led is not None and stat.S_ISDIR(led.st_mode):
                 links.append(prefix + link)
             elif _is_image(link):
-                names.append(prefix + link)
-                sizes.append(size)
+                add(prefix + link, led)
             else:
                 ignored += 1
-    kept = {name: listing for name, listing in listings.items() if listing.mtime_ns < began - _TICK_NS}
-    if kept != known:
-        _save(cache, kept)
+    if index != known and cache is not None:
+        _save(cache, index)
     order = sorted(range(len(names)), key=names.__getitem__)
-    return Found([names[i] for i in order], [sizes[i] for i in order], ignored, repeated, sorted(junk))
+    changed = {name: seen[-_DIGITS:] for name, seen in index.images.items() if not seen.endswith(seen[_FIRST])}
+    return Found([names[i] for i in order], [sizes[i] for i in order], ignored, repeated, sorted(junk), changed)
 
 
 def names_in(root: Path) -> dict[str, str]:
@@ -154,63 +183,95 @@ def only_folder(root: Path, there: Mapping[str, str]) -> Path | None:
 
 def file_size(path: str) -> int:
     """Bytes, -1 where there is no such file."""
+    status = _status(path)
+    return UNREADABLE if status is None else status.st_size
+
+
+def _status(path: str) -> os.stat_result | None:
     try:
-        return os.stat(path).st_size  # noqa: PTH116 -- Path objects cost more than the call
+        return os.stat(path)  # noqa: PTH116 -- Path objects cost more than the call
     except (OSError, ValueError):
-        return UNREADABLE
+        return None
+
+
+def _entry(status: os.stat_result) -> str:
+    """What is believed of a file or folder as long as it is the same."""
+    return f"{status.st_mtime_ns:x} {status.st_ctime_ns:x} {status.st_ino:x}"
+
+
+def _seen(path: str, status: os.stat_result, before: str, settled: int) -> str:
+    entry, size = _entry(status), f"{status.st_size:x} "
+    if before.startswith(f"{size}{entry} "):
+        return before
+    last = _sample(path, status.st_size)
+    first = before[_FIRST] if before.startswith(size) else last
+    return f"{size}{entry if status.st_mtime_ns < settled else ''} {first} {last}"
+
+
+def _sample(path: str, size: int) -> str:
+    """A digest of some of the bytes of a file, of all of them where it is small; zeros where it cannot be read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            # Compressed pixels differ to the end where they differ at all.
+            places = (size // 2, size - _SAMPLE) if size > 2 * _SAMPLE else (0, _SAMPLE)
+            parts = [os.pread(handle, _SAMPLE, place) for place in places if place < size]
+        finally:
+            os.close(handle)
+    except OSError:
+        return "0" * _DIGITS
+    return hashlib.blake2b(b"".join(parts), digest_size=_DIGITS // 2).hexdigest()
 
 
 def _join(root: Path, name: str) -> str:
     return f"{root}/{name}" if name else str(root)
 
 
-def _follow(path: str) -> tuple[int, bool]:
-    """Size of what a link leads to (-1: nothing), and whether that is a folder."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 -- Path objects cost more than the call
-    except OSError:
-        return UNREADABLE, False
-    return status.st_size, stat.S_ISDIR(status.st_mode)
-
-
 def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def _list(path: str, mtime_ns: int) -> Listing:
+def _list(path: str, entry: str) -> Listing:
     images, folders, links, ignored = list[str](), list[str](), list[str](), 0
     with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
+        for found in entries:
+            if found.name.startswith("."):
                 continue
-            if entry.is_symlink():
-                links.append(entry.name)
-            elif entry.is_dir():
-                folders.append(entry.name)
-            elif entry.is_file() and _is_image(entry.name):
-                images.append(entry.name)
+            if found.is_symlink():
+                links.append(found.name)
+            elif found.is_dir():
+                folders.append(found.name)
+            elif found.is_file() and _is_image(found.name):
+                images.append(found.name)
             else:
                 ignored += 1
-    return Listing(mtime_ns, sorted(images), sorted(folders), sorted(links), ignored)
+    return Listing(entry, sorted(images), sorted(folders), sorted(links), ignored)
 
 
-def _cache_file(root: Path) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 -- never raises
+def _cache_file(root: Path) -> Path | None:
+    """Where the index of a folder is kept; None where there is no home."""
+    own = os.environ.get("XDG_CACHE_HOME", "")
+    home = own if os.path.isabs(own) else os.path.expanduser("~/.cache")  # noqa: PTH111, PTH117 -- never raise
+    if not os.path.isabs(home):  # noqa: PTH117
+        return None
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     return Path(home) / "ktransfer" / "index" / f"{name}.json"
 
 
-def _load(path: Path) -> dict[str, Listing]:
+def _load(path: Path | None) -> Index:
     """What was saved; nothing where the file is missing, damaged or of another layout."""
     try:
-        check, _, text = path.read_text(encoding="ascii").partition("\n")
+        check, _, text = path.read_text(encoding="ascii").partition("\n") if path else ("", "", "")
     except (OSError, ValueError):
-        return {}
-    return {name: Listing(*row) for name, row in json.loads(text).items()} if check == _check(text) else {}
+        return Index({}, {})
+    if not check or check != _check(text):
+        return Index({}, {})
+    folders, images = json.loads(text)
+    return Index({name: Listing(*row) for name, row in folders.items()}, images)
 
 
-def _save(path: Path, listings: dict[str, Listing]) -> None:
-    text = json.dumps(listings)
+def _save(path: Path, index: Index) -> None:
+    text = json.dumps(index)
     # Its own name for each process: all ranks of a run may save at once.
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -223,4 +284,4 @@ def _save(path: Path, listings: dict[str, Listing]) -> None:
 
 
 def _check(text: str) -> str:
-    return hashlib.sha256(f"{_LAYOUT}\n{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{_LAYOUT} {' '.join(ENDINGS)}\n{text}".encode()).hexdigest()

@@ -28,8 +28,10 @@ from numpy.typing import NDArray
 from ktransfer.data import foreign
 from ktransfer.data.dataset import Dataset, class_names, escaped, of_files
 from ktransfer.data.folders import PACKS, VAL_NAMES, file_size, find_named, names_in
+from ktransfer.data.lists import found as found_of
 from ktransfer.data.lists import read_list
 from ktransfer.errors import UsageError
+from ktransfer.files import lines_of, read_text
 from ktransfer.progress import say_once
 
 TABLES = (".csv", ".tsv")
@@ -88,7 +90,7 @@ def _voc_split(spec: str, place: Path, name: str, classes: list[str]) -> Dataset
 
 def _voc_labels(path: Path) -> tuple[list[str], list[int]]:
     """Names of images, and 1, 0 or -1 (difficult) for each."""
-    rows = [line.split() for line in _read(path).splitlines() if line.strip()]
+    rows = [line.split() for line in lines_of(_read(path)) if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or row[1] not in _TRUTH:
             raise UsageError(f"{path}, line {number}: must be an image and 1, 0 or -1, not {' '.join(row)!r}")
@@ -237,7 +239,7 @@ def _table(root: Path, words: Iterable[str]) -> Path | None:
 
 def _labels_of(path: Path) -> dict[str, list[str]]:
     """Image -> its labels, in the order of the file."""
-    names, cells = read_list(path)
+    names, cells, _ = found_of(path, *read_list(path))
     if not names:
         raise UsageError(f"{path} lists no images; write a header path,label and one image a line")
     if not any(cells):
@@ -289,7 +291,7 @@ def _digest(data: Dataset, classes: Sequence[str], labels: NDArray[np.integer]) 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or "not text"
         raise UsageError(f"{path}: {why}; it is needed for the labels") from error

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ktransfer.data import shards
 from ktransfer.data.dataset import UNKNOWN, Dataset, escaped, of_files
-from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, file_size, find_named, names_in, only_folder, walk
+from ktransfer.data.folders import ENDINGS, PACKS, VAL_NAMES, find_named, names_in, only_folder, walk
 from ktransfer.data.labelled import open_layout
-from ktransfer.data.lists import read_list
+from ktransfer.data.lists import found, read_list
 from ktransfer.errors import UsageError
 from ktransfer.progress import say_once
 
@@ -195,9 +195,14 @@ def _folder(spec: str, root: Path, turned: bool) -> Dataset:
             f"{root}: {len(found.names):,} images; {found.ignored:,} files with other endings are ignored, "
             f"{found.repeated:,} links to folders that are already included are not followed"
         )
+    if found.changed:
+        say_once(
+            f"{root}: {len(found.changed):,} images are not those that were there before, such as {min(found.changed)}"
+        )
     if not found.names:
         raise UsageError(f"{spec}: no images in {root} (looked for {' '.join(ENDINGS)}); name a folder that has images")
-    return of_files(spec, root, root.name, found.names, found.sizes, _classes(root, escaped(found.names)), turned)
+    labels = _classes(root, escaped(found.names))
+    return of_files(spec, root, root.name, found.names, found.sizes, labels, turned, found.changed)
 
 
 def _classes(root: Path, keys: Sequence[str]) -> list[str]:
@@ -223,10 +228,10 @@ def _list(spec: str, path: Path, turned: bool) -> Dataset:
     names, labels = read_list(path)
     if not names:
         raise UsageError(f"{spec} lists no images; write one path per line, relative to the folder of the list")
+    names, labels, sizes = found(path, names, labels)
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{spec} lists {name} {times} times; name each image once")
-    sizes = [file_size(os.path.join(path.parent, name)) for name in names]  # noqa: PTH118 -- Path objects cost more
     return of_files(spec, path.parent, path.stem, names, sizes, labels, turned)
 
 

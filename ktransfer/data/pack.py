@@ -24,6 +24,7 @@ from ktransfer.data.folders import PACKS
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
 from ktransfer.errors import BrokenImage, StageError, Unreadable, UsageError, remedy, why
+from ktransfer.images import tolerated
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say
 
@@ -99,6 +100,7 @@ def pack(
         f"pack: done; {len(source):,} images, {stored / 1e9:.2f} GB ({stored / len(source) / 1e3:.1f} kB each), "
         f"{len(broken)} of them broken; {out}"
     )
+    tolerated.say_tolerated()
     return out
 
 
@@ -155,8 +157,17 @@ def _middle(pixels: NDArray[np.uint8], longest: int) -> NDArray[np.uint8]:
     return pixels
 
 
-def _encode_all(readers: Sequence[Reader], recipe: Recipe) -> list[Packed]:
-    return [encode(read, recipe) for read in readers]
+def _encode_all(readers: Sequence[Reader], recipe: Recipe) -> tuple[list[Packed], dict[str, set[str]]]:
+    """Images, and what was passed over in them, which another process would not tell."""
+    return [encode(read, recipe) for read in readers], tolerated.taken()
+
+
+def _told(done: tuple[list[Packed], dict[str, set[str]]]) -> list[Packed]:
+    rows, passed_over = done
+    for kind, names in passed_over.items():
+        for name in names:
+            tolerated.note(name, [kind])
+    return rows
 
 
 def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generator[list[Packed], None, None]:
@@ -168,7 +179,7 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
     work = partial(_encode_all, recipe=recipe)
     workers = min(workers, len(starts))
     if workers <= 1:
-        yield from map(work, jobs)
+        yield from map(_told, map(work, jobs))
         return
     # A fork would copy whatever locks the threads of torch hold.
     context = multiprocessing.get_context("spawn")
@@ -179,7 +190,7 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
         while pending:
             done = pending.popleft().result()
             pending.extend(pool.submit(work, job) for job in islice(jobs, 1))
-            yield done
+            yield _told(done)
     except BrokenProcessPool as error:
         if any((child.exitcode or 0) > 0 for child in started):
             raise UsageError(f"pack: a worker process could not begin; {_GUARD}") from error

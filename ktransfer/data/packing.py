@@ -173,7 +173,7 @@ class Unfinished:
 
 def beside(out: Path) -> tuple[Path, Path, Path, Path]:
     """FILE.part, FILE.rows, FILE.progress and FILE.head."""
-    part, rows, progress, head = (out.with_name(out.name + end) for end in (files.PART, ".rows", ".progress", ".head"))
+    part, rows, progress, head = (files.beside(out, end) for end in (files.PART, ".rows", ".progress", ".head"))
     return part, rows, progress, head
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ktransfer import files
+from ktransfer.data import decoding
 from ktransfer.data.loader import available_bytes
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, Objects, Outline
@@ -139,16 +140,15 @@ def read_map(path: Path) -> NDArray[np.uint8]:
         BrokenImage: it cannot be read, or has no palette.
     """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.mode != "P":
-                raise BrokenImage(f"{path.name}: no palette image of classes")
-            return np.asarray(image)
-    except (BrokenImage, MemoryError):
-        raise
-    except OSError as error:
-        raise BrokenImage(f"{path.name}: {error.strerror or error}") from error
-    except Exception as error:  # hostile bytes make decoders raise anything: SyntaxError, DecompressionBombError ...
-        raise BrokenImage(f"{path.name}: damaged: {type(error).__name__}: {error}") from error
+        return decoding.of_file(path, _numbers)
+    except BrokenImage as error:
+        raise BrokenImage(f"{path.name}: {error}") from error
+
+
+def _numbers(image: Image.Image, _: object) -> NDArray[np.uint8]:
+    if image.format != "PNG" or image.mode != "P":
+        raise BrokenImage("no palette image of classes")
+    return np.asarray(image)
 
 
 def save_map(path: Path, found: NDArray[np.uint8]) -> None:

@@ -71,7 +71,7 @@ def describe(path: Path) -> Described:
         UsageError: missing, not safetensors, or no detector of ktransfer.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
             return described(json.loads((handle.metadata() or {})["detector"]))
     except (OSError, SafetensorError) as error:
         refuse_machine(path, error)
@@ -98,7 +98,7 @@ def load(path: Path) -> tuple[nn.Module, Described]:
     """
     made = describe(path)
     model = make(made, 0, filled_later=True)
-    with safe_open(path, framework="pt") as handle:
+    with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     try:
         model.load_state_dict(state)

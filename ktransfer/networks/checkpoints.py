@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ktransfer.errors import UsageError
+from ktransfer.files import in_unicode
 from ktransfer.networks.formats import efficientnet, files, timm_filters, unpickling
 from ktransfer.networks.formats.naming import Naming
 from ktransfer.progress import say_once
@@ -76,7 +77,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         files.refuse_others(path)
         if path.suffix == ".safetensors":
-            found = load_file(path)
+            with in_unicode(path) as place:
+                found = load_file(place)
         else:
             found = dict(unpickling.flat(_unpickled(path)))
     except (OSError, SafetensorError) as error:

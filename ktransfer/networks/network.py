@@ -327,7 +327,7 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 def _described(path: Path) -> tuple[Network, tuple[str, ...]]:
     try:
-        with safe_open(path, framework="pt") as handle:
+        with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
             found = handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         refuse_machine(path, error)
@@ -350,7 +350,7 @@ def load(path: Path, network: Network) -> nn.Module:
     unused: tuple[str, ...] = (HEAD,) if network.arch in TRUNKS else ()
     if network.arch in TRUNKS[:2] and not network.classes:
         unused += CLASSIFIER
-    with safe_open(path, framework="pt") as handle:
+    with files.in_unicode(path) as place, safe_open(place, framework="pt") as handle:
         state = {name: handle.get_tensor(name) for name in handle.keys() if not name.startswith(unused)}  # noqa: SIM118
     try:
         _refuse_larger(network, sum(tensor.numel() for tensor in state.values()))

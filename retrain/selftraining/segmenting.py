@@ -98,7 +98,7 @@ def read(
         UsageError: no such file, or images, classes or masks that are not there or lie outside of its folder.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
         listed = {str(one["file_name"]): (str(one["mask"]), one.get("sha256")) for one in held["images"]}
         names = [str(name) for name in held["classes"]]
     except (OSError, ValueError, RecursionError) as error:

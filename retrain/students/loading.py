@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ktransfer import networks
+from ktransfer import files, networks
 from ktransfer.detection import saved
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -43,7 +43,7 @@ def is_detector(weights: Path) -> bool:
     if weights.suffix == ENDING:
         return finds_objects(weights)
     try:
-        with safe_open(weights, framework="pt") as handle:
+        with files.in_unicode(weights) as place, safe_open(place, framework="pt") as handle:
             return "detector" in (handle.metadata() or {})
     except (OSError, SafetensorError):
         return False

@@ -15,6 +15,7 @@ from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.detection.frames import OBEY
 from ktransfer.errors import UsageError
+from ktransfer.images.tolerated import say_tolerated
 from ktransfer.progress import bar, say
 from ktransfer.run import input_hash
 from ktransfer.training.device import choose_device
@@ -205,6 +206,7 @@ def _say_done(data: Dataset, broken: dict[int, str], out: Path) -> None:
         say(f"predict: {data.keys[row]}: {broken[row]}")
     more = f", {len(broken) - LISTED} of them not listed here" if len(broken) > LISTED else ""
     say(f"predict: done; {len(data)} images, {len(broken)} broken{more}; {out}")
+    say_tolerated()
 
 
 def _write(

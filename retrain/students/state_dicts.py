@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ktransfer import networks
+from ktransfer import files, networks
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.networks.zoos import TIMM, TORCHVISION, of_torchvision, torchvision_names
@@ -37,7 +37,8 @@ def _check_torchvision(network: Network) -> None:
 
 def _read_torchvision(folder: Path, network: Network) -> Callable[[Tensor], Outputs]:
     model = of_torchvision(network.arch, network.classes, network.size)
-    model.load_state_dict(load_file(folder / FILE))
+    with files.in_unicode(folder / FILE) as place:
+        model.load_state_dict(load_file(place))
     return normalised(network, model.eval())
 
 
@@ -67,7 +68,8 @@ def _of_timm(network: Network, file: Path | None = None) -> nn.Module:
     made = timm.create_model(name, pretrained=False, num_classes=network.classes, **more)
     assert isinstance(made, nn.Module)
     if file is not None:
-        made.load_state_dict(load_file(file))
+        with files.in_unicode(file) as place:
+            made.load_state_dict(load_file(place))
     return made.eval()
 
 

@@ -123,5 +123,5 @@ def _whole(out: Path, fill: Callable[[Path], None]) -> None:
     try:
         files.write_whole(out, fill)
     except BaseException:  # Ctrl-C too: it lies in a folder of the user's
-        out.with_name(out.name + files.PART).unlink(missing_ok=True)
+        files.beside(out, files.PART).unlink(missing_ok=True)
         raise

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ktransfer.data import folders, scenes
+from ktransfer.data.dataset import file_name
 from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import BrokenImage, UsageError
 
@@ -381,3 +382,95 @@ def test_images_outside_of_the_class_folders(tmp_path: Path, capsys: pytest.Capt
     data = open_dataset(str(tmp_path))
     assert data.classes == () and set(data.targets.tolist()) == {-1}
     assert "2 of its 11 images, such as y.png, lie outside of its folders, so that" in capsys.readouterr().err
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """Write a file anew, with the times of the old one and of its folder, as archives do."""
+    times = [(place, place.stat()) for place in (path, path.parent) if place.exists()]
+    new = path.with_name("new")
+    new.write_bytes(data)
+    new.replace(path)
+    for place, status in times:
+        os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_files_that_come_and_go_with_equal_times_are_seen(tmp_path: Path) -> None:
+    put(tmp_path / "a/1.png")
+    put(tmp_path / "b/2.png")
+    settle(tmp_path)
+    assert len(open_dataset(str(tmp_path))) == 2
+    image = (tmp_path / "a/1.png").read_bytes()
+    replaced(tmp_path / "a/3.png", image)
+    settle(tmp_path)
+    assert open_dataset(str(tmp_path)).keys == ("a/1.png", "a/3.png", "b/2.png")
+    (tmp_path / "a/1.png").unlink()
+    (tmp_path / "b").rename(tmp_path / "c")
+    settle(tmp_path)
+    assert open_dataset(str(tmp_path)).keys == ("a/3.png", "c/2.png")
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("size", [500, 50_000])
+def test_other_bytes_in_the_same_number_are_seen(
+    tmp_path: Path, old: bool, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = b"a" * size, b"a" * (size - 1) + b"b"
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(first)
+        if old:
+            os.utime(tmp_path / name, (PAST, PAST))
+    before = open_dataset(str(tmp_path)).fingerprint
+    (tmp_path / "1.png").chmod(0o600)
+    os.utime(tmp_path / "1.png")
+    replaced(tmp_path / "2.png", first)
+    assert open_dataset(str(tmp_path)).fingerprint == before, "the same bytes"
+    assert "not those" not in capsys.readouterr().err
+    replaced(tmp_path / "1.png", second)
+    after = open_dataset(str(tmp_path)).fingerprint
+    assert after != before and open_dataset(str(tmp_path)).fingerprint == after
+    assert "1 images are not those that were there before, such as 1.png" in capsys.readouterr().err
+    replaced(tmp_path / "1.png", first)
+    assert open_dataset(str(tmp_path)).fingerprint == before
+
+
+def test_each_image_is_asked_for_its_entry_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        put(tmp_path / f"{number % 3}/{number}.png")
+    (tmp_path / "0/link.png").symlink_to(tmp_path / "1/1.png")
+    settle(tmp_path)
+    asked: list[str] = []
+    real = os.stat
+    monkeypatch.setattr(folders.os, "stat", lambda path, **more: (asked.append(str(path)), real(path, **more))[1])
+    folders.walk(tmp_path)
+    images = [path for path in asked if path.endswith(".png")]
+    assert len(images) == len(set(images)) == 31
+
+
+@pytest.mark.parametrize("cache_home", [None, "", "relative"])
+def test_without_a_home_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_home: str | None
+) -> None:
+    put(tmp_path / "data/a.png")
+    settle(tmp_path / "data")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if cache_home is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert len(open_dataset(str(tmp_path / "data"))) == 1
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_the_endings_of_what_is_read(tmp_path: Path) -> None:
+    names = [f"a{ending}" for ending in (".jfif", ".ppm", ".PGM", ".pbm", ".pnm", ".avif", ".jpe")]
+    for name in names:
+        put(tmp_path / name)
+    assert set(open_dataset(str(tmp_path)).keys) == set(names)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "猫", "𐀀"])
+def test_names_are_short_enough_for_all_endings(letter: str) -> None:
+    short = file_name(letter * 300)
+    assert letter in short and len(f"{short}.h5.progress.part".encode()) <= 255
+    assert file_name(letter * 10) == letter * 10

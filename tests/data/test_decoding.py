@@ -45,6 +45,10 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
         ("JPEG", {"quality": 98, "subsampling": 0}, 2),
         ("JPEG", {"quality": 98, "subsampling": 0, "progressive": True}, 2),
         ("GIF", {}, 24),
+        ("PPM", {}, 0),
+        pytest.param(
+            "AVIF", {"quality": 95}, 4, marks=pytest.mark.skipif("AVIF" not in decoding.FORMATS, reason="none")
+        ),
     ],
 )
 def test_formats(kind: str, options: dict[str, object], tolerance: int) -> None:
@@ -83,8 +87,8 @@ def test_transparent_entries_are_white() -> None:
         assert decode(encode(palette, kind, transparency=0))[0].tolist() == [[255, 255, 255], [50, 60, 70]]
     rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     assert decode(encode(rgb, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[255, 255, 255], [4, 5, 6]]
-    deep = Image.fromarray(np.array([[1000, 2000]], np.uint16))
-    assert decode(encode(deep, "PNG", transparency=1000))[0, :, 0].tolist() == [255, 8]
+    deep = Image.fromarray(np.array([[1000, 2000, 65535]], np.uint16))
+    assert decode(encode(deep, "PNG", transparency=1000))[0, :, 0].tolist() == [255, 8, 255]
 
 
 def test_cmyk_as_adobe_writes_it() -> None:
@@ -142,7 +146,13 @@ def test_orientation(kind: str, orientation: int) -> None:
     assert np.abs(got - expected).mean() <= (2 if kind == "JPEG" else 0)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_portable_maps() -> None:
+    assert decode(b"P1 2 1\n1 0\n")[0, :, 0].tolist() == [0, 255]
+    assert decode(b"P2 2 1 255\n0 200\n")[0, :, 0].tolist() == [0, 200]
+    assert decode(b"P5 2 1 65535\n\0\0\xff\xff")[0, :, 0].tolist() == [0, 255]
+    assert decode(b"P5 2 1 4095\n\0\0\x0f\xff")[0, :, 0].tolist() == [0, 255]
+
+
 def test_damaged_exif_keeps_the_image() -> None:
     got = decode(encode(Image.fromarray(photo()), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"))
     assert got.shape == (30, 40, 3)

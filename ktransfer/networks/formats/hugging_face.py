@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ktransfer import files
 from ktransfer.errors import UsageError, refuse_machine
 from ktransfer.networks.formats.files import refuse_others
 from ktransfer.run import input_hash
@@ -196,7 +197,8 @@ def load(path: Path) -> tuple[HuggingFace, str]:
     tensors: dict[str, Tensor] = {}
     for file in folder.files:
         try:
-            tensors |= load_file(file)
+            with files.in_unicode(file) as place:
+                tensors |= load_file(place)
         except (OSError, SafetensorError) as error:
             refuse_machine(file, error)
             raise UsageError(f"{file}: cannot be read ({_one_line(error)}); download it again") from error
@@ -221,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UsageError: it holds anything else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         refuse_machine(path, error)
         raise UsageError(f"{path}: not JSON ({_one_line(error)}); download it again") from error
@@ -265,7 +267,7 @@ def _names(folder: Folder) -> list[str]:
     found: list[str] = []
     for file in folder.files:
         try:
-            with safe_open(file, framework="pt") as handle:
+            with files.in_unicode(file) as place, safe_open(place, framework="pt") as handle:
                 found += handle.keys()
         except (OSError, SafetensorError) as error:
             refuse_machine(file, error)

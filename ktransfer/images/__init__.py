@@ -1,0 +1,1 @@
+"""What image files hold beside sound pixels: how it is passed over, and how it is said."""
