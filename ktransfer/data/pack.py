@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -183,16 +184,16 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
         return
     # A fork would copy whatever locks the threads of torch hold.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(context.Lock(),))
+    begun = context.Event()
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(context.Lock(), begun))
     try:
         pending = deque(pool.submit(work, job) for job in islice(jobs, workers * _AHEAD))
-        started = multiprocessing.active_children()
         while pending:
             done = pending.popleft().result()
             pending.extend(pool.submit(work, job) for job in islice(jobs, 1))
             yield _told(done)
     except BrokenProcessPool as error:
-        if any((child.exitcode or 0) > 0 for child in started):
+        if not begun.is_set():
             raise UsageError(f"pack: a worker process could not begin; {_GUARD}") from error
         raise StageError(
             "pack: a worker process was killed, perhaps because memory ran out; give the same command again with fewer "
@@ -202,7 +203,8 @@ def _encoded(data: Dataset, first: int, recipe: Recipe, workers: int) -> Generat
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(giants: AbstractContextManager[bool]) -> None:
+def _begin_worker(giants: AbstractContextManager[bool], begun: Event) -> None:
+    begun.set()
     decoding.share_giants(giants)
     # Ctrl-C is for the parent, which stops its workers; one that is killed cannot, so they watch it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

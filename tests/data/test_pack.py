@@ -177,7 +177,7 @@ def test_workers_decode_one_giant_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     decoding.decode(data.getvalue())
     assert entered == [True]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_begin_worker, initargs=(context.Lock(),)) as pool:
+    with ProcessPoolExecutor(1, context, initializer=_begin_worker, initargs=(context.Lock(), context.Event())) as pool:
         kind = pool.submit(
             eval, "type(__import__('ktransfer.data.decoding').data.decoding._GIANTS).__module__"
         ).result()
