@@ -44,7 +44,6 @@ from torchvision.transforms.v2 import functional as F
 
 from ktransfer import networks
 from ktransfer.bench.photographs import write_photographs
-from ktransfer.data import decoding
 from ktransfer.data.loader import ImageLoader
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, subset
@@ -52,6 +51,7 @@ from ktransfer.detection.losses import truth
 from ktransfer.detection.opening import open_detection
 from ktransfer.detection.operations import DESIGNED_FOR, FILL
 from ktransfer.detection.strengths import LAYERS, MOVES, RANDOM, SMALLEST, STRENGTHS, Boxed, augment
+from ktransfer.images import decoding
 from ktransfer.retrain.selftraining.student import _filled
 
 BATCH = 16

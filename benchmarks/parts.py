@@ -17,12 +17,12 @@ import torch
 
 from ktransfer import networks
 from ktransfer.bench.photographs import write_photographs
-from ktransfer.data import decoding, jpegs
 from ktransfer.data.augment import random_resized_crop
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import pack
 from ktransfer.data.packs import read_pack
+from ktransfer.images import decoding, jpegs
 from ktransfer.pretext import puzzles, tiles
 from ktransfer.pretext.permutations import generate
 

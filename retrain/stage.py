@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ktransfer import distributed, networks, rng
 from ktransfer.config import build
 from ktransfer.data.augment import MARGIN, in_parts, random_resized_crop, stored_side
-from ktransfer.data.colours import Recolouring
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
-from ktransfer.data.randaugment import RandAugment, numbers
 from ktransfer.errors import UsageError
+from ktransfer.images.colours import Recolouring
+from ktransfer.images.randaugment import RandAugment, numbers
 from ktransfer.networks import Network, own_modules, teachers
 from ktransfer.networks.teachers import Teacher
 from ktransfer.networks.zoos import torchvision_names

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from ktransfer import networks
 from ktransfer.artifacts.labels import read_labels
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.decoding import square
 from ktransfer.data.enough import need
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.images.decoding import square
 from ktransfer.networks import Network
 from ktransfer.progress import say
 from ktransfer.run import input_hash, read_record

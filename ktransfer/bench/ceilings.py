@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ktransfer.bench.photographs import QUALITY
-from ktransfer.data import decoding
+from ktransfer.images import decoding
 
 LEAST = 3  # repetitions
 

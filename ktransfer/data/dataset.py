@@ -13,9 +13,9 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.files import LONGEST
+from ktransfer.images import decoding
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ktransfer.data import decoding
 from ktransfer.data.dataset import Dataset
 from ktransfer.data.packs import Place, read_image
+from ktransfer.images import decoding
 from ktransfer.machine import cores
 from ktransfer.progress import say_once, track
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.decoding import square
 from ktransfer.distributed import environment_number
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.images.decoding import square
 from ktransfer.machine import cores
 from ktransfer.progress import bar
 

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ktransfer.data import decoding, packs
+from ktransfer.data import packs
 from ktransfer.data.dataset import Dataset, Reader, check_broken
 from ktransfer.data.folders import PACKS
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.packing import Packed, Recipe, Unfinished, beside, forget, header
 from ktransfer.errors import BrokenImage, StageError, Unreadable, UsageError, remedy, why
-from ktransfer.images import tolerated
+from ktransfer.images import decoding, tolerated
 from ktransfer.machine import cores
 from ktransfer.progress import bar, say
 

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from ktransfer.artifacts import hdf5
 from ktransfer.artifacts.features import decode_keys
-from ktransfer.data import decoding, jpegs
 from ktransfer.data.dataset import Dataset, file_name
 from ktransfer.errors import BrokenImage, StageError, UsageError, remedy, why
+from ktransfer.images import decoding, jpegs
 
 SCHEMA = 1
 ENCODINGS = ("jpeg", "raw")

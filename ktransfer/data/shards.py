@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ktransfer.data import decoding
 from ktransfer.data.dataset import UNKNOWN, Dataset, class_names, escaped, file_name
 from ktransfer.data.folders import ENDINGS
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.images import decoding
 from ktransfer.progress import track
 
 SHARDS = (".tar", ".parquet")

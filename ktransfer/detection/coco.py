@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ktransfer.data import decoding, foreign
+from ktransfer.data import foreign
 from ktransfer.data.dataset import UNKNOWN
 from ktransfer.data.folders import file_size
 from ktransfer.detection import frames
 from ktransfer.detection.data import Detection, Objects, Outline, add, objects_of, summary
 from ktransfer.errors import UsageError
+from ktransfer.images import decoding
 
 PARTS = ("images", "annotations", "categories")
 Note = tuple[int, int, dict[str, Any]]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage
+from ktransfer.images import decoding
 from ktransfer.machine import cores
 from ktransfer.progress import say_once
 

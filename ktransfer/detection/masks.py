@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ktransfer import files
-from ktransfer.data import decoding
 from ktransfer.data.loader import available_bytes
 from ktransfer.detection import canvas, geometry
 from ktransfer.detection.data import Detection, Objects, Outline
 from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.images import decoding
 from ktransfer.progress import track
 
 IGNORE = 255

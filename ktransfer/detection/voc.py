@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ktransfer import files
-from ktransfer.data import decoding, foreign
+from ktransfer.data import foreign
 from ktransfer.data.dataset import UNKNOWN
 from ktransfer.data.folders import ENDINGS, file_size
 from ktransfer.detection import frames
 from ktransfer.detection.data import Detection, Objects, add, objects_of, parted, summary
 from ktransfer.detection.masks import read_map
 from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.images import decoding
 from ktransfer.progress import say_once
 
 CLASSES = (

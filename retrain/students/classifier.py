@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.config import nearest
-from ktransfer.data import decoding
 from ktransfer.errors import Reply, UsageError
+from ktransfer.images import decoding
 from ktransfer.networks import Network, teachers
 
 LIST = "list"

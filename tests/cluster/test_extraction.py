@@ -14,9 +14,9 @@ from ktransfer import networks
 from ktransfer.artifacts.features import create_or_resume, open_features
 from ktransfer.cli import main
 from ktransfer.cluster import extract, extraction
-from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import StageError, UsageError
+from ktransfer.images.decoding import square
 from ktransfer.networks import Network
 
 EXACT = {"precision": "float32", "dtype": "float32"}

@@ -11,9 +11,9 @@ from torchvision.models import vision_transformer
 from ktransfer.artifacts.features import open_features
 from ktransfer.cli import main
 from ktransfer.cluster import assign, cluster, extract
-from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
+from ktransfer.images.decoding import square
 from ktransfer.networks.descriptors import Hog
 
 SCENES = "scenes:images=24,size=48"

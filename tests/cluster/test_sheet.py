@@ -11,11 +11,11 @@ from ktransfer.artifacts.features import create_or_resume, open_features
 from ktransfer.cluster import assign, cluster, extract
 from ktransfer.cluster.algorithms import restarts as module
 from ktransfer.cluster.sheet import NEAREST, nearest_members, save_sheet, spread_of_sizes
-from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.sheets import BLANK as _BLANK
 from ktransfer.data.sheets import GAP, MARGIN, SIDE, TEXT
 from ktransfer.data.sheets import PAPER as _PAPER
+from ktransfer.images.decoding import square
 
 SCENES = "scenes:images=40,size=48"
 STEP = TEXT + SIDE + MARGIN

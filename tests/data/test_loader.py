@@ -14,10 +14,10 @@ from PIL import Image
 
 from ktransfer.cli import main
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.decoding import square
 from ktransfer.data.loader import ImageLoader, cache_place, typical_short_side
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.images.decoding import square
 
 BROKEN = {3: "known format", 7: "empty file"}
 COUNT = 24

@@ -20,10 +20,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from ktransfer import cli
-from ktransfer.data import decoding, packing
+from ktransfer.data import packing
 from ktransfer.data.opening import open_dataset
 from ktransfer.data.pack import _begin_worker, pack
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.images import decoding
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -179,7 +180,7 @@ def test_workers_decode_one_giant_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=_begin_worker, initargs=(context.Lock(), context.Event())) as pool:
         kind = pool.submit(
-            eval, "type(__import__('ktransfer.data.decoding').data.decoding._GIANTS).__module__"
+            eval, "type(__import__('ktransfer.images.decoding').images.decoding._GIANTS).__module__"
         ).result()
     assert kind == "multiprocessing.synchronize"
 

@@ -8,10 +8,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from ktransfer.data import decoding, shards
+from ktransfer.data import shards
 from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.data.scenes import write_scenes
 from ktransfer.errors import BrokenImage, StageError, UsageError
+from ktransfer.images import decoding
 
 
 @pytest.fixture(scope="module")

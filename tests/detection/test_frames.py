@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ktransfer.data import decoding
 from ktransfer.data.opening import open_dataset
 from ktransfer.detection import canvas, frames
 from ktransfer.detection.opening import open_detection, open_file
 from ktransfer.errors import UsageError
+from ktransfer.images import decoding
 
 
 def exif(orientation):

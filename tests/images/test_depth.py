@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktransfer.data.decoding import decode
 from ktransfer.images import tolerated
+from ktransfer.images.decoding import decode
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:

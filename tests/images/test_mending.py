@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ktransfer.data import decoding
-from ktransfer.data.decoding import decode
 from ktransfer.data.pack import pack
 from ktransfer.errors import BrokenImage
-from ktransfer.images import tolerated
+from ktransfer.images import decoding, tolerated
+from ktransfer.images.decoding import decode
 from ktransfer.images.mending import METADATA
 
 

@@ -84,8 +84,8 @@ def images_beside(folder: Path, *names: str) -> None:
 
 def decode(_: Path, file: Path) -> None:
     """Images, as all stages read them; the limit of pixels is lowered, so that bombs cost little here."""
-    from ktransfer.data import decoding
     from ktransfer.errors import BrokenImage
+    from ktransfer.images import decoding
 
     decoding.MAX_PIXELS = 2_000_000
     decoding.Image.MAX_IMAGE_PIXELS = 2_000_000

@@ -8,9 +8,9 @@ from PIL import Image
 from tiny import SELFTRAIN
 
 from ktransfer import cli
-from ktransfer.data import decoding
 from ktransfer.detection import saved
 from ktransfer.errors import KTransferError, UsageError
+from ktransfer.images import decoding
 from ktransfer.retrain import load_model, selftrain
 from ktransfer.run import read_record
 

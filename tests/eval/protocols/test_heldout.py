@@ -13,13 +13,13 @@ from ktransfer import networks
 from ktransfer.artifacts.labels import read_labels
 from ktransfer.cli import main
 from ktransfer.data import scenes
-from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_dataset, open_splits
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
 from ktransfer.eval.arms import Arm
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.protocols import clusters, heldout
+from ktransfer.images.decoding import square
 
 SCENES = "scenes:images=60,size=48"
 TINY = ["--width", "0.1", "--epochs", "1", "--batch", "8", "--precision", "float32"]

@@ -13,7 +13,6 @@ import torch
 from ktransfer import networks
 from ktransfer.artifacts.features import Features, create_or_resume, open_features
 from ktransfer.data.augment import centre_crop
-from ktransfer.data.decoding import square
 from ktransfer.data.opening import open_splits
 from ktransfer.errors import StageError, UsageError
 from ktransfer.eval.arms import Arm
@@ -23,6 +22,7 @@ from ktransfer.eval.learners.maps import choose_layers
 from ktransfer.eval.learners.probe import hold_out
 from ktransfer.eval.protocols import linear
 from ktransfer.eval.protocols.linear import evaluate, rates
+from ktransfer.images.decoding import square
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ktransfer.data.decoding import square
 from ktransfer.data.sheets import FRAME, GAP, MARGIN, SIDE, TEXT
 from ktransfer.errors import BrokenImage, StageError, UsageError
 from ktransfer.eval.arms import Arm, model_of
 from ktransfer.eval.config import EvalConfig
 from ktransfer.eval.learners.maps import choose_layers, frozen_maps
 from ktransfer.eval.protocols import retrieve
+from ktransfer.images.decoding import square
 from ktransfer.networks import Network
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ktransfer import cli
-from ktransfer.data import decoding
 from ktransfer.detection import canvas, masks, predictions, saved
 from ktransfer.detection.coco import read
 from ktransfer.detection.detectors import Settings
 from ktransfer.errors import UsageError
+from ktransfer.images import decoding
 from ktransfer.networks import Network
 from ktransfer.retrain import load_model
 from ktransfer.retrain.students import detector

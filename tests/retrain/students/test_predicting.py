@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from ktransfer import cli, networks
 from ktransfer.cluster import extract
-from ktransfer.data import decoding
 from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.images import decoding
 from ktransfer.retrain import export, load_model, retrain
 from ktransfer.retrain.students.predicting import predict
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from ktransfer import cli, networks
 from ktransfer.artifacts.features import open_features
-from ktransfer.data import decoding
 from ktransfer.errors import StageError, UsageError
+from ktransfer.images import decoding
 from ktransfer.networks import Network
 from ktransfer.retrain import load_model
 from ktransfer.retrain.students.classifier import Classifier

@@ -5,8 +5,8 @@ import torch
 from torchvision.transforms.v2 import functional as theirs
 
 from ktransfer import rng
-from ktransfer.data import colours
-from ktransfer.data.colours import Recolouring
+from ktransfer.images import colours
+from ktransfer.images.colours import Recolouring
 
 ROWS = torch.arange(64)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ktransfer.data import decoding
+from ktransfer.images import decoding
 
 if TYPE_CHECKING:
     from torch import Tensor

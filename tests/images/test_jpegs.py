@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from ktransfer.bench.photographs import photograph
-from ktransfer.data import decoding, jpegs
 from ktransfer.errors import BrokenImage
+from ktransfer.images import decoding, jpegs
 
 NEEDED = pytest.mark.skipif(
     not jpegs.decoders_agree(), reason="torchvision here has no decoder that agrees with Pillow's"

@@ -7,9 +7,9 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as theirs
 
-from ktransfer.data import randaugment
-from ktransfer.data.randaugment import BLENDS, GEOMETRY, LEVELS, OPERATIONS, TABLES, RandAugment, numbers
 from ktransfer.errors import UsageError
+from ktransfer.images import randaugment
+from ktransfer.images.randaugment import BLENDS, GEOMETRY, LEVELS, OPERATIONS, TABLES, RandAugment, numbers
 
 SIDE = 40
 ROWS = torch.arange(6)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ktransfer.data import decoding
-from ktransfer.data.decoding import decode, square
 from ktransfer.errors import BrokenImage
+from ktransfer.images import decoding
+from ktransfer.images.decoding import decode, square
 
 
 def photo(width: int = 40, height: int = 30) -> np.ndarray:
