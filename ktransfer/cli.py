@@ -28,6 +28,7 @@ from ktransfer.tools import TOOLS
 if TYPE_CHECKING:
     from ktransfer.plan import Call, Plan
 
+NO_THREAD = "start new thread"  # of Python and of OpenMP, where the address space is limited
 LAST_WORDS = 1.0  # seconds: torchrun stops all processes when one ends, and the first is to say why before
 STOPPED = "stopped; nothing is lost. To continue: ktransfer"
 
@@ -209,6 +210,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename or 'a file'}: {why(error)}; finished stages are complete: {again}", 1)
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
+        if isinstance(error, MemoryError) or NO_THREAD in str(error):
+            said = " ".join(str(error).split()) or "no memory is left"
+            way = "end other programs, or give a smaller --batch, fewer --workers or less --memory"
+            return _fail(f"{said}; finished stages are complete: {way}, and the same command again", 1)
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from ktransfer import files, networks
+from ktransfer import cli, files, networks
+from ktransfer.data import foreign
+from ktransfer.detection import saved
+from ktransfer.detection.detectors import Settings
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
 from ktransfer.networks.checkpoints import read_tensors
@@ -29,8 +33,18 @@ def imported():
 
 
 def test_nothing_can_download():
-    clients = {"urllib", "http", "requests", "httpx", "aiohttp", "ftplib", "huggingface_hub", "socketserver", "smtplib"}
-    assert [(name, path.name) for name, path in imported() if name.partition(".")[0] in clients] == []
+    clients = {
+        "urllib.request",
+        "http.client",
+        "requests",
+        "httpx",
+        "aiohttp",
+        "ftplib",
+        "huggingface_hub",
+        "socketserver",
+        "smtplib",
+    }
+    assert [(name, path.name) for name, path in imported() if {name, name.partition(".")[0]} & clients] == []
 
 
 def weights(tmp_path, **said):
@@ -107,3 +121,39 @@ def test_no_pickle_is_executed(tmp_path, monkeypatch):
         torch.save(held, "c.pt", _use_new_zipfile_serialization=new)
         assert list(read_tensors(Path("c.pt"))) == ["conv.weight"]
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"channels": 10**9},
+        {"size": "96"},
+        {"settings": {"proposals": -1}},
+        {"settings": {"kind": 3}},
+        {"channels": None},
+    ],
+)
+def test_a_detector_file_cannot_ask_for_more_than_numbers(tmp_path, said):
+    settings = Settings()
+    described = saved.Described(Network("alexnet_bn", 0.05, 2, 64), "p3-p7", settings, ("a",), 64, 8)
+    held = described.as_dict()
+    held["settings"] |= said.pop("settings", {})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"x": torch.zeros(1)}, {"detector": json.dumps(held | said)}))
+    with pytest.raises(UsageError, match="holds no detector"):
+        saved.describe(path)
+
+
+def test_half_of_a_character_is_no_name():
+    with pytest.raises(ValueError, match="half of a character"):
+        foreign.key("a\ud800")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_no_memory_has_its_way_out(tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("ktransfer.status.status", fail)
+    assert cli.main(["status", "--run", str(tmp_path)]) == 1
+    assert "finished stages are complete: end other programs" in capsys.readouterr().err

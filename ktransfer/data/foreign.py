@@ -19,7 +19,12 @@ def key(value: Any) -> str:
         return str(int(value))
     if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
         raise ValueError(f"{shown(value)} is not a number or text")
-    return str(value)
+    found = str(value)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shown(value)} holds half of a character") from error
+    return found
 
 
 def number(value: Any) -> float:

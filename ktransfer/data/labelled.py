@@ -155,7 +155,7 @@ def _coco_split(spec: str, root: Path, path: Path) -> tuple[Dataset, set[str]]:
             foreign.key(kind["name"]) for kind in content["categories"] if kind.get("supercategory") == kind["name"]
         }
         present = {(foreign.key(mark["image_id"]), foreign.key(mark["category_id"])) for mark in content["annotations"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is not an annotation file of COCO ({type(error).__name__}: {error})") from error
     if not files:
         raise UsageError(f"{path} lists no images; give a file that does")

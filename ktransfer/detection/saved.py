@@ -18,6 +18,8 @@ from ktransfer.networks.network import stated
 if TYPE_CHECKING:
     from ktransfer.detection.detectors import Settings  # imports torchvision, as all that makes a detector does
 
+LARGEST = 100_000  # of whatever number a file states: no memory is asked for on its word
+
 
 @dataclass(frozen=True)
 class Described:
@@ -87,7 +89,13 @@ def described(found: dict[str, Any]) -> Described:
     network, settings, exif = stated(found["network"]), Settings(**found["settings"]), found.get("exif", OBEY)
     if exif not in EXIF:
         raise ValueError(f"exif is {exif}")
-    return Described(network, found["neck"], settings, tuple(found["classes"]), found["size"], found["channels"], exif)
+    numbers = {**asdict(settings), "size": found["size"], "channels": found["channels"]}
+    for name, value in numbers.items():
+        text = isinstance(getattr(settings, name, 0), str)
+        if text != isinstance(value, str) or not (text or 0 <= value <= LARGEST):
+            raise ValueError(f"{name} is {value}")
+    classes = tuple(map(str, found["classes"]))
+    return Described(network, found["neck"], settings, classes, found["size"], found["channels"], exif)
 
 
 def load(path: Path) -> tuple[nn.Module, Described]:
