@@ -91,7 +91,7 @@ def described(found: dict[str, Any]) -> Described:
         raise ValueError(f"exif is {exif}")
     numbers = {**asdict(settings), "size": found["size"], "channels": found["channels"]}
     for name, value in numbers.items():
-        text = isinstance(getattr(settings, name, 0), str)
+        text = isinstance(getattr(Settings, name, 0), str)
         if text != isinstance(value, str) or not (text or 0 <= value <= LARGEST):
             raise ValueError(f"{name} is {value}")
     classes = tuple(map(str, found["classes"]))
