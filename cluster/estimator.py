@@ -132,6 +132,7 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         frame = frame_of(table, weights)
         everything = Rows(count, dim, reader(table, frame), on_device=device_reader(table, frame))
         rows = weighed(everything, weights)
+        draw: Callable[[int], NDArray[np.float32]]
         if given is not None:
             start = into(frame, given)
             draw = lambda seed: start  # noqa: E731
@@ -142,7 +143,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         tolerance = self.tol * variance(rows) if self.tol else 0.0
         engine = self._engine()
         best: Clustering | None = None
-        for seed in check_random_state(self.random_state).randint(2**31 - 1, size=runs).tolist():
+        random: Any = check_random_state(self.random_state)
+        for seed in random.randint(2**31 - 1, size=runs).tolist():
             found = _lloyd(rows, k, draw(seed), self.max_iter, tolerance, engine)
             if best is None or found.final_objective < best.final_objective:
                 best = found

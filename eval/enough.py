@@ -4,9 +4,9 @@ from collections.abc import Hashable
 from functools import partial
 
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.enough import need, need_kinds
+from ktransfer.data.enough import LEARNED, TEST, TRAIN, need, need_kinds
 from ktransfer.detection.data import Detection
-from ktransfer.detection.enough import LEARNED, TEST, TRAIN, need_boxes, need_pixels
+from ktransfer.detection.enough import need_boxes, need_pixels
 
 from .config import EvalConfig
 from .learners.probe import hold_out

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ktransfer import networks
 from ktransfer.artifacts.labels import read_labels
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.enough import need
+from ktransfer.data.enough import TRAIN, need
 from ktransfer.data.opening import open_dataset
 from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.images.decoding import square
@@ -34,7 +34,7 @@ from ktransfer.run import input_hash, read_record
 from ..arms import Arm
 from ..bootstrap import Places, with_intervals
 from ..config import EvalConfig
-from ..enough import TRAIN, labelled
+from ..enough import labelled
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer
 from ..learners.neighbours import unit

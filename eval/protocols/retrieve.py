@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ktransfer import rng
 from ktransfer.config import nearest
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.enough import need
+from ktransfer.data.enough import TRAIN, need
 from ktransfer.data.loader import ImageLoader
 from ktransfer.data.sheets import SIDE, Strip, draw_sheet, save_sheet
 from ktransfer.errors import StageError, UsageError
@@ -27,7 +27,7 @@ from ktransfer.progress import bar
 
 from ..arms import Arm
 from ..config import EvalConfig
-from ..enough import TRAIN, labelled
+from ..enough import labelled
 from ..intervals import mean_of, share_of
 from ..learners.frozen import check_frozen, evaluate_layers, labels_of
 from ..learners.maps import Frozen, Layer

@@ -27,7 +27,7 @@ from torch import Tensor
 from ktransfer import files, networks, rng
 from ktransfer.data.augment import centre_crop, stored_side
 from ktransfer.data.dataset import Dataset, check_broken
-from ktransfer.data.enough import need
+from ktransfer.data.enough import TEST, need
 from ktransfer.data.loader import ImageLoader, reasons
 from ktransfer.errors import UsageError
 from ktransfer.networks import Network
@@ -40,7 +40,7 @@ from ..attack import pgd
 from ..bootstrap import Places, with_intervals
 from ..config import EvalConfig
 from ..corruptions import KINDS, SEVERITIES, severities
-from ..enough import TEST, held_out
+from ..enough import held_out
 from ..intervals import mean_of, share_of
 from ..learners.classifier import HELD_OUT, KINDS_OF_NOISE, Classifier, choose, learn_from_noise, prepare
 from ..learners.maps import FORWARD_BATCH, choose_layers, map_bytes

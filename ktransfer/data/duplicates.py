@@ -27,7 +27,7 @@ def shared(data: Dataset, other: Dataset) -> list[tuple[int, int]]:
 
     Empty files, and images that are drawn when they are asked for, are in no other part.
     """
-    rows = [range(len(one)) for one in (data, other)]
+    rows = [list(range(len(one))) for one in (data, other)]
     mine, theirs = dict[int, Hashable](), dict[int, Hashable]()
     for look in (_size, _ends, _whole):
         mine, theirs = (_looked(one, some, look) for one, some in zip((data, other), rows, strict=True))

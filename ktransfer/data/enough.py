@@ -15,6 +15,9 @@ from ktransfer.data.dataset import COMPARED, Dataset
 from ktransfer.errors import BrokenImage, UsageError
 from ktransfer.machine import cores
 
+TRAIN, TEST = "training images", "test images"
+LEARNED = 2  # images that batch norm needs, and that `readable` leaves
+
 Rows = Iterable[int] | NDArray[np.integer[Any]]
 
 

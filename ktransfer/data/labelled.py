@@ -179,7 +179,7 @@ def _coco_split(spec: str, root: Path, path: Path) -> tuple[Dataset, set[str]]:
             raise UsageError(f"{path}: an annotation names image {image} or category {kind}, which it does not list")
         tags[row[image], column[kind]] = 1
     found = _with_tags(spec, place, split, list(files.values()), [named[key][1] for key in columns], tags)
-    return found, set(escaped(above))
+    return found, set(escaped(list(above)))
 
 
 def _csv(spec: str, root: Path) -> tuple[Dataset, Dataset] | None:

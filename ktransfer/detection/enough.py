@@ -2,14 +2,11 @@
 
 from collections.abc import Callable
 
-from ktransfer.data.enough import look, refuse
+from ktransfer.data.enough import LEARNED, TEST, TRAIN, look, refuse
 from ktransfer.data.loader import CPU
 from ktransfer.detection import canvas
 from ktransfer.detection.data import Detection
 from ktransfer.detection.masks import IGNORE, classes_of_pixels
-
-TRAIN, TEST = "training images", "test images"
-LEARNED = 2  # images that batch norm needs, and that `readable` leaves
 
 
 def need_boxes(train: Detection | None, test: Detection, size: int) -> None:
