@@ -132,7 +132,7 @@ class AssignConfig:
     Clusters of one data set may label another, as in the paper.
     """
 
-    first: ClassVar = ("data", "names", "features", "balanced", "engine", "memory")
+    first: ClassVar = ("data", "names", "features", "balanced", "memory")
 
     balanced: bool = option(
         False, "clusters of equal size, n / k rounded down or up, with the smallest sum of squares; on the CPU"

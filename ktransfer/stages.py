@@ -34,8 +34,8 @@ STAGES = {
     "retrain": Stage("ktransfer.retrain.stage", "retrain", "RetrainConfig", "retrain", "data"),
     "selftrain": Stage("ktransfer.retrain.selftraining.stage", "selftrain", "SelftrainConfig", "selftrain"),
     "eval": Stage("ktransfer.eval.stage", "evaluate", "EvalConfig", "eval", "labelled"),
-    "export": Stage("ktransfer.retrain.students.exporting", "export", "ExportConfig", "export"),
     "report": Stage("ktransfer.report.stage", "report", "ReportConfig", "report", aside=True),
+    "export": Stage("ktransfer.retrain.students.exporting", "export", "ExportConfig", "export"),
 }
 # What the leader of several processes has the others do -> module and function (ktransfer/distributed.py).
 ORDERS = {
