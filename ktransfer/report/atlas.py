@@ -1,6 +1,8 @@
 """The atlas: of every cluster its images by distance, how tight and how separate it is, its neighbours and its place on
 a map."""
 
+import hashlib
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,8 @@ class Atlas(NamedTuple):
     """What the page knows of the clusters.
 
     Attributes:
-        data: for the page's program, as JSON: `side`, `columns`, `chosen`, `clustering`, `names`, and `clusters`.
+        data: for the page's program, as JSON: `side`, `columns`, `chosen`, `clustering`, `names`, `begins` (which names
+            these are), and `clusters`.
         images: how many have a cluster.
         shown: how many of them have a thumbnail.
         pictures: whether there are thumbnails at all.
@@ -118,12 +121,14 @@ def atlas_of(run: Path, images: Dataset | None, names: Names | None, budget: int
             "far": [round(float(found.distances[row]), 4) for row in rows],
             "sheet": next(pictures) if pictures and len(rows) else "",
         }
+    given = _names(names)
     data = {
         "clustering": digest[:DIGITS],
+        "begins": hashlib.sha256(json.dumps(given).encode()).hexdigest()[:DIGITS],
         "side": room.side,
         "columns": COLUMNS,
         "chosen": CHOSEN,
-        "names": _names(names),
+        "names": given,
         "clusters": facts,
     }
     return Atlas(data, int((found.clusters >= 0).sum()), sum(map(len, shown)), images is not None)

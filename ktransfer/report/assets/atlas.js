@@ -1,5 +1,11 @@
 // The atlas: cards that are searched, sorted, filtered, named and merged; and the map.
 const picked = new Set();
+const CHUNK = 12; // a whole number of rows in 1, 2, 3, 4 and 6 columns
+let shownClusters = [];
+const near = new IntersectionObserver(
+  (seen) => seen.forEach(({ isIntersecting, target }) => [...target.children].forEach(isIntersecting ? fill : empty)),
+  { rootMargin: "700px" },
+);
 
 function wanted(cluster) {
   const name = nameOf(cluster);
@@ -23,28 +29,30 @@ function compare(one, other) {
   return sign * (by === "name" ? first.localeCompare(second) : first - second) || one - other;
 }
 
+// Cards stand in chunks: those that are far from the screen are neither laid out nor watched one by one.
 function arrange() {
-  const all = [...cards.keys()].sort(compare);
-  part("cards").append(...all.map((cluster) => cards.get(cluster)));
-  filter();
-}
-
-function filter() {
-  let found = 0;
-  for (const [cluster, card] of cards) {
-    card.hidden = !wanted(cluster);
-    found += !card.hidden;
+  shownClusters = [...cards.keys()].filter(wanted).sort(compare);
+  const chunks = [];
+  for (let at = 0; at < shownClusters.length; at += CHUNK) {
+    const chunk = document.createElement("div");
+    chunk.className = "chunk";
+    chunk.role = "presentation";
+    chunk.append(...shownClusters.slice(at, at + CHUNK).map((cluster) => cards.get(cluster)));
+    chunks.push(chunk);
   }
-  part("none").hidden = found > 0;
-  showState(found);
+  near.disconnect();
+  part("cards").replaceChildren(...chunks);
+  chunks.forEach((chunk) => near.observe(chunk));
+  part("none").hidden = chunks.length > 0;
+  showState();
 }
 
-function showState(found) {
+function showState() {
   const clusters = data.clusters.length;
   const done = Object.keys(said.clusters).length;
   const images = Object.keys(said.clusters).reduce((sum, cluster) => sum + (data.clusters[cluster]?.size ?? 0), 0);
   const moved = Object.keys(said.images).length;
-  part("state").textContent = `${found} shown; ${done} of ${clusters} named or junk, ${images.toLocaleString("en")} images${moved ? `; ${moved} moved` : ""}${picked.size ? `; ${picked.size} chosen` : ""}`;
+  part("state").textContent = `${shownClusters.length} shown; ${done} of ${clusters} named or junk, ${images.toLocaleString("en")} images${moved ? `; ${moved} moved` : ""}${picked.size ? `; ${picked.size} chosen` : ""}`;
   part("merge").disabled = picked.size < 2;
   part("undo").disabled = !past.length;
 }
@@ -52,7 +60,7 @@ function showState(found) {
 function showNames() {
   for (const [cluster, card] of cards) refresh(cluster, card);
   part("known").replaceChildren(...knownNames().map((name) => new Option(name, name)));
-  filter();
+  showState(); // what is shown stays, so that the cursor keeps its place
 }
 
 function merge() {
@@ -99,7 +107,7 @@ function onCard(event) {
   } else if (event.type === "change" && event.target.matches(".pick")) {
     picked[event.target.checked ? "add" : "delete"](cluster);
     card.classList.toggle("picked", event.target.checked);
-    filter();
+    showState();
   } else if (event.type === "click" && event.target.closest(".open")) open(cluster);
   else if (event.type === "click" && event.target.matches(".junk")) rename([cluster], isJunk(cluster) ? null : "");
 }
@@ -135,11 +143,9 @@ async function onMap(event) {
 }
 
 function begin() {
-  const near = new IntersectionObserver((seen) => seen.forEach((one) => (one.isIntersecting ? fill : empty)(one.target)), { rootMargin: "700px" });
   data.clusters.forEach((_, cluster) => cards.set(cluster, makeCard(cluster)));
   arrange();
   showNames();
-  if (data.clusters.some((one) => one.sheet)) cards.forEach((card) => near.observe(card));
   for (const kind of ["click", "change"]) part("cards").addEventListener(kind, onCard);
   document.addEventListener("click", (event) => event.target.matches(".to") && open(Number(event.target.dataset.cluster)));
   document.addEventListener("keydown", (event) => {
@@ -148,16 +154,15 @@ function begin() {
     part("search").focus();
   });
   part("tools").addEventListener("submit", (event) => event.preventDefault());
-  part("search").addEventListener("input", filter);
-  part("filter").addEventListener("change", filter);
-  for (const id of ["sort", "order"]) part(id).addEventListener("change", arrange);
+  part("search").addEventListener("input", arrange);
+  for (const id of ["sort", "order", "filter"]) part(id).addEventListener("change", arrange);
   part("merge").addEventListener("click", merge);
   part("undo").addEventListener("click", undo);
   part("save").addEventListener("click", save);
   part("load").addEventListener("change", load);
   document.querySelector(".map").addEventListener("drawing", (event) => (event.detail.datasets = { clusters: pointsOfMap() }));
   document.querySelector(".map").addEventListener("drawn", onMap);
-  addEventListener("beforeprint", () => cards.forEach((card) => card.hidden || fill(card)));
+  addEventListener("beforeprint", () => document.querySelectorAll(".card").forEach(fill));
   listeners.push(showNames);
   listenOpened();
 }

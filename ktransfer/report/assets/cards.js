@@ -31,6 +31,7 @@ function tile(cluster, index, says) {
 // Places, among the images of a cluster by distance, of those that stand on its card.
 function chosen(cluster) {
   const count = data.clusters[cluster].keys.length;
+  if (!data.clusters[cluster].sheet) return;
   const few = data.chosen;
   const all = [...Array(count).keys()];
   if (count <= 3 * few) return [all.slice(0, few), all.slice(few, 2 * few), all.slice(2 * few)];
@@ -42,6 +43,7 @@ function chosen(cluster) {
 
 function fill(card) {
   const cluster = Number(card.dataset.cluster);
+  if (!data.clusters[cluster].sheet) return;
   const few = data.clusters[cluster].keys.length <= 3 * data.chosen;
   chosen(cluster).forEach((places, kind) => {
     const strip = card.querySelector(`.${KINDS[kind]}`);
@@ -50,7 +52,7 @@ function fill(card) {
   });
 }
 
-const empty = (card) => card.querySelectorAll(".strip").forEach((strip) => strip.replaceChildren());
+const empty = (card) => data.clusters[card.dataset.cluster].sheet && card.querySelectorAll(".strip").forEach((strip) => strip.replaceChildren());
 
 const rounded = (value) => (value === null || value === undefined ? null : value.toFixed(2));
 

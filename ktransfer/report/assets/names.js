@@ -2,7 +2,7 @@
 // from visit to visit, names.csv from machine to machine.
 const COLUMNS = ["cluster", "key", "name", "junk", "clustering"];
 const data = JSON.parse(document.getElementById("data")?.textContent ?? "null");
-const place = `ktransfer names ${data?.clustering}`;
+const place = `ktransfer names ${data?.clustering} ${data?.begins}`; // a page that begins with other names forgets
 const served = document.querySelector('meta[name="served"]')?.content; // where `report --serve` answers
 const past = [];
 const listeners = [];

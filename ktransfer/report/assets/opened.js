@@ -80,9 +80,8 @@ function moveMarked(name) {
 }
 
 function step(by) {
-  const order = [...document.querySelectorAll(".card:not([hidden])")].map((card) => Number(card.dataset.cluster));
-  const at = order.indexOf(shown);
-  if (order.length) open(order[(at + by + order.length) % order.length]);
+  const count = shownClusters.length;
+  if (count) open(shownClusters[(shownClusters.indexOf(shown) + by + count) % count]);
 }
 
 function listenOpened() {
