@@ -28,6 +28,7 @@ setup(
     include_package_data=False,  # a wheel has the extension, not its sources
     package_data={
         "ktransfer": ["py.typed"],
+        "ktransfer.report": ["assets/*"],
         "ktransfer.recipes": ["*.toml"],
         "ktransfer.eval": ["published.csv"],
         "ktransfer.retrain.selftraining": ["published.csv"],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ktransfer.artifacts.centroids import Centroids, read_centroids, refuse_mismatch
 from ktransfer.artifacts.features import Features, open_features
 from ktransfer.artifacts.labels import write_labels
+from ktransfer.artifacts.names import grouped, read_names
 from ktransfer.config import build
 from ktransfer.errors import UsageError
 from ktransfer.plan import Plan, PlannedStep, carry_out_line, latest, plan_line
@@ -66,6 +67,7 @@ def carry_out(plan: AssignPlan) -> Path:
     inputs = {"features": input_hash(path), "centroids": input_hash(centroids_path)}
     further = made_views(run / "clusters")
     inputs |= {f"view {view.stem}": input_hash(view) for view in further}
+    inputs |= {"names": input_hash(Path(config.names))} if config.names else {}
     config = replace(config, features=str(path), data=config.data or data_of(run, path))
     names = ["labels.csv", "labels.h5", "labels.bin"]
     device = "cpu" if config.balanced else device_of(config.engine)
@@ -97,11 +99,32 @@ def carry_out(plan: AssignPlan) -> Path:
         more = np.full((len(features.valid), len(further)), -1, np.int32)
         for place, view in enumerate(further):
             more[features.valid, place] = _labels_of(read_centroids(view), features, config)
-        write_labels(step.folder, features.keys, everywhere, far, k, inputs["centroids"], fingerprint, more)
+        given = _named(config, features.keys, everywhere, k, inputs["centroids"])
+        to = (step.folder, features.keys, given.labels, far, given.k, inputs["centroids"], fingerprint, more)
+        write_labels(*to, given.names, given.clusters)
         result = quality(everywhere, features.targets, k)
         step.finish([step.folder / name for name in names], result=result | costs | {"engine": by})
         say(f"assign: done; {summary(result)}; {step.folder / names[0]}")
         return step.folder / names[0]
+
+
+class _Given(NamedTuple):
+    """What is written: labels, how many there are, their names, and the clusters where these are something else."""
+
+    labels: NDArray[np.int32]
+    k: int
+    names: list[str]
+    clusters: NDArray[np.int32] | None
+
+
+def _named(config: AssignConfig, keys: list[str], clusters: NDArray[np.int32], k: int, digest: str) -> _Given:
+    """The clusters or, where people named them, their groups."""
+    if not config.names:
+        return _Given(clusters, k, [], None)
+    labels, names = grouped(Path(config.names), read_names(Path(config.names)), keys, clusters, k, digest)
+    junk = int(((labels < 0) & (clusters >= 0)).sum())
+    say(f"assign: {len(names)} groups by {config.names}; {junk} images are junk, and have no label")
+    return _Given(labels, len(names), names, clusters)
 
 
 def _labels_of(view: Centroids, features: Features, config: AssignConfig) -> NDArray[np.int32]:
@@ -135,6 +158,8 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = ()) -> As
             f"leave --engine {config.engine} out"
         )
     check_keys(config.features, config.keys)
+    if config.names:
+        read_names(Path(config.names))
     images = None
     if config.features and is_foreign(config.features):
         open_foreign(config.features, config.keys, config.data)

@@ -132,7 +132,7 @@ class AssignConfig:
     Clusters of one data set may label another, as in the paper.
     """
 
-    first: ClassVar = ("data", "features", "balanced", "engine", "memory")
+    first: ClassVar = ("data", "names", "features", "balanced", "memory")
 
     balanced: bool = option(
         False, "clusters of equal size, n / k rounded down or up, with the smallest sum of squares; on the CPU"
@@ -149,6 +149,11 @@ class AssignConfig:
     )
     data: str | None = option(
         None, "label these images instead; their features are extracted in the same way", execution=True
+    )
+    names: str | None = option(
+        None,
+        "names of clusters, as the report's page saves them: clusters of one name become one label, junk has none",
+        execution=True,
     )
     engine: str = option(
         "auto",

@@ -18,7 +18,14 @@ from ktransfer.cli import cli
 HERE = Path(__file__).parent
 MADE = HERE / "made"
 FROM_CODE = {"commands": "Commands and their options", "python": "Functions and classes"}
-FUNCTIONS = ("ktransfer.pretext", "ktransfer.cluster", "ktransfer.retrain", "ktransfer.eval", "ktransfer.networks")
+FUNCTIONS = (
+    "ktransfer.pretext",
+    "ktransfer.cluster",
+    "ktransfer.retrain",
+    "ktransfer.eval",
+    "ktransfer.report",
+    "ktransfer.networks",
+)
 
 project, author, version, release = "ktransfer", "the ktransfer authors", __version__, __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

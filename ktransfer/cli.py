@@ -4,6 +4,7 @@ All stages of a command line are checked first, and then carried out in order. R
 when they are called.
 """
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -11,7 +12,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +107,8 @@ def _lead(wanted: "list[Call]", run_folder: Path, tables: dict[str, dict[str, An
         click.echo(plan.described(line))
         return int(any(one.what == "is refused" for one in plan.outlooks(line))) * UsageError.exit_code
     plan.refuse_changes(line)
-    from ktransfer import progress
-    from ktransfer.run import PROGRESS, locked
-
     before = [_records(one) for one in line]
-    with locked(run_folder), progress.kept_in(run_folder / PROGRESS, [one.stage for one in line]):
+    with contextlib.nullcontext() if all(STAGES[one.stage].aside for one in line) else _alone(line, run_folder):
         try:
             plan.carry_out_line(line)
         except KeyboardInterrupt as error:
@@ -118,6 +116,16 @@ def _lead(wanted: "list[Call]", run_folder: Path, tables: dict[str, dict[str, An
             words = click.get_current_context().obj
             raise Stopped(f"{STOPPED} {_to_go_on(words, wanted, kept)}") from error
     return 0
+
+
+@contextlib.contextmanager
+def _alone(line: "list[Plan]", run_folder: Path) -> Iterator[None]:
+    """Keep others out of the run, and tell `status` what works in it."""
+    from ktransfer import progress
+    from ktransfer.run import PROGRESS, locked
+
+    with locked(run_folder), progress.kept_in(run_folder / PROGRESS, [one.stage for one in line]):
+        yield
 
 
 def _refuse_among_images(line: "list[Plan]", run_folder: Path) -> None:

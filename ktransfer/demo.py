@@ -71,6 +71,10 @@ def run_demo(out: Path, images: int = 2000) -> None:
         (supervised, "retrain", {"data": data, "labels": "classes"} | TARGET | LEARN),
         (transfer, "eval", {"labelled": labelled, "beside": ",".join(map(str, beside))} | PROBE),
     ]
+    if importlib.util.find_spec("vl_convert"):
+        line.append((transfer, "report", {"beside": ",".join(map(str, beside))}))
+    else:
+        say("demo: no page about it, as vl-convert-python is not installed; pip install 'ktransfer[report]'")
     done: list[Plan] = []
     for run, stage, options in line:
         say(f"\n$ {in_words(run, stage, options)}")

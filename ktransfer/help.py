@@ -19,7 +19,7 @@ SECTIONS = {
         "retrain",
         "selftrain",
     ),
-    "Evaluation": ("eval",),
+    "Evaluation": ("eval", "report"),
     "Use of the target network": ("export", "predict"),
     "Tools": ("status", "study", "demo", "pack", "scenes", "perms", "bench", "doctor"),
 }

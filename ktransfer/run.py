@@ -149,18 +149,20 @@ def begin(
     outputs: Iterable[str],
     overwrite: bool,
     device: str,
+    aside: bool = False,
 ) -> Iterator[Step]:
     """Open a step: new, to be resumed, or done already (`step.done`: a line says that it is skipped).
 
     Args:
         inputs: name -> SHA-256 of everything that the step reads.
         outputs: files and folders below the stage's folder that `overwrite` removes first.
+        aside: keep other processes out of the stage's folder only, not out of the run.
 
     Raises:
         UsageError: the step exists with other settings or inputs, and `overwrite` was not given.
     """
     outputs = list(outputs)
-    with locked(run):
+    with locked(run / stage if aside else run):
         folder = run / stage
         old = read_record(run, stage, name)
         if old and overwrite:

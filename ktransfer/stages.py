@@ -15,6 +15,7 @@ class Stage(NamedTuple):
         settings: the dataclass of its settings, in the `config` of the room.
         folder: where in a run it writes.
         takes: the setting that gets the images which a stage before it in the line named, where it names none.
+        aside: whether it may run while other stages work in the run: it changes nothing but its own folder.
     """
 
     module: str
@@ -22,6 +23,7 @@ class Stage(NamedTuple):
     settings: str
     folder: str
     takes: str | None = None
+    aside: bool = False
 
 
 STAGES = {
@@ -32,6 +34,7 @@ STAGES = {
     "retrain": Stage("ktransfer.retrain.stage", "retrain", "RetrainConfig", "retrain", "data"),
     "selftrain": Stage("ktransfer.retrain.selftraining.stage", "selftrain", "SelftrainConfig", "selftrain"),
     "eval": Stage("ktransfer.eval.stage", "evaluate", "EvalConfig", "eval", "labelled"),
+    "report": Stage("ktransfer.report.stage", "report", "ReportConfig", "report", aside=True),
     "export": Stage("ktransfer.retrain.students.exporting", "export", "ExportConfig", "export"),
 }
 # What the leader of several processes has the others do -> module and function (ktransfer/distributed.py).

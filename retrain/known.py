@@ -36,15 +36,18 @@ def find_known(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Known, 
         UsageError: something is missing, or does not belong to these images.
     """
     labels, inputs = torch.full((len(data), 1), -1), {"data": data.fingerprint}
+    names: tuple[str, ...] = ()
     if config.objective in LABELLED:
-        labels, inputs["labels"] = _labels(run, config, data)
+        labels, inputs["labels"], names = _labels(run, config, data)
+    if config.objective == "soft" and names:
+        raise UsageError("--objective soft: learns clusters, not what they were called; give --objective clusters")
     if config.objective == "multi" and labels.shape[1] == 1:
         raise UsageError(
             "--objective multi: the labels are of one clustering; make several: ktransfer --run "
             f"{run} cluster --views 8 --overwrite assign --overwrite"
         )
     if config.objective not in OF_FEATURES:
-        return Known(labels), inputs
+        return Known(labels, names=names), inputs
     needed = f"--objective {config.objective}"
     found = Path(config.features) if config.features else features_in(run, data.fingerprint, needed)
     if found is None:
@@ -126,10 +129,10 @@ def assigned(run: Path) -> bool:
     return bool(made["inputs"]["centroids"] == input_hash(centroids))
 
 
-def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str]:
-    """(n, views) int64 labels of each row of the data, -1 where it has none; and what they are, as a hash."""
+def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, str, tuple[str, ...]]:
+    """(n, views) int64 labels of each row of the data, -1 where it has none; what they are, as a hash; their names."""
     if config.labels == CLASSES:
-        return torch.from_numpy(data.targets.astype(np.int64))[:, None], data.fingerprint
+        return torch.from_numpy(data.targets.astype(np.int64))[:, None], data.fingerprint, data.classes
     path = Path(config.labels) if config.labels else run / "clusters" / "labels.csv"
     if not config.labels:
         made = done_record(run, "clusters", "assign", "assign")
@@ -150,4 +153,4 @@ def _labels(run: Path, config: RetrainConfig, data: Dataset) -> tuple[Tensor, st
     if len(labels[:, 0].unique()[labels[:, 0].unique() >= 0]) < 2:
         raise UsageError(f"{path}: fewer than two different labels; give at least two")
     labels[labels.min(1).values < 0] = -1
-    return labels, input_hash(path)
+    return labels, input_hash(path), found.names

@@ -112,11 +112,11 @@ def carry_out(plan: RetrainPlan) -> Path:
             distributed.agree(None)
         _train(config, network, model, images, known, objective, rows, device, step.folder)
         kept = replace(network, classes=objective.kept)
-        names = data.classes[: kept.classes] if config.labels == CLASSES else ()
+        names = known.names[: kept.classes]
         networks.save(weights, narrowed(model, kept), kept, names)
         broken = [f"{data.keys[row]}: {reason}" for row, reason in images.broken.items()]
         result = {"classes": kept.classes, "images": len(rows)}
-        named = {"classes": list(names)} if config.labels == CLASSES else {}
+        named = {"classes": list(names)} if names else {}
         step.finish([weights], broken=broken, result=result, **named)
         checkpoint.remove(step.folder)
         say(f"retrain: done; {config.arch} learned {kept.classes} {kept.task} of {len(rows)} images; {weights}")

@@ -23,7 +23,7 @@ def test_the_demo_ends_with_the_table_the_times_and_files_that_exist(
         assert f"alexnet_bn, {arm}" in shown
     assert "chance 8.3%" in shown
     times = [line for line in shown.splitlines() if str(tmp_path) in line]
-    assert len(times) == 12
+    assert len(times) == 13
     for line in times:
         for word in line.split():
             if word.startswith(str(tmp_path)):
@@ -53,5 +53,5 @@ def test_without_the_weights_the_row_is_left_out_and_a_line_says_so(tmp_path, mo
     monkeypatch.setattr(demo, "plan_line", lambda calls, run: [(calls[0][0], run.name)])
     with pytest.raises(AttributeError):  # nothing was made that times could be told of
         demo.run_demo(tmp_path)
-    assert len(lines) == 8 and "published" not in {run for _, run in lines}
+    assert len(lines) == 9 and "published" not in {run for _, run in lines}
     assert "timm is not installed; pip install 'ktransfer[weights]'" in capsys.readouterr().err

@@ -34,6 +34,7 @@ PUBLIC = {
         "statistics_name tokens_before trunk"
     ),
     "ktransfer.pretext": "PretextConfig pretext",
+    "ktransfer.report": "ReportConfig report",
     "ktransfer.retrain": "ExportConfig RetrainConfig SelftrainConfig export load_model retrain selftrain",
 }
 

@@ -59,7 +59,7 @@ def test_the_wheel_has_all_that_is_needed_and_nothing_else(built: dict[str, Path
     wanted = {
         path.as_posix() if path.parts[0] == "ktransfer" else f"ktransfer/{path.as_posix()}"
         for path in sources
-        if path.suffix in {".py", ".toml", ".csv"} or path.name == "py.typed"
+        if path.suffix in {".py", ".toml", ".csv", ".html", ".css", ".js"} or path.name == "py.typed"
     }
     assert {"ktransfer/py.typed", "ktransfer/eval/published.csv", "ktransfer/recipes/__init__.py"} < wanted
     found = {name for name in names if name.split("/")[0] == "ktransfer"}

@@ -21,6 +21,8 @@ _INTEGER = re.compile(r"-1|[0-9]{1,10}")
 _LARGEST = 2**31 - 1
 MORE = "label_"
 """What the columns of further clusterings are called, counted from 2."""
+GROUP = "group"
+"""What the column is called that has the names which people gave."""
 
 
 class Labels(NamedTuple):
@@ -31,12 +33,32 @@ class Labels(NamedTuple):
         labels: (n,) int32 in [-1, k).
         k: number of clusters; for `.csv` and `.bin`, which do not hold it, the highest label + 1.
         more: (n, views - 1) int32, the labels of further clusterings of the same images, -1 where there is none.
+        names: of the k labels, where people gave them; else none.
     """
 
     keys: list[str] | None
     labels: NDArray[np.int32]
     k: int
     more: NDArray[np.int32]
+    names: tuple[str, ...] = ()
+
+
+class Assignment(NamedTuple):
+    """Which cluster each image belongs to, of labels.h5.
+
+    Attributes:
+        keys: n keys.
+        clusters: (n,) int32 in [-1, k), -1 for a broken image; whatever the clusters were called.
+        distances: (n,) float32, squared Euclidean distance to the centroid, NaN where there is no cluster.
+        centroids: SHA-256 of the centroids' file.
+        fingerprint: of the data set.
+    """
+
+    keys: list[str]
+    clusters: NDArray[np.int32]
+    distances: NDArray[np.float32]
+    centroids: str
+    fingerprint: str
 
 
 def write_labels(
@@ -48,6 +70,8 @@ def write_labels(
     centroids: str,
     fingerprint: str,
     more: NDArray[np.int32] | None = None,
+    names: Sequence[str] = (),
+    clusters: NDArray[np.int32] | None = None,
 ) -> list[Path]:
     """Write labels.csv, labels.h5 and labels.bin, each whole or not at all; the same input gives the same bytes.
 
@@ -61,6 +85,8 @@ def write_labels(
         centroids: SHA-256 of the centroids' file.
         fingerprint: of the data set.
         more: (n, views - 1) int32, the labels of further clusterings, for the CSV (label_2, label_3 ...) and the HDF5.
+        names: of the k labels, where people named clusters: a column of the CSV, and `name` of the HDF5.
+        clusters: (n,) int32, then: the cluster of each image, which its distance is to; `cluster` of the HDF5.
 
     Returns:
         The three paths. `labels.bin` is the authors' layout (docs/papers.md): int32 count, int32 labels,
@@ -69,12 +95,13 @@ def write_labels(
     if not len(keys) == len(labels) == len(distances):
         raise ValueError(f"{len(keys)} keys, {len(labels)} labels, {len(distances)} distances")
     numbers = np.ascontiguousarray(labels, dtype="<i4")
-    shown = np.where(numbers >= 0, distances, np.nan).astype("<f4")
+    shown = np.where((numbers if clusters is None else clusters) >= 0, distances, np.nan).astype("<f4")
     others = np.empty((len(numbers), 0), "<i4") if more is None else np.ascontiguousarray(more, "<i4")
     paths = [folder / f"labels.{suffix}" for suffix in ("csv", "h5", "bin")]
-    write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown, others))
+    write_whole(paths[0], lambda part: _write_csv(part, keys, numbers, shown, others, names))
     header: dict[str, str | int] = {"schema": SCHEMA, "k": k, "centroids": centroids, "fingerprint": fingerprint}
-    write_bytes(paths[1], _h5(keys, numbers, shown, others, header))
+    given = {} if clusters is None else {"cluster": np.ascontiguousarray(clusters, "<i4"), "name": encode_keys(names)}
+    write_bytes(paths[1], _h5(keys, numbers, shown, others, header, given))
     write_bytes(paths[2], np.array([len(numbers)], dtype="<i4").tobytes() + numbers.tobytes())
     return paths
 
@@ -112,19 +139,42 @@ def read_labels(path: Path) -> Labels:
     return found
 
 
+def read_assignment(path: Path) -> Assignment:
+    """Read the clusters and distances of labels.h5.
+
+    Raises:
+        UsageError: as `read_labels`.
+    """
+    found = read_labels(path)
+    try:
+        with hdf5.opened(path) as file:
+            distances = np.asarray(table(file, "distance", "f", 1), np.float32)
+            clusters = np.asarray(table(file, "cluster", "i", 1), np.int32) if "cluster" in file else found.labels
+            facts = {name: str(file.attrs[name]) for name in ("centroids", "fingerprint")}
+    except hdf5.ERRORS as error:
+        hdf5.refuse_unreadable(path, error)
+        _wrong(path, " ".join(str(error).split()))
+    if not len(distances) == len(clusters) == len(found.labels):
+        _wrong(path, f"{len(distances)} distances for {len(found.labels)} labels")
+    return Assignment(found.keys or [], clusters, distances, **facts)
+
+
 def _write_csv(
     part: Path,
     keys: Sequence[str],
     labels: NDArray[np.int32],
     distances: NDArray[np.float32],
     more: NDArray[np.int32],
+    names: Sequence[str],
 ) -> None:
     with part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
         rows = csv.writer(handle, lineterminator="\n")
-        rows.writerow(("key", "label", "distance", *(f"{MORE}{view + 2}" for view in range(more.shape[1]))))
+        called = [GROUP] if names else []
+        rows.writerow(("key", "label", "distance", *(f"{MORE}{view + 2}" for view in range(more.shape[1])), *called))
         for key, label, distance, others in zip(keys, labels.tolist(), distances, more.tolist(), strict=True):
             # str of a numpy float32 is the shortest text that reads back as the same float32.
-            rows.writerow((key, label, "" if label < 0 else str(distance), *others))
+            called = [names[label] if label >= 0 else ""] if names else []
+            rows.writerow((key, label, "" if label < 0 else str(distance), *others, *called))
 
 
 def _h5(
@@ -133,6 +183,7 @@ def _h5(
     distances: NDArray[np.float32],
     more: NDArray[np.int32],
     header: dict[str, str | int],
+    given: dict[str, NDArray[Any]],
 ) -> bytes:
     import h5py
 
@@ -140,7 +191,7 @@ def _h5(
     with h5py.File(image, "w") as file:
         for name, value in header.items():
             file.attrs[name] = value
-        for name, data in (("key", encode_keys(keys)), ("label", labels), ("distance", distances)):
+        for name, data in (("key", encode_keys(keys)), ("label", labels), ("distance", distances), *given.items()):
             file.create_dataset(name, data=data)
         if more.shape[1]:
             file.create_dataset("more", data=more)
@@ -150,6 +201,7 @@ def _h5(
 def _read_csv(path: Path) -> Labels:
     keys: list[str] = []
     labels: list[list[int]] = []
+    names: dict[int, str] = {}
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark first.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
@@ -169,10 +221,17 @@ def _read_csv(path: Path) -> Labels:
                         _wrong(path, f"line {rows.line_num}: label {given!r} is not an integer of -1 or more")
                 keys.append(row[at_key])
                 labels.append([int(row[place]) for place in places])
+                if GROUP in header and labels[-1][0] >= 0:
+                    name = row[header.index(GROUP)]
+                    if names.setdefault(labels[-1][0], name) != name:
+                        _wrong(path, f"line {rows.line_num}: label {labels[-1][0]} is called {name!r}, and not before")
     except csv.Error as error:
         _wrong(path, str(error))
     found = np.array(labels, dtype=np.int32).reshape(len(keys), len(places))
-    return Labels(keys, found[:, 0], int(found[:, 0].max(initial=-1)) + 1, found[:, 1:])
+    k = int(found[:, 0].max(initial=-1)) + 1
+    # A label that no image has has no name either: that of its number.
+    called = tuple(names.get(label, str(label)) for label in range(k)) if names else ()
+    return Labels(keys, found[:, 0], k, found[:, 1:], called)
 
 
 def _read_h5(path: Path) -> Labels:
@@ -198,7 +257,8 @@ def _read_h5(path: Path) -> Labels:
                 _wrong(path, "more must be (n, views - 1) int32")
             if len(file["key"]) != len(labels):
                 _wrong(path, f"{len(file['key'])} keys for {len(labels)} labels")
-            return Labels(decode_keys(file["key"][:]), labels, int(k), more)
+            called = tuple(decode_keys(file["name"][:])) if "name" in file else ()
+            return Labels(decode_keys(file["key"][:]), labels, int(k), more, called)
     except hdf5.ERRORS as error:
         hdf5.refuse_unreadable(path, error)
         _wrong(path, f"not a whole HDF5 file ({' '.join(str(error).split())})")

@@ -24,6 +24,7 @@ class Known:
         places: (n,) int64, the row of each image in `features`, -1 where it has none.
         centroids: those of the run, None where the objective does not need them.
         seed: of what is drawn.
+        names: what people called the labels; none where nobody did.
     """
 
     labels: Tensor
@@ -31,6 +32,7 @@ class Known:
     places: Tensor | None = None
     centroids: Centroids | None = None
     seed: int = 0
+    names: tuple[str, ...] = ()
 
     def rows(self) -> Tensor:
         """The images of which there is something to learn, int64."""

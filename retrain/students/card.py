@@ -10,7 +10,7 @@ from ktransfer.networks import Network
 from ktransfer.run import read_record
 
 from .classifier import Classifier
-from .loading import record_of
+from .loading import are_names, record_of
 
 SHOWN = 100
 """Names of classes that are listed."""
@@ -65,7 +65,7 @@ def card(exported: Exported, model: Classifier, weights: Path, licence: str | No
     network = model.network
     record = record_of(weights) or {}
     count = sum(value.numel() for value in model.model.parameters())
-    named = network.task == "classes"
+    named = network.task == "classes" or are_names(model.names)
     what = WHAT.get(network.task, f"outputs, of the task {network.task}")
     rows = [
         ("network", f"{_arch(network)}, {count:,} weights"),

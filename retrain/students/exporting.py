@@ -29,6 +29,7 @@ from .loading import (
     MODEL,
     SELFTRAIN,
     STAGE,
+    are_names,
     class_names,
     described,
     is_detector,
@@ -315,4 +316,5 @@ def _refuse_others(folder: Path, names: Sequence[str]) -> None:
 
 def _facts(model: Classifier, digest: str) -> dict[str, str]:
     facts = {"network": json.dumps(asdict(model.network)), "weights": digest}
-    return facts | ({"classes": json.dumps(model.names)} if model.network.task == "classes" else {})
+    named = model.network.task == "classes" or are_names(model.names)
+    return facts | ({"classes": json.dumps(model.names)} if named else {})

@@ -1,5 +1,6 @@
 """Where a student lies, and what it is: the weight file of a run, one that was copied, or an exported one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,11 @@ def class_names(weights: Path, network: Network) -> tuple[str, ...]:
     """The names that the file has for them, or, of an older one, the record beside it; else numbers from 0."""
     names = networks.class_names(weights) or (record_of(weights) or {}).get("classes")
     return tuple(names) if names else tuple(str(number) for number in range(network.classes))
+
+
+def are_names(classes: Sequence[str]) -> bool:
+    """Whether someone gave them: they are not the numbers from 0."""
+    return list(classes) != [str(number) for number in range(len(classes))]
 
 
 def record_of(weights: Path) -> dict[str, Any] | None:
