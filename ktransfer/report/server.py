@@ -25,8 +25,8 @@ from ktransfer import files
 from ktransfer.artifacts.labels import Assignment
 from ktransfer.artifacts.names import read_names
 from ktransfer.data.dataset import Dataset
-from ktransfer.data.decoding import square
 from ktransfer.errors import BrokenImage, UsageError
+from ktransfer.images.decoding import square
 
 HOST = "127.0.0.1"
 SIDE = 160
