@@ -84,7 +84,7 @@ def _vega() -> str:
     """Vega, Vega-Lite and Vega-Embed as one program. Its names stay its own."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return f"(()=>{{{bundle}}})();".replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
