@@ -189,12 +189,13 @@ def listing(network: Network, model: nn.Module) -> str:
     return "\n".join([first, *rows])
 
 
-def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
-    """The token to read: the class token of a transformer that has one, unless another is asked for.
+def choose_token(model: nn.Module, network: Network, token: str | None, layer: str) -> str | None:
+    """The token to read of a layer: the class token where it has one, unless another is asked for.
 
     Raises:
-        UsageError: a network without tokens, or without a class token.
+        UsageError: a network without tokens, or without a class token in that layer.
     """
+    arch = network.arch
     if networks.tokens_before(model) is None:
         if token:
             raise UsageError(f"--token {token}: {arch} is not a transformer with tokens; leave --token out")
@@ -202,6 +203,12 @@ def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
     classed = networks.has_class_token(model)
     if token == "cls" and not classed:
         raise UsageError(f"--token cls: {arch} has no class token; give mean or patch")
+    if layer != POOLED and token in (None, "cls"):
+        classed = networks.holds_class_token(network, model, networks.layers(network, model)[layer])
+        if token and not classed:
+            raise UsageError(
+                f"--token cls: {arch} has no class token yet in {layer}; give mean or patch, or a later --layer"
+            )
     return token or ("cls" if classed else "mean")
 
 
