@@ -121,7 +121,8 @@ def build(cls: type[Config], given: Mapping[str, Any], where: str) -> Config:
     for key, value in given.items():
         name = key.replace("-", "_")
         if name not in fields:
-            errors.append(f"{where}: no setting '{key}'; {nearest(name, [field.replace('_', '-') for field in fields])}")
+            shown = [field.replace("_", "-") for field in fields]
+            errors.append(f"{where}: no setting '{key}'; {nearest(name, shown)}")
             continue
         value, error = _checked(fields[name], value)
         if error:

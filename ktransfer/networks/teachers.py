@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors, functions, own_modules, published
+from ktransfer.networks import Network, caches, checkpoints, descriptors, functions, own_modules, published
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
@@ -85,15 +85,11 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if given.startswith(TORCHVISION):
         return _sized(_of_torchvision(given, weights), size)
     if given.startswith(TIMM):
-        if not weights:
-            raise UsageError(
-                f"--teacher {given}: nothing is downloaded; download its weights and name the file with --weights"
-            )
-        return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
+        return _sized(Teacher(_of_timm(given), _timm_weights(given, weights), foreign=True), size)
     if own:
         own_network = Network(f"{functions.PREFIX}{given}", size=SIZE, normalise=descriptors.UNIT)
         return _sized(Teacher(own_network, None, layer=POOLED), size)
-    path = Path(given)
+    path = _cached(given)
     if path.is_dir():
         if arch:
             raise UsageError(
@@ -302,7 +298,7 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
         raise UsageError(f"--teacher {given}: torchvision has no such network; {near(name, names)}")
     entries: Any = zoo.get_model_weights(name)
     known = (entries.DEFAULT, *entries)
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    cache = caches.torch_folder()
     if weights and weights not in entries.__members__:
         path = Path(weights)
         entry = next((entry for entry in known if _file(entry) == path.name), entries.DEFAULT)
@@ -336,6 +332,35 @@ def _of_folder(path: Path) -> Teacher:
 
 def _file(entry: Any) -> str:
     return str(entry.url).rsplit("/", 1)[-1]
+
+
+def _cached(given: str) -> Path:
+    """A path, or what a name stands for in a cache, which a line says."""
+    path = Path(given)
+    if path.exists() or not (found := caches.repository(given) or caches.file(given)):
+        return path
+    say_once(f"{given}: {found}")
+    return found
+
+
+def _timm_weights(given: str, weights: str | None) -> Path:
+    """The file that is named, or in a cache what a name stands for, or without one what timm would load."""
+    if weights and Path(weights).exists():
+        return Path(weights)
+    if weights:
+        found = caches.file(weights)
+    else:
+        stated = timm_of(given).get_pretrained_cfg(given.removeprefix(TIMM))
+        found = caches.of_timm(stated.to_dict()) if stated else None
+        if found is None:
+            raise UsageError(
+                f"--teacher {given}: its weights are in no cache, and nothing is downloaded; download them and name "
+                "the file with --weights"
+            )
+    if found is None:
+        return Path(str(weights))
+    say_once(f"{given}: its weights are {found}")
+    return found
 
 
 def _of_timm(arch: str) -> Network:
