@@ -144,9 +144,9 @@ def load(teacher: Teacher) -> nn.Module:
     model: Any = networks.build(teacher.network, 0, "load")
     found = checkpoints.fit(teacher.weights, model, teacher.network.arch)
     say_once(found.line)
-    model.load_state_dict(found.state, strict=False)
     if found.adapt:
         found.adapt(model)
+    model.load_state_dict(found.state, strict=False)
     if hasattr(model, "transform_input"):
         # torchvision's googlenet and inception_v3 were trained by other statistics, and turn ImageNet's into those.
         model.transform_input = teacher.network.arch.startswith(TORCHVISION)
