@@ -316,7 +316,14 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
     mean, deviation = states.get("mean"), states.get("std")
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
     network = Network(given, size=int(states.get("crop_size", SIZE)), normalise=how)
+    filtered = getattr(states.get("interpolation"), "value", None)
+    _say_differences(given, network.size, states.get("resize_size", 256) if states else None, filtered)
     return Teacher(network, path, foreign=True)
+
+
+def _say_differences(name: str, size: int, short: int | None, interpolation: str | None) -> None:
+    if line := preprocessing.differences(name, size, short, interpolation):
+        say_once(line)
 
 
 def _of_folder(path: Path) -> Teacher:
@@ -372,4 +379,6 @@ def _of_timm(arch: str) -> Network:
     states: dict[str, Any] = stated.to_dict() if stated else {}
     mean, deviation = states.get("mean"), states.get("std")
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
-    return Network(arch, size=int(states.get("input_size", (SIZE,))[-1]), normalise=how)
+    size = int(states.get("input_size", (SIZE,))[-1])
+    _say_differences(arch, size, int(size / (states.get("crop_pct") or 1)), states.get("interpolation"))
+    return Network(arch, size=size, normalise=how)
