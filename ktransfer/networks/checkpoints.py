@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: no such checkpoint; check the path")
     try:
         files.refuse_others(path)
-        if path.suffix == ".safetensors":
+        if files.is_safetensors(path):
             with in_unicode(path) as place:
                 found = load_file(place)
         else:
@@ -98,8 +98,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _unpickled(path: Path) -> Any:
     if not unpickling.is_torchscript(path):
         try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # about a protocol that torch allows
-                return torch.load(path, "cpu", weights_only=True)
+            # Warnings are about a protocol that torch allows. Of a file's name it would believe the ending.
+            with warnings.catch_warnings(action="ignore", category=UserWarning), path.open("rb") as file:
+                return torch.load(file, "cpu", weights_only=True)
         except pickle.UnpicklingError:  # it names more than tensors, or is damaged, which the second reading finds too
             pass
     held, left = unpickling.read(path)

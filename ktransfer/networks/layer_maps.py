@@ -232,8 +232,10 @@ def _as_maps(model: nn.Module, out: Tensor, token: str = "patch", path: str = ""
             return None
         if token == "cls":
             return out[:, 0, :, None, None]
-        if hasattr(model, "reroll") and path.startswith("blocks."):  # Hiera's tokens lie in the order of its windows
-            patches = model.reroll(out, int(path.rpartition(".")[2])).flatten(1, 2).transpose(1, 2)
+        reroll: Any = getattr(model, "reroll", None)
+        patches: Tensor
+        if reroll and path.startswith("blocks."):  # Hiera's tokens lie in the order of its windows
+            patches = reroll(out, int(path.rpartition(".")[2])).flatten(1, 2).transpose(1, 2)
         else:
             patches = out[:, before:].transpose(1, 2)
         if token == "mean":

@@ -241,3 +241,15 @@ def test_a_transformer_of_torchvision_takes_other_sizes(tmp_path, size):
     assert (
         f"position embeddings resampled to {size} pixels" in checkpoints.fit(tmp_path / "vit.pth", wanted, "vit").line
     )
+
+
+def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
+    save_file({"w": torch.ones(300)}, tmp_path / "a.pth")
+    torch.save({"w": torch.ones(300)}, tmp_path / "b.safetensors")
+    for name in ("a.pth", "b.safetensors"):
+        assert torch.equal(checkpoints.read_tensors(tmp_path / name)["w"], torch.ones(300))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "b.safetensors").read_bytes()[:900])
+    (tmp_path / "none.safetensors").write_bytes(b"")
+    for name, said in (("cut.pth", "cut off, its end is missing"), ("none.safetensors", "an empty file")):
+        with pytest.raises(UsageError, match=f"{said}.*; download it again"):
+            checkpoints.read_tensors(tmp_path / name)
