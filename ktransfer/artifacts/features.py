@@ -210,9 +210,11 @@ def open_features(path: Path) -> Features:
     Raises:
         UsageError: the file is missing, not HDF5, cut off, of another kind or of another schema.
     """
+    import h5py
+
     if not path.is_file():
         raise UsageError(f"{path}: no such feature file; `ktransfer extract` writes one")
-    if path.suffix.lower() not in _SUFFIXES and not h5py.is_hdf5(path):
+    if path.suffix.lower() not in _SUFFIXES and not h5py.is_hdf5(os.fsencode(path)):
         raise UsageError(
             f"{path}: no feature file; features made elsewhere are taken as FILE.npy or FILE.npz (numpy.save), with "
             "--keys, by cluster --features"
