@@ -43,6 +43,7 @@ __all__ = [
     "has_class_token",
     "he_init",
     "holds_class_token",
+    "holds_class_token",
     "layers",
     "load",
     "normalise",

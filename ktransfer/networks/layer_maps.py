@@ -23,6 +23,9 @@ OURS = (AlexNet, VGGTrunk, descriptors.Hog, descriptors.Pixels)
 _PROBE = 224  # side in pixels of images in which every layer has more than one position
 
 
+_ONE = torch.empty(1)  # stands for one image
+
+
 def layers(network: Network, model: nn.Module) -> dict[str, str]:
     """The layers that can be read, by the papers' names, with the module whose output they are (after the ReLU)."""
     if isinstance(model, descriptors.Hog | descriptors.Pixels | HuggingFace | Function):
@@ -61,8 +64,12 @@ def _seen(network: Network, model: nn.Module, parts: list[str]) -> dict[str, str
     side = network.size if own else max(network.size, _PROBE)
 
     def note(path: str, out: Any) -> None:
-        read, module = _tensor(out, 1), model.get_submodule(path)
-        if read is None or (read.ndim == 3 and not tokened and (_is_plural(path, module) or _is_empty(module))):
+        read, module = _tensor(out, _ONE), model.get_submodule(path)
+        if (
+            read is None
+            or len(read) != 1
+            or (read.ndim == 3 and not tokened and (_is_plural(path, module) or _is_empty(module)))
+        ):
             return  # what only moves or drops tokens; and all blocks together, of which the last is there
         maps = _as_maps(model, read, path=path)
         if maps is None or maps.ndim != 4 or maps.shape[-1] != maps.shape[-2]:
@@ -160,7 +167,7 @@ def holds_class_token(network: Network, model: nn.Module, path: str) -> bool:
     counts: list[int | None] = []
 
     def note(_module: nn.Module, _given: Any, out: Any) -> None:
-        read = _tensor(out, 1)
+        read = _tensor(out, _ONE)
         counts.append(prefix_tokens(model, read) if read is not None and read.ndim == 3 else 0)
 
     hook = model.get_submodule(path).register_forward_hook(note)
@@ -192,7 +199,7 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: s
     ours = isinstance(model, AlexNet | VGGTrunk)
 
     def note(name: str, out: Any) -> None:
-        read = _tensor(out, len(x))
+        read = _tensor(out, x)
         maps = None if read is None else _as_maps(model, read, token, paths[name])
         if maps is None:
             raise UsageError(f"--layer {name}: has no tokens for --token {token}; give another of them")
@@ -213,10 +220,12 @@ def feature_maps(model: nn.Module, paths: Mapping[str, str], x: Tensor, token: s
     return found
 
 
-def _tensor(out: Any, batch: int) -> Tensor | None:
-    """The output of a module, of several tensors the first that has a row an image."""
-    several = out if isinstance(out, tuple | list) else (out,)
-    return next((one for one in several if isinstance(one, Tensor) and one.ndim and len(one) == batch), None)
+def _tensor(out: Any, x: Tensor) -> Tensor | None:
+    """The output of a module for a batch, of several tensors the first that has a row an image."""
+    if isinstance(out, Tensor):  # whose length is not looked at: an export leaves it open
+        return out
+    several = out if isinstance(out, tuple | list) else ()
+    return next((one for one in several if isinstance(one, Tensor) and one.ndim and len(one) == len(x)), None)
 
 
 def _as_maps(model: nn.Module, out: Tensor, token: str = "patch", path: str = "") -> Tensor | None:
