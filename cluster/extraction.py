@@ -154,7 +154,7 @@ def check(run: Path, options: dict[str, Any], before: Sequence[Plan] = (), data:
     layer = config.layer or DEFAULT_LAYERS.get(network.arch) or teacher.layer or teachers.last_layer(shapes)
     if layer not in shapes:
         raise UsageError(f"--layer {layer}: {network.arch} has no such layer; valid: {', '.join(shapes)}")
-    token = teachers.choose_token(model, network.arch, config.token)
+    token = teachers.choose_token(model, network, config.token, layer)
     config = replace(config, data=spec, layer=layer, token=token, size=network.size)
     file = run / "features" / f"{config.name or data.name}.h5"
     dim = _numbers(teacher, shapes[layer], config)

@@ -50,7 +50,11 @@ def check_features(features: Features, k: int) -> Findings:
         names = ", ".join(repr(features.keys[row]) for row in broken[:3])
         raise UsageError(
             f"{features.path}: {len(broken)} rows hold NaN, infinity or numbers beyond 1e18, first {names}: "
-            "extract the features again, with --dtype float32 if that does not help"
+            + (
+                "mend the file that they were taken from, or leave these rows out of it"
+                if features.attributes.get("teacher") in (None, "made elsewhere")
+                else "extract the features again, with --dtype float32 if that does not help"
+            )
         )
     distinct = len(np.unique(digests))
     if distinct < k:

@@ -121,7 +121,8 @@ def build(cls: type[Config], given: Mapping[str, Any], where: str) -> Config:
     for key, value in given.items():
         name = key.replace("-", "_")
         if name not in fields:
-            errors.append(f"{where}: no setting '{key}'; {nearest(name, fields)}")
+            shown = [field.replace("_", "-") for field in fields]
+            errors.append(f"{where}: no setting '{key}'; {nearest(name, shown)}")
             continue
         value, error = _checked(fields[name], value)
         if error:
@@ -134,9 +135,10 @@ def build(cls: type[Config], given: Mapping[str, Any], where: str) -> Config:
 
 def nearest(word: str, valid: "Mapping[str, Any] | typing.Iterable[str]") -> str:
     """A hint for an unknown word: the valid one that is near, else all valid ones."""
-    names = [str(name).replace("_", "-") for name in valid]
-    close = difflib.get_close_matches(word.replace("_", "-"), names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(sorted(names))}"
+    names = [str(name) for name in valid]
+    alike = {name.replace("_", "-").lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(word.replace("_", "-").lower(), alike, n=1)
+    return f"did you mean '{alike[close[0]]}'?" if close else f"valid: {', '.join(sorted(names))}"
 
 
 def chosen(flag: str, given: str, valid: "typing.Iterable[str]", what: str) -> list[str]:

@@ -135,7 +135,10 @@ def test_both_spellings():
 
 
 def test_nearest():
-    assert nearest("batch_nrom", Some.__dataclass_fields__) == "did you mean 'batch-norm'?"
+    assert nearest("batch_nrom", ["epochs", "batch-norm"]) == "did you mean 'batch-norm'?"
+    # A name is shown as it must be typed: of a network, a layer, an image.
+    assert nearest("convnext-tiny", ["alexnet", "convnext_tiny"]) == "did you mean 'convnext_tiny'?"
+    assert nearest("Blocks-1", ["blocks_1", "norm"]) == "did you mean 'blocks_1'?"
     assert nearest("zzz", ["b", "a"]) == "valid: a, b"
 
 

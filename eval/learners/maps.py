@@ -85,7 +85,10 @@ def choose_layers(model: nn.Module, network: Network, names: str | None, grid: i
     else:
         chosen = list(known)[:: max(1, len(known) // 5)][-5:]
     if not chosen:
-        raise UsageError(f"--size {network.size}: no layer of {network.arch} has an output; give a larger --size")
+        raise UsageError(
+            f"{network.arch}: none of its modules makes maps, (batch, channels, height, width), that could be evaluated"
+            "; take eval --protocol finetune"
+        )
     wrong = [name for name in chosen if name not in known]
     if wrong:
         raise UsageError(f"--layers {wrong[0]}: {network.arch} has no such layer; {nearest(wrong[0], known)}")

@@ -26,6 +26,7 @@ from ktransfer.progress import bar
 
 SCHEMA = 1
 DTYPES = ("float16", "float32")
+_SUFFIXES = (".h5", ".hdf5", ".part")
 _PROGRESS = ".progress"
 _SAVE_SECONDS = 1.0
 HEADER_BYTES = 2**14  # more than HDF5 and the attributes need
@@ -209,8 +210,15 @@ def open_features(path: Path) -> Features:
     Raises:
         UsageError: the file is missing, not HDF5, cut off, of another kind or of another schema.
     """
+    import h5py
+
     if not path.is_file():
         raise UsageError(f"{path}: no such feature file; `ktransfer extract` writes one")
+    if path.suffix.lower() not in _SUFFIXES and not h5py.is_hdf5(os.fsencode(path)):
+        raise UsageError(
+            f"{path}: no feature file; features made elsewhere are taken as FILE.npy or FILE.npz (numpy.save), with "
+            "--keys, by cluster --features"
+        )
     try:
         with hdf5.opened(path) as file:
             _check_layout(path, file)

@@ -6,6 +6,7 @@ of their own (`classy_state_dict.base_model.model.trunk._feature_blocks.`, `stat
 their shapes. So no list of prefixes is needed.
 """
 
+import math
 import pickle  # for its error alone  # nosec B403
 import re
 import warnings
@@ -27,6 +28,8 @@ from ktransfer.progress import say_once
 
 CLASSIFIERS = ("fc.", "classifier.", "heads.", "head.")
 _SHOWN = 3
+_POSITIONS = "encoder.pos_embedding"  # of a transformer of torchvision
+_SMALL_STEM = (3, 3, 3)  # shape of the first kernels of a ResNet for images of 32 pixels; the others have 7 x 7
 # A running copy beside the network that was trained; DINO's teacher is the one that its authors evaluate.
 _COPY = re.compile(r"(^|[._])(momentum|encoder_k|target|ema|student)([._]|$)")
 # Weights averaged over the training, which the authors evaluate: timm's, ConvNeXt's and EVA's, those of ultralytics.
@@ -76,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: no such checkpoint; check the path")
     try:
         files.refuse_others(path)
-        if path.suffix == ".safetensors":
+        if files.is_safetensors(path):
             with in_unicode(path) as place:
                 found = load_file(place)
         else:
@@ -95,8 +98,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _unpickled(path: Path) -> Any:
     if not unpickling.is_torchscript(path):
         try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):  # about a protocol that torch allows
-                return torch.load(path, "cpu", weights_only=True)
+            # Warnings are about a protocol that torch allows. Of a file's name it would believe the ending.
+            with warnings.catch_warnings(action="ignore", category=UserWarning), path.open("rb") as file:
+                return torch.load(file, "cpu", weights_only=True)
         except pickle.UnpicklingError:  # it names more than tensors, or is damaged, which the second reading finds too
             pass
     held, left = unpickling.read(path)
@@ -125,6 +129,8 @@ def fit(path: Path, model: nn.Module, arch: str) -> Fit:
 
 
 def _fit(path: Path, tensors: Mapping[str, Tensor], model: nn.Module, arch: str) -> Fit:
+    from torchvision import models as zoo
+
     own = model.state_dict()
     best: tuple[tuple[int, int, int, int], str, dict[str, str], Naming] | None = None
     for naming in _namings(model):
@@ -157,13 +163,36 @@ def _fit(path: Path, tensors: Mapping[str, Tensor], model: nn.Module, arch: str)
         for name, key in found.items()
         if not name.startswith(CLASSIFIERS) or (headless and tensors[key].shape == own[name].shape)
     }
+    adapt = naming.adapt
+    if isinstance(model, zoo.ResNet) and state["conv1.weight"].shape[1:] == _SMALL_STEM:
+        own, adapt = own | {"conv1.weight": state["conv1.weight"]}, _small_stem
+        line += "; its first layer is that for small images: 3 x 3, no stride, no pooling"
+    if isinstance(model, zoo.VisionTransformer) and state[_POSITIONS].shape != own[_POSITIONS].shape:
+        state[_POSITIONS] = _resampled(state[_POSITIONS], own[_POSITIONS].shape)
+        line += f"; its position embeddings resampled to {model.image_size} pixels"
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise UsageError(
                 f"{line}; {name} is {tuple(tensor.shape)} in it and {tuple(own[name].shape)} in {arch}: give the "
                 "--arch (and --size) that the checkpoint was trained with"
             )
-    return Fit(state, line, naming.adapt)
+    return Fit(state, line, adapt)
+
+
+def _resampled(embeddings: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """(1, 1 + n, d) of a class token and a square of patches for another number of these, as torchvision does it."""
+    before, after = math.isqrt(embeddings.shape[1] - 1), math.isqrt(wanted[1] - 1)
+    if embeddings.ndim != 3 or before**2 + 1 != embeddings.shape[1] or embeddings.shape[2] != wanted[2]:
+        return embeddings  # of another network
+    square = embeddings[:, 1:].transpose(1, 2).unflatten(2, (before, before))
+    square = nn.functional.interpolate(square.float(), (after, after), mode="bicubic", align_corners=True)
+    return torch.cat([embeddings[:, :1], square.flatten(2).transpose(1, 2).to(embeddings.dtype)], 1)
+
+
+def _small_stem(model: Any) -> None:
+    """Give a ResNet the first layers that trainings on CIFAR use."""
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
 
 
 def _needed(own: Mapping[str, Tensor]) -> list[str]:

@@ -10,7 +10,7 @@ torchvision's; every other classifier of torchvision goes by its own name (`torc
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ktransfer.training.device import constant
 
 TRUNKS = ("alexnet", "alexnet_bn", "vgg16", "vgg16_bn")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_SIDES = (16, 32, 64, 128, 224, 240, 256, 384, 448)  # of images, in pixels, tried where a network does not take its own
 HEAD = "head."
 NAMES = "names"
 """Of the classes, in the metadata of a weight file."""
@@ -160,14 +161,35 @@ def trunk(network: Network) -> Network:
 
 @contextmanager
 def fitting(network: Network) -> Iterator[None]:
-    """Turn torch's complaint about the size of an input into a line for people (UsageError)."""
+    """Turn a complaint about the size of an input into a line for people (UsageError) that says what helps."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:120]
+        found = _side_that_fits(network)
+        small = "so small" if found and found > network.size else "of this size"
+        if network.arch.startswith(functions.PREFIX):
+            way = "give the --size that it takes"
+        elif not found:
+            way = f"no other size was found to help; give another network than {network.arch}"
+        elif small == "so small" and network.size < _SIDES[-1] // 2:
+            way = f"give a larger --size, such as {found}"
+        else:
+            way = f"give --size {found}"
         raise UsageError(
-            f"--size {network.size}: {network.arch} does not take images so small ({reason}); give a larger --size"
+            f"--size {network.size}: {network.arch} does not take images {small} ({reason}); {way}"
         ) from error
+
+
+def _side_that_fits(network: Network) -> int | None:
+    """A side that the network takes, larger than its own where there is one."""
+    if network.arch.startswith(functions.PREFIX):
+        return None
+    for side in sorted(_SIDES, key=lambda side: (side <= network.size, side)):
+        with suppress(Exception), torch.no_grad():  # whatever it is that it complains of
+            build(replace(network, size=side), 0, "size").eval()(torch.zeros(1, 3, side, side))
+            return side
+    return None
 
 
 def check_arch(arch: str, width: float = 1.0, trunk: bool = False, flag: str = "--arch", own: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import Network, checkpoints, descriptors, functions, own_modules, published
+from ktransfer.networks import Network, caches, checkpoints, descriptors, functions, own_modules, published
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
@@ -85,15 +85,11 @@ def find(given: str, arch: str | None, weights: str | None, size: int) -> Teache
     if given.startswith(TORCHVISION):
         return _sized(_of_torchvision(given, weights), size)
     if given.startswith(TIMM):
-        if not weights:
-            raise UsageError(
-                f"--teacher {given}: nothing is downloaded; download its weights and name the file with --weights"
-            )
-        return _sized(Teacher(_of_timm(given), Path(weights), foreign=True), size)
+        return _sized(Teacher(_of_timm(given), _timm_weights(given, weights), foreign=True), size)
     if own:
         own_network = Network(f"{functions.PREFIX}{given}", size=SIZE, normalise=descriptors.UNIT)
         return _sized(Teacher(own_network, None, layer=POOLED), size)
-    path = Path(given)
+    path = _cached(given)
     if path.is_dir():
         if arch:
             raise UsageError(
@@ -148,9 +144,9 @@ def load(teacher: Teacher) -> nn.Module:
     model: Any = networks.build(teacher.network, 0, "load")
     found = checkpoints.fit(teacher.weights, model, teacher.network.arch)
     say_once(found.line)
-    model.load_state_dict(found.state, strict=False)
     if found.adapt:
         found.adapt(model)
+    model.load_state_dict(found.state, strict=False)
     if hasattr(model, "transform_input"):
         # torchvision's googlenet and inception_v3 were trained by other statistics, and turn ImageNet's into those.
         model.transform_input = teacher.network.arch.startswith(TORCHVISION)
@@ -189,12 +185,13 @@ def listing(network: Network, model: nn.Module) -> str:
     return "\n".join([first, *rows])
 
 
-def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
-    """The token to read: the class token of a transformer that has one, unless another is asked for.
+def choose_token(model: nn.Module, network: Network, token: str | None, layer: str) -> str | None:
+    """The token to read of a layer: the class token where it has one, unless another is asked for.
 
     Raises:
-        UsageError: a network without tokens, or without a class token.
+        UsageError: a network without tokens, or without a class token in that layer.
     """
+    arch = network.arch
     if networks.tokens_before(model) is None:
         if token:
             raise UsageError(f"--token {token}: {arch} is not a transformer with tokens; leave --token out")
@@ -202,6 +199,12 @@ def choose_token(model: nn.Module, arch: str, token: str | None) -> str | None:
     classed = networks.has_class_token(model)
     if token == "cls" and not classed:
         raise UsageError(f"--token cls: {arch} has no class token; give mean or patch")
+    if layer != POOLED and token in (None, "cls"):
+        classed = networks.holds_class_token(network, model, networks.layers(network, model)[layer])
+        if token and not classed:
+            raise UsageError(
+                f"--token cls: {arch} has no class token yet in {layer}; give mean or patch, or a later --layer"
+            )
     return token or ("cls" if classed else "mean")
 
 
@@ -295,7 +298,7 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
         raise UsageError(f"--teacher {given}: torchvision has no such network; {near(name, names)}")
     entries: Any = zoo.get_model_weights(name)
     known = (entries.DEFAULT, *entries)
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    cache = caches.torch_folder()
     if weights and weights not in entries.__members__:
         path = Path(weights)
         entry = next((entry for entry in known if _file(entry) == path.name), entries.DEFAULT)
@@ -313,7 +316,14 @@ def _of_torchvision(given: str, weights: str | None) -> Teacher:
     mean, deviation = states.get("mean"), states.get("std")
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
     network = Network(given, size=int(states.get("crop_size", SIZE)), normalise=how)
+    filtered = getattr(states.get("interpolation"), "value", None)
+    _say_differences(given, network.size, states.get("resize_size", 256) if states else None, filtered)
     return Teacher(network, path, foreign=True)
+
+
+def _say_differences(name: str, size: int, short: int | None, interpolation: str | None) -> None:
+    if line := preprocessing.differences(name, size, short, interpolation):
+        say_once(line)
 
 
 def _of_folder(path: Path) -> Teacher:
@@ -331,6 +341,35 @@ def _file(entry: Any) -> str:
     return str(entry.url).rsplit("/", 1)[-1]
 
 
+def _cached(given: str) -> Path:
+    """A path, or what a name stands for in a cache, which a line says."""
+    path = Path(given)
+    if path.exists() or not (found := caches.repository(given) or caches.file(given)):
+        return path
+    say_once(f"{given}: {found}")
+    return found
+
+
+def _timm_weights(given: str, weights: str | None) -> Path:
+    """The file that is named, or in a cache what a name stands for, or without one what timm would load."""
+    if weights and Path(weights).exists():
+        return Path(weights)
+    if weights:
+        found = caches.file(weights)
+    else:
+        stated = timm_of(given).get_pretrained_cfg(given.removeprefix(TIMM))
+        found = caches.of_timm(stated.to_dict()) if stated else None
+        if found is None:
+            raise UsageError(
+                f"--teacher {given}: its weights are in no cache, and nothing is downloaded; download them and name "
+                "the file with --weights"
+            )
+    if found is None:
+        return Path(str(weights))
+    say_once(f"{given}: its weights are {found}")
+    return found
+
+
 def _of_timm(arch: str) -> Network:
     timm, name = timm_of(arch), arch.removeprefix(TIMM)
     try:
@@ -340,4 +379,6 @@ def _of_timm(arch: str) -> Network:
     states: dict[str, Any] = stated.to_dict() if stated else {}
     mean, deviation = states.get("mean"), states.get("std")
     how = networks.statistics_name(mean, deviation) if mean and deviation else "imagenet"
-    return Network(arch, size=int(states.get("input_size", (SIZE,))[-1]), normalise=how)
+    size = int(states.get("input_size", (SIZE,))[-1])
+    _say_differences(arch, size, int(size / (states.get("crop_pct") or 1)), states.get("interpolation"))
+    return Network(arch, size=size, normalise=how)

@@ -94,8 +94,8 @@ class Classifier(nn.Module):
             )
         if layer is not None and layer not in paths:
             raise UsageError(f"--layer {layer}: {self.network.arch} has no such layer; {nearest(layer, paths)}")
-        token = teachers.choose_token(self.model, self.network.arch, None) or "patch"
         layer = layer or list(paths)[-1]
+        token = teachers.choose_token(self.model, self.network, None, layer) or "patch"
         return Tap(layer, paths[layer], token)
 
     def outputs(self, image: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:

@@ -230,3 +230,11 @@ def test_a_file_of_the_users_own_making_is_read(tmp_path):
     read = open_features(path)
     np.testing.assert_array_equal(read.rows, ROWS)
     assert read.keys == KEYS
+
+
+@pytest.mark.parametrize("name", ["vectors.pt", "vectors.csv", "vectors.parquet", "vectors"])
+def test_what_was_never_ours_is_not_to_be_extracted_again(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a.jpg,0.1,0.2\n")
+    with pytest.raises(UsageError, match=r"no feature file; features made elsewhere are taken as FILE\.npy") as caught:
+        open_features(tmp_path / name)
+    assert "extract" not in str(caught.value) and "\n" not in str(caught.value)

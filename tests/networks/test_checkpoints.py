@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models as zoo
 
+from ktransfer import networks
 from ktransfer.errors import UsageError
-from ktransfer.networks import checkpoints
+from ktransfer.networks import checkpoints, teachers
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +201,55 @@ def test_damaged_files_are_one_line(tmp_path, resnet, name):
     else:
         path.write_bytes(np.random.default_rng(0).bytes(300) if name == "text.pth" else b"")
     assert str(path) in refused(path, resnet)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_resnet_for_small_images_is_known_by_its_first_kernels(tmp_path, arch):
+    torch.manual_seed(1)
+    theirs = zoo.get_model(arch).eval()
+    theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    torch.save({"state_dict": under("backbone.", theirs.state_dict())}, tmp_path / "cifar.pth")
+    teacher = teachers.find(str(tmp_path / "cifar.pth"), arch, None, 32)
+    model = teachers.load(teacher)
+    shapes = teachers.shapes(teacher.network, model)
+    assert shapes["stem"] == (64, 32, 32) and shapes["layer4"][1:] == (4, 4)
+    theirs.avgpool, theirs.fc = torch.nn.Identity(), torch.nn.Identity()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        wanted = theirs(networks.normalise(pixels, "imagenet"))
+        found = teachers.reader(model, teacher.network, "layer4", None)(pixels)
+    torch.testing.assert_close(found.flatten(1), wanted)
+    line = checkpoints.fit(tmp_path / "cifar.pth", zoo.get_model(arch), arch).line
+    assert "its first layer is that for small images: 3 x 3, no stride, no pooling" in line
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_transformer_of_torchvision_takes_other_sizes(tmp_path, size):
+    torch.manual_seed(1)
+    theirs = zoo.vit_b_32(num_classes=3)
+    torch.nn.init.normal_(theirs.encoder.pos_embedding)
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    resized = zoo.vision_transformer.interpolate_embeddings(size, 32, theirs.state_dict())
+    wanted = zoo.vit_b_32(num_classes=3, image_size=size).eval()
+    wanted.load_state_dict(resized)
+    wanted.heads = torch.nn.Identity()
+    teacher = teachers.find("torchvision:vit_b_32", None, str(tmp_path / "vit.pth"), size)
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        found = teachers.reader(teachers.load(teacher), teacher.network, "norm", "cls")(pixels)
+        torch.testing.assert_close(found.flatten(1), wanted(networks.normalise(pixels, teacher.network.normalise)))
+    assert (
+        f"position embeddings resampled to {size} pixels" in checkpoints.fit(tmp_path / "vit.pth", wanted, "vit").line
+    )
+
+
+def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
+    save_file({"w": torch.ones(300)}, tmp_path / "a.pth")
+    torch.save({"w": torch.ones(300)}, tmp_path / "b.safetensors")
+    for name in ("a.pth", "b.safetensors"):
+        assert torch.equal(checkpoints.read_tensors(tmp_path / name)["w"], torch.ones(300))
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "b.safetensors").read_bytes()[:900])
+    (tmp_path / "none.safetensors").write_bytes(b"")
+    for name, said in (("cut.pth", "cut off, its end is missing"), ("none.safetensors", "an empty file")):
+        with pytest.raises(UsageError, match=f"{said}.*; download it again"):
+            checkpoints.read_tensors(tmp_path / name)

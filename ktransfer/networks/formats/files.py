@@ -22,6 +22,10 @@ def refuse_others(path: Path) -> None:
     """
     with path.open("rb") as file:
         start = file.read(_START)
+    if not start:
+        raise UsageError(f"{path}: an empty file; download it again")
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise UsageError(f"{path}: cut off, its end is missing; download it again")
     if start.startswith(_LFS):
         raise UsageError(f"{path}: only a pointer of Git LFS, not the weights; fetch them with git lfs pull")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -46,3 +50,10 @@ def refuse_others(path: Path) -> None:
             )
         if "data.pkl" not in lasts and any(name.endswith(".npy") for name in names):
             raise UsageError(f"{path}: arrays of numpy; features made elsewhere are for cluster --features FILE --keys")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is one of safetensors, whatever its name: the length of a JSON text, and the text."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32

@@ -100,3 +100,19 @@ def _sides(given: Any) -> tuple[int, ...]:
     if given.get("shortest_edge"):
         return (int(given["shortest_edge"]),)
     return int(given["height"]), int(given["width"])
+
+
+def differences(name: str, size: int, short: int | None, interpolation: str | None) -> str | None:
+    """A line on how the authors of a network of torchvision or timm cut images, where that differs from ours.
+
+    Args:
+        name: of the network.
+        size: side in pixels that it is fed with.
+        short: short side before the centre square is cut, None where it is not stated.
+        interpolation: how they resize, such as "bicubic".
+    """
+    found = [f"cut from a short side of {short}"] if short and short != size else []
+    found += [f"resized by {interpolation}"] if interpolation and interpolation != "bilinear" else []
+    if not found:
+        return None
+    return f"{name}: its authors' images are {', '.join(found)}; here: short side {size}, centre square, bilinear"

@@ -121,7 +121,8 @@ def read(path: Path) -> tuple[Any, list[str]]:
             held = _torchscript(path, left)
         else:
             inert = _pickle_module(left)
-            held = torch.load(path, "cpu", pickle_module=inert, weights_only=False)  # it runs nothing  # nosec B614
+            with path.open("rb") as file:
+                held = torch.load(file, "cpu", pickle_module=inert, weights_only=False)  # it runs nothing  # nosec B614
     return held, [name for name in left if not name.startswith(_JIT)]
 
 

@@ -229,10 +229,13 @@ def test_grids_shrink_with_the_maps_and_other_networks_get_about_as_many_numbers
         choose_layers(networks.build(NETWORK, 0, "test"), replace(NETWORK, size=8), None)
 
 
-def test_a_network_that_leaves_no_maps():
-    network = Network("swin_t", size=4, classes=2)
-    with pytest.raises(UsageError, match=r"--size 4: no layer of swin_t has an output; give a larger --size"):
-        choose_layers(networks.build(network, 0, "test"), network, None)
+@pytest.mark.parametrize("arch", ["swin_t", "resnet18", "mnasnet0_5"])
+def test_a_small_image_leaves_the_last_layer_one_position(arch):
+    network = Network(arch, size=16, classes=2)
+    model = networks.build(network, 0, "test")
+    small, large = (list(networks.layers(replace(network, size=side), model)) for side in (16, 128))
+    assert small == large
+    assert choose_layers(model, network, small[-1])[0].grid == 1
 
 
 @pytest.mark.parametrize("lrs", ["", "a", "0.1,,0.2", "0.1,-1", "0", "nan", "inf"])

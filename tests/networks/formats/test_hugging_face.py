@@ -114,7 +114,7 @@ def test_every_layer_is_what_transformers_computes(tmp_path, name):
     close(teachers.reader(model, teacher.network, "pooled", None)(x).flatten(1), wanted.pooler_output.flatten(1))
     assert teacher.layer == ("pooled" if name in ("CLIPVisionModel", "SiglipVisionModel") else None)
     fallback = {None: None, 0: "mean"}.get(before, "cls")
-    assert teachers.choose_token(model, teacher.network.arch, None) == fallback
+    assert teachers.choose_token(model, teacher.network, None, layer) == fallback
 
 
 @pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model", "CLIPVisionModel", "SiglipVisionModel", "SwinModel"])

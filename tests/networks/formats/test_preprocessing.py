@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ktransfer.errors import UsageError
+from ktransfer.networks import teachers
 from ktransfer.networks.formats import preprocessing
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -82,3 +83,16 @@ def test_a_damaged_file_is_one_line(tmp_path, states):
     with pytest.raises(UsageError, match="download it again") as caught:
         preprocessing.read(tmp_path, 96)
     assert "\n" not in str(caught.value)
+
+
+def test_what_timm_and_torchvision_state_is_named_where_it_differs(tmp_path, capsys):
+    pytest.importorskip("timm")
+    (tmp_path / "w.pth").write_bytes(b"")
+    teachers.find("timm:vit_tiny_patch16_224", None, str(tmp_path / "w.pth"), 0)
+    said = (
+        "its authors' images are cut from a short side of 248, resized by bicubic; here: short side 224, centre square"
+    )
+    assert said in capsys.readouterr().err
+    teachers.find("torchvision:resnet34", None, str(tmp_path / "w.pth"), 0)
+    assert "torchvision:resnet34: its authors' images are cut from a short side of 256;" in capsys.readouterr().err
+    assert preprocessing.differences("n", 224, 224, "bilinear") is None
