@@ -43,7 +43,6 @@ __all__ = [
     "has_class_token",
     "he_init",
     "holds_class_token",
-    "holds_class_token",
     "layers",
     "load",
     "normalise",

@@ -111,5 +111,13 @@ def test_a_vision_transformer(tmp_path, monkeypatch, token, dim):
     else:
         wanted = tokens[:, 0] if token is None else tokens[:, 1:].mean(1)
     np.testing.assert_allclose(found.rows, wanted.numpy(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(UsageError, match=r"pos_embedding is \(1, 10, 24\) in it and \(1, 17, 24\)"):
-        extract(tmp_path / "other", data=SCENES, **(given | {"size": 64}))
+    # At another size the position embeddings are those that torchvision interpolates.
+    larger = zoo.vit_b_16(image_size=64).eval()
+    larger.load_state_dict(vision_transformer.interpolate_embeddings(64, 16, model.state_dict()))
+    found = open_features(extract(tmp_path / "other", data=SCENES, token=token, **(given | {"size": 64})))
+    with torch.no_grad():
+        x = larger._process_input((images(64) - mean) / deviation)
+        tokens = larger.encoder(torch.cat([larger.class_token.expand(24, -1, -1), x], 1))
+    if token is None:
+        np.testing.assert_allclose(found.rows, tokens[:, 0].numpy(), rtol=1e-3, atol=1e-3)
+    assert found.rows.shape == (24, dim)
