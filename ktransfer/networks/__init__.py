@@ -1,6 +1,6 @@
 """Networks by name, layers by the papers' names, weights that say what they are; and networks that others made."""
 
-from ktransfer.networks.layer_maps import feature_maps, has_class_token, holds_class_token, layers, tokens_before
+from ktransfer.networks.layer_maps import feature_maps, has_class_token, layers, tokens_before
 from ktransfer.networks.network import (
     CLASSIFIER,
     HEAD,
@@ -42,7 +42,6 @@ __all__ = [
     "fitting",
     "has_class_token",
     "he_init",
-    "holds_class_token",
     "layers",
     "load",
     "normalise",

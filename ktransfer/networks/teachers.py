@@ -22,6 +22,7 @@ from ktransfer.networks import Network, caches, checkpoints, descriptors, functi
 from ktransfer.networks.formats import hugging_face, preprocessing
 from ktransfer.networks.formats.hugging_face import HuggingFace
 from ktransfer.networks.functions import Function
+from ktransfer.networks.layer_maps import holds_class_token
 from ktransfer.networks.published import POOLED
 from ktransfer.networks.zoos import TIMM, TORCHVISION, near, timm_of, torchvision_names
 from ktransfer.progress import say_once
@@ -200,7 +201,7 @@ def choose_token(model: nn.Module, network: Network, token: str | None, layer: s
     if token == "cls" and not classed:
         raise UsageError(f"--token cls: {arch} has no class token; give mean or patch")
     if layer != POOLED and token in (None, "cls"):
-        classed = networks.holds_class_token(network, model, networks.layers(network, model)[layer])
+        classed = holds_class_token(network, model, networks.layers(network, model)[layer])
         if token and not classed:
             raise UsageError(
                 f"--token cls: {arch} has no class token yet in {layer}; give mean or patch, or a later --layer"

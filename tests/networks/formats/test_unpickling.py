@@ -3,7 +3,8 @@
 import argparse
 import collections
 import datetime
-import encodings.cp437  # noqa: F401  of zipfile, which imports it when it needs it
+import encodings.cp437  # of zipfile, which imports it when it needs it
+import encodings.raw_unicode_escape  # noqa: F401  of pickle, likewise
 import io
 import multiprocessing.synchronize  # noqa: F401  of torch's storages
 import os
