@@ -24,7 +24,7 @@ PUZZLE = {"permutations": 100, "epochs": 30, "batch": 64, "lr": 0.05}
 LAYER = {"layer": "conv3_3", "pool": 2}
 PUBLISHED = {"teacher": "efficientnet-lite0", "size": 96}
 TARGET: dict[str, Any] = {"arch": "alexnet_bn", "width": 0.25}
-LEARN = {"stride": 2, "size": 64, "batch": 64, "lr": 0.05, "epochs": 60, "crop": 0.3, "normalise": "picture"}
+LEARN = {"stride": 2, "size": 64, "batch": 64, "lr": 0.05, "epochs": 40, "crop": 0.3, "normalise": "picture"}
 SEVERAL = {"objective": "multi"}
 
 PROBE = {"epochs": 10, "size": LEARN["size"], "stride": LEARN["stride"]}

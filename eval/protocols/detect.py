@@ -69,8 +69,8 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
     scales(config)
     test_scales(config)
     columns(config)
-    look(splits, config)
     losses.check_batches(config, config.batch)
+    look(splits, config)
     for network in evaluated:
         for column in columns(config):
             trunk_of(Arm("", network, None), column, neck(network, config), config)

@@ -52,8 +52,8 @@ def check(evaluated: list[Network], splits: tuple[Detection, Detection], config:
     """
     scales(config)
     columns(config)
-    look(splits, config, True)
     check_batches(config, config.batch)
+    look(splits, config, True)
     for split in splits:
         masks.need_masks(split)
     masks.need_memory(f"--canvas {config.canvas}", len(splits[0]), config.canvas)

@@ -266,7 +266,7 @@ def _load(path: Path | None) -> Index:
         return Index({}, {})
     if not check or check != _check(text):
         return Index({}, {})
-    folders, images = json.loads(text)
+    folders, images = json.loads(text)  # the check says that it is ours
     return Index({name: Listing(*row) for name, row in folders.items()}, images)
 
 

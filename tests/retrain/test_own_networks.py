@@ -252,7 +252,7 @@ def test_a_weight_file_cannot_call_what_belongs_to_python(tmp_path, monkeypatch)
     called = []
     monkeypatch.setattr("time.sleep", called.append)
     weights = tmp_path / "model.safetensors"
-    networks.save(weights, {"a": torch.ones(1)}, Network("time:sleep", size=32, classes=2))
+    networks.save(weights, {"a": torch.ones(9)}, Network("time:sleep", size=32, classes=2))
     with pytest.raises(UsageError, match="network time:sleep: a function of Python itself, which is not called"):
         load_model(weights)
     assert called == []

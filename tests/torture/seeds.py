@@ -263,5 +263,5 @@ def index() -> list[bytes]:
     """Of a folder in which nothing is."""
     from ktransfer.data import folders
 
-    text = json.dumps({"": [0, ["1.jpg"], [], [], 0]})
+    text = json.dumps(folders.Index({"": folders.Listing("0", ["1.jpg"], [], [], 0)}, {"1.jpg": "0"}))
     return [f"{folders._check(text)}\n{text}".encode()]

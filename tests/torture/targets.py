@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import mutators
 import numpy as np
@@ -87,14 +88,12 @@ def decode(_: Path, file: Path) -> None:
     from ktransfer.errors import BrokenImage
     from ktransfer.images import decoding
 
-    decoding.MAX_PIXELS = 2_000_000
-    decoding.Image.MAX_IMAGE_PIXELS = 2_000_000
+    few = 2_000_000
     data = file.read_bytes()
-    for read in (decoding.decode, lambda it: decoding.decode(it, 8), decoding.short_side):
-        try:
-            read(data)
-        except BrokenImage:
-            continue
+    with mock.patch.object(decoding, "MAX_PIXELS", few), mock.patch.object(decoding.Image, "MAX_IMAGE_PIXELS", few):
+        for read in (decoding.decode, lambda it: decoding.decode(it, 8), decoding.short_side):
+            with contextlib.suppress(BrokenImage):
+                read(data)
 
 
 def listed(folder: Path, file: Path) -> None:
@@ -323,10 +322,9 @@ def index(folder: Path, _: Path) -> None:
     """The index of a folder, as it is kept in the cache."""
     from ktransfer.data import folders
 
-    os.environ["XDG_CACHE_HOME"] = str(folder)
-    folders._cache_file = lambda root: folder / "index.json"
     images_beside(folder, "images/a/1.jpg")
-    folders.walk(folder / "images")
+    with mock.patch.object(folders, "_cache_file", lambda root: folder / "index.json"):
+        folders.walk(folder / "images")
 
 
 def _tried(read: Callable[[], object]) -> None:

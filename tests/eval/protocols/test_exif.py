@@ -79,7 +79,7 @@ def test_without_it_the_images_are_refused_with_the_way_out(folder, tmp_path, ca
 
 def test_another_way_is_another_training(made, folder, tmp_path):
     settings = SELFTRAIN | {"labelled": str(folder)}
-    with pytest.raises(UsageError, match="labelled"):
+    with pytest.raises(UsageError, match="training images with a box can be read"):
         selftrain(made, **settings)
     teacher = str(made / "selftrain" / "teacher" / "model.safetensors")
     with pytest.raises(UsageError, match="learned with --exif ignore; give the same"):

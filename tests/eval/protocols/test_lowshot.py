@@ -50,7 +50,7 @@ def test_a_published_list(tmp_path, folder):
         ("", "is empty"),
         ("a/03.jpg\na/04.jpg\n", "of one class"),
         (None, "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "is empty"),
     ],
 )
 def test_wrong_lists_are_one_line(tmp_path, folder, text, words):

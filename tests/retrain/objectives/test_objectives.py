@@ -182,9 +182,9 @@ def test_the_head_that_stays_is_the_first(prepared, tmp_path, monkeypatch):
     saved = []
     real = networks.save
 
-    def watched(path, state, network):
+    def watched(path, state, network, *names):
         saved.append((state, network))
-        real(path, state, network)
+        real(path, state, network, *names)
 
     monkeypatch.setattr(networks, "save", watched)
     retrain(tmp_path, **SMALL | {"objective": "multi", "labels": str(prepared / "clusters" / "labels.h5"), "epochs": 1})

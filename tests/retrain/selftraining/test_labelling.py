@@ -107,8 +107,8 @@ def test_a_labelling_that_is_killed_goes_on(teacher, images, tmp_path, monkeypat
 def images_read(whole):
     """`open_dataset` that notes the rows whose size is asked for."""
 
-    def opened(spec, original=stage.open_dataset):
-        data = original(spec)
+    def opened(spec, turned=True, original=stage.open_dataset):
+        data = original(spec, turned)
 
         def read(row, short_side):
             if short_side is None:
