@@ -5,12 +5,14 @@ The function is called with the number of outputs, and returns a new module with
 function too.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ktransfer import distributed
 from ktransfer.errors import UsageError
 from ktransfer.networks import functions
 from ktransfer.networks.formats import hugging_face
@@ -20,7 +22,9 @@ CONTRACT = (
     "it is called with the number of outputs and returns an nn.Module, "
     "(batch, 3, size, size) float32 -> (batch, outputs)"
 )
+VARIABLE = "KTRANSFER_MODULES"
 _OTHERS = (TORCHVISION, TIMM, hugging_face.PREFIX, functions.PREFIX)
+_trusted: set[str] = set()  # what the command itself has named
 
 
 def is_own(arch: str) -> bool:
@@ -29,13 +33,25 @@ def is_own(arch: str) -> bool:
 
 
 def find(arch: str, flag: str) -> Callable[..., Any]:
-    """The function of that name, which came by `flag`.
+    """The function of that name, which came by `flag`; a file alone does not decide what is called.
+
+    Args:
+        flag: of the command line, or "network" where a weight file names it.
 
     Raises:
-        UsageError: there is none, or it is one of Python's own: a weight file can name any.
+        UsageError: there is none, it is one of Python's own, or neither the command nor the user's environment names
+            it.
     """
     if arch.partition(":")[0].partition(".")[0] in sys.stdlib_module_names:
         raise UsageError(f"{flag} {arch}: a function of Python itself, which is not called; {CONTRACT}")
+    if flag.startswith("--"):
+        _trusted.add(arch)
+    allowed = {name.strip() for name in os.environ.get(VARIABLE, "").split(",")}
+    if not (arch in _trusted | allowed or not distributed.is_leader()):  # the leader decides for the others
+        raise UsageError(
+            f"{flag} {arch}: a weight file names this Python function, and files are not to decide what runs; where "
+            f"you trust it, set {VARIABLE}={arch}"
+        )
     return functions.find(arch, flag, CONTRACT)
 
 

@@ -13,7 +13,7 @@ from ktransfer.data.opening import open_dataset
 from ktransfer.errors import UsageError
 from ktransfer.eval import evaluate
 from ktransfer.eval.learners import heads
-from ktransfer.networks import Network, teachers
+from ktransfer.networks import Network, own_modules, teachers
 from ktransfer.retrain import export, load_model, retrain
 from ktransfer.retrain.own_network import check
 from ktransfer.retrain.students.predicting import predict
@@ -256,6 +256,15 @@ def test_a_weight_file_cannot_call_what_belongs_to_python(tmp_path, monkeypatch)
     with pytest.raises(UsageError, match="network time:sleep: a function of Python itself, which is not called"):
         load_model(weights)
     assert called == []
+
+
+def test_a_weight_file_alone_does_not_decide_what_runs(tmp_path, mine, monkeypatch):
+    weights = retrain(tmp_path / "run", **SMALL | {"epochs": 1})
+    monkeypatch.setattr(own_modules, "_trusted", set())
+    with pytest.raises(UsageError, match=r"set KTRANSFER_MODULES=my_nets:\w+$"):
+        load_model(weights)
+    monkeypatch.setenv("KTRANSFER_MODULES", f"other:net, {SMALL['arch']}")
+    assert load_model(weights).network.arch == SMALL["arch"]
 
 
 def test_a_network_without_maps_tells_classes_and_is_not_exported(tmp_path, mine):
