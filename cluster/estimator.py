@@ -143,8 +143,8 @@ class KMeans(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Ba
         tolerance = self.tol * variance(rows) if self.tol else 0.0
         engine = self._engine()
         best: Clustering | None = None
-        random: Any = check_random_state(self.random_state)
-        for seed in random.randint(2**31 - 1, size=runs).tolist():
+        generator: Any = check_random_state(self.random_state)
+        for seed in generator.randint(2**31 - 1, size=runs).tolist():
             found = _lloyd(rows, k, draw(seed), self.max_iter, tolerance, engine)
             if best is None or found.final_objective < best.final_objective:
                 best = found

@@ -42,6 +42,10 @@ UNREADABLE = -1
 _LAYOUT = 2
 _SAMPLE = 2**12  # bytes in the middle and at the end of a file
 _DIGITS = 16
+UNSAMPLED = "-" * _DIGITS
+# Of so many images a sample is read when they are first seen, so that others with their size can be told from the same
+# ones touched. Of more that would take a disk hours; those count as changed where their entry did.
+SAMPLED = 20_000
 _FIRST = slice(-2 * _DIGITS - 1, -_DIGITS - 1)
 # A change within the same tick of the file system's clock leaves the folder's time as it was (FAT ticks every 2 s).
 _TICK_NS = 2_000_000_000
@@ -106,7 +110,9 @@ def walk(root: Path) -> Found:
         names.append(name)
         sizes.append(UNREADABLE if status is None else status.st_size)
         if status is not None and cache is not None:
-            index.images[name] = _seen(_join(root, name), status, known.images.get(name, ""), settled)
+            index.images[name] = _seen(
+                _join(root, name), status, known.images.get(name, ""), settled, len(names) <= SAMPLED
+            )
 
     # Links wait until all real folders are done, so that these keep their own names.
     folders, links = [""], list[str]()
@@ -199,12 +205,14 @@ def _entry(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x} {status.st_ctime_ns:x} {status.st_ino:x}"
 
 
-def _seen(path: str, status: os.stat_result, before: str, settled: int) -> str:
+def _seen(path: str, status: os.stat_result, before: str, settled: int, sampled: bool) -> str:
     entry, size = _entry(status), f"{status.st_size:x} "
     if before.startswith(f"{size}{entry} "):
         return before
-    last = _sample(path, status.st_size)
-    first = before[_FIRST] if before.startswith(size) else last
+    # Neither seen before, nor seen so soon after it was written that its entry was not kept.
+    new = not before.startswith(size) or before == f"{size} {UNSAMPLED} {UNSAMPLED}"
+    last = UNSAMPLED if new and not sampled else _sample(path, status.st_size)
+    first = last if new else before[_FIRST]
     return f"{size}{entry if status.st_mtime_ns < settled else ''} {first} {last}"
 
 

@@ -433,6 +433,26 @@ def test_other_bytes_in_the_same_number_are_seen(
     assert open_dataset(str(tmp_path)).fingerprint == before
 
 
+def test_of_many_images_none_is_read_at_first_and_a_new_entry_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "SAMPLED", 0)
+    read: list[str] = []
+    real = folders._sample
+    monkeypatch.setattr(folders, "_sample", lambda path, size: (read.append(path), real(path, size))[1])
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"a" * 500)
+    before = open_dataset(str(tmp_path)).fingerprint
+    settle(tmp_path)
+    for name in ("1.png", "2.png"):
+        os.utime(tmp_path / name, (PAST, PAST))  # as time would, after which entries are kept
+    assert open_dataset(str(tmp_path)).fingerprint == before and read == []
+    replaced(tmp_path / "1.png", b"b" * 500)
+    after = open_dataset(str(tmp_path)).fingerprint
+    assert after != before and read == [str(tmp_path / "1.png")]
+    assert open_dataset(str(tmp_path)).fingerprint == after
+
+
 def test_each_image_is_asked_for_its_entry_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
         put(tmp_path / f"{number % 3}/{number}.png")
