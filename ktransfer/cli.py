@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # the last resort: one line instead of a traceback
         show()
         if isinstance(error, MemoryError) or NO_THREAD in str(error):
-            said = " ".join(str(error).split()) or "no memory is left"
+            said = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no memory is left'}"
             way = "end other programs, or give a smaller --batch, fewer --workers or less --memory"
             return _fail(f"{said}; finished stages are complete: {way}, and the same command again", 1)
         return _fail(f"unexpected {type(error).__name__}: {error}; --debug shows where; please report it", 1)

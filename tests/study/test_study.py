@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import torch
 
 from ktransfer import cli
 from ktransfer.errors import StageError
@@ -169,7 +170,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(made, tmp_path, monkeypatc
 
 
 def test_two_jobs_make_the_same(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(carrying, "cores", lambda: 2 * torch.get_num_threads())  # as many for each as here
     text = SMALL.replace("[pretext]", "[hidden]").split("[hidden]")[0] + SMALL[SMALL.index("[extract]") :]
     text = text.replace("[extract]", '[extract]\nteacher = "hog"\ndata = "scenes:images=24,size=48"').replace(
         'layer = "conv3"\npool = 1\n', ""

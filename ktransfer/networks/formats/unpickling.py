@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 MOST = 1_000_000  # objects looked at: one that holds itself, or many others many times over, has an end
 DEEPEST = 60
+LARGEST_BYTES = 2**26  # of a bytearray; tensors are none
 # The one in Python: that in C takes as much memory as the largest number that a damaged pickle happens to hold.
 _Unpickler: Any = pickle._Unpickler
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a pickled nn.Module
@@ -168,12 +169,23 @@ def _items(part: Any) -> list[tuple[Any, Any]]:
     )
 
 
+def _bytearray(unpickler: Any) -> None:
+    """What is there of a bytearray; pickle's own takes as much memory as the number before it says."""
+    size = int.from_bytes(unpickler.read(8), "little")
+    data = unpickler.read(min(size, LARGEST_BYTES))
+    if len(data) != size:
+        raise pickle.UnpicklingError(f"a bytearray of {size} bytes is cut off")
+    unpickler.append(bytearray(data))
+
+
 def _pickle_module(left: dict[str, None]) -> Any:
     """What torch takes for the module `pickle`; `left` gets the names of what is not made."""
     allowed = {name: _Allowed(function) for name, function in _FUNCTIONS.items()}
     made: dict[str, type[Inert]] = {}
 
     class Unpickler(_Unpickler):  # type: ignore[misc]
+        dispatch: ClassVar[dict[int, Any]] = _Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _bytearray}
+
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in allowed:
                 return allowed[module, name]

@@ -249,7 +249,12 @@ def test_a_damaged_number_takes_no_memory():
     with zipfile.ZipFile(good) as opened:
         (name,) = (name for name in opened.namelist() if name.endswith("data.pkl"))
         pickled = opened.read(name)
-    for what in (b"r\xff\xff\xff\x0f", b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 7 + b"\x00"):
+    for what in (
+        b"r\xff\xff\xff\x0f",
+        b"B\xff\xff\xff\x7f",
+        b"\x8e" + b"\xff" * 7 + b"\x00",
+        b"\x96\x01sbX\x01\x00\x00\x00",  # a bytearray of 6 GB
+    ):
         refused_or_read(rewritten(good.read_bytes(), pickled[:-1] + what + b"."))
     large = pickled.replace(b"K\x02", b"J\xff\xff\xff\x7f")
     assert large != pickled
