@@ -221,7 +221,7 @@ def doctor() -> None:
 def demo(out: Path, images: int) -> None:
     """Run the whole chain on the embedded data set.
 
-    It takes 10 to 15 minutes on two cores, and ends with a table of results and a page about them.
+    It takes about eleven minutes on two cores, and ends with a table of results and a page about them.
     """
     from ktransfer.demo import run_demo
 
