@@ -2,6 +2,8 @@
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +49,16 @@ def markdown(header: list[str], rows: list[list[str]], aligned: bool = False) ->
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
     head, *body = (f"| {' | '.join(row)} |" for row in padded)
     return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body]
+
+
+def mean(values: list[float]) -> tuple[float, float | None]:
+    """The mean of some numbers and half of its 95 % interval by Student's t; None for one number."""
+    if len(values) < 2:
+        return values[0], None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
 
 
 def plus_minus(value: float, half: float | None, sign: str = "") -> str:

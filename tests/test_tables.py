@@ -1,5 +1,9 @@
 """Tables as Markdown and CSV."""
 
+import numpy as np
+import pytest
+import scipy.stats
+
 from ktransfer import tables
 
 
@@ -44,3 +48,11 @@ def test_csv_there_and_back(tmp_path):
     (tmp_path / "t.csv").write_text(text)
     assert tables.read_csv(tmp_path / "t.csv") == [{"a": "1", "b": "", "c": ""}, {"a": "x, y", "b": "", "c": "0.5"}]
     assert tables.to_csv([], ["a", "b"]) == "a,b\n"
+
+
+def test_one_number_has_no_interval_and_several_have_students():
+    assert tables.mean([3.0]) == (3.0, None)
+    values = [1.0, 2.0, 4.0]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    value, half = tables.mean(values)
+    assert (value - half, value + half) == pytest.approx((low, high))

@@ -5,7 +5,6 @@ Repetitions share seed, images and splits, so that gains are paired. The 95 % in
 """
 
 import io
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ def in_markdown(table: Table) -> str:
     """The means, and below them the gains over the first row."""
     first, *others = table.rows
     means = [
-        (row, column, tables.plus_minus(*mean(list(values.values()))))
+        (row, column, tables.plus_minus(*tables.mean(list(values.values()))))
         for row, columns in table.rows.items()
         for column, values in columns.items()
     ]
@@ -114,16 +113,6 @@ def in_markdown(table: Table) -> str:
     return "\n".join([*lines, "", *tables.markdown(*tables.crossed(f"more than {first}", cells))])
 
 
-def mean(values: list[float]) -> tuple[float, float | None]:
-    """The mean of some numbers and half of its 95 % interval by Student's t; None for one number."""
-    if len(values) < 2:
-        return values[0], None
-    from scipy.stats import t
-
-    half = float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
-
-
 def gain(table: Table, row: str, other: str, column: str) -> tuple[float, float | None, float] | None:
     """The mean of the paired differences, half of its interval, and the p-value of the paired t-test (1 for one pair).
 
@@ -133,7 +122,7 @@ def gain(table: Table, row: str, other: str, column: str) -> tuple[float, float 
     pairs = [mine[key] - theirs[key] for key in mine if key in theirs]
     if not pairs:
         return None
-    value, half = mean(pairs)
+    value, half = tables.mean(pairs)
     if half is None:
         return value, None, 1.0
     if statistics.stdev(pairs) == 0:
@@ -178,7 +167,7 @@ def plot(table: Table) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "ktransfer", "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(7, 4))
         for row, columns in table.rows.items():
-            found = [mean(list(values.values())) for values in columns.values()]
+            found = [tables.mean(list(values.values())) for values in columns.values()]
             halves = [half or 0.0 for _, half in found]
             axes.errorbar(list(columns), [value for value, _ in found], halves, label=row, marker="o", capsize=3)
         axes.set_ylabel(f"{table.protocol}, {table.title}")

@@ -6,8 +6,6 @@ random ones.
 """
 
 import io
-import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,19 +84,9 @@ def measure_of(lines: list[Line]) -> str:
     return next(name for name in MEASURES if sum(line.measure == name for line in lines) == wanted)
 
 
-def mean(values: list[float]) -> tuple[float, float | None]:
-    """The mean of some numbers and half of its 95 % interval by Student's t; None for one number."""
-    if len(values) < 2:
-        return values[0], None
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
-
-
 def gain(line: Line, other: Line | None) -> tuple[float, float | None] | None:
     """The mean of what a line has over another one, seed by seed, and half of its interval; None without another."""
-    return None if other is None else mean([value - other.values[seed] for seed, value in line.values.items()])
+    return None if other is None else tables.mean([value - other.values[seed] for seed, value in line.values.items()])
 
 
 def baseline(line: Line, lines: list[Line]) -> Line | None:
@@ -127,7 +115,7 @@ def to_csv(lines: list[Line]) -> str:
     for line in lines:
         row: dict[str, Any] = {**line.cell, METHOD: line.method, "measure": line.measure}
         for name, found in (
-            ("mean", mean(list(line.values.values()))),
+            ("mean", tables.mean(list(line.values.values()))),
             ("gain", gain(line, baseline(line, lines))),
             ("over_random", gain(line, from_random(line, lines))),
         ):
@@ -190,7 +178,7 @@ def _table(recipe: Recipe, lines: list[Line], across: str) -> list[str]:
 
 
 def _cell(line: Line, lines: list[Line]) -> str:
-    text = tables.plus_minus(*mean(list(line.values.values())))
+    text = tables.plus_minus(*tables.mean(list(line.values.values())))
     found = gain(line, baseline(line, lines))
     return text if found is None else f"{text} ({tables.plus_minus(*found, sign='+')})"
 
@@ -221,7 +209,7 @@ def plot(recipe: Recipe, lines: list[Line], axis: str) -> str:
         series.setdefault((title, line.method), []).append(line)
     colours = {title: f"C{number}" for number, title in enumerate(dict.fromkeys(title for title, _ in series))}
     for (title, method), found in series.items():
-        points = [mean(list(line.values.values())) for line in found]
+        points = [tables.mean(list(line.values.values())) for line in found]
         axes.errorbar(
             [words(recipe, axis, line.cell[axis]) for line in found],
             [value for value, _ in points],

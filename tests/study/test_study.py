@@ -12,8 +12,9 @@ from ktransfer import cli
 from ktransfer.errors import StageError
 from ktransfer.study import carrying, findings
 from ktransfer.study.carrying import study
-from ktransfer.study.findings import Table, beyond, gain, mean
+from ktransfer.study.findings import Table, beyond, gain
 from ktransfer.study.recipe import read
+from ktransfer.tables import mean
 
 SMALL = """
 [pretext]

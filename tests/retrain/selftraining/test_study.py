@@ -358,10 +358,6 @@ def test_of_several_processes_one_studies(recipe, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_one_seed_has_no_interval():
-    assert tables.mean([3.0]) == (3.0, None)
-
-
 def test_masks_of_objects_are_evaluated_by_their_own_precision_and_pixels_have_no_published_table(
     recipe, ran, tmp_path, monkeypatch
 ):
