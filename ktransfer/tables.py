@@ -51,14 +51,18 @@ def markdown(header: list[str], rows: list[list[str]], aligned: bool = False) ->
     return [head, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *body]
 
 
-def mean(values: list[float]) -> tuple[float, float | None]:
-    """The mean of some numbers and half of its 95 % interval by Student's t; None for one number."""
+def mean(values: list[float], level: float = 0.95) -> tuple[float, float | None]:
+    """The mean of some numbers and half of its interval (95 %) by Student's t; None for one number."""
     if len(values) < 2:
         return values[0], None
+    return statistics.fmean(values), half_interval(statistics.stdev(values), len(values), level)
+
+
+def half_interval(deviation: float, count: int, level: float = 0.95) -> float:
+    """Half of Student's interval of a mean of `count` numbers, at least 2, with this standard deviation."""
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
+    return float(t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count)
 
 
 def plus_minus(value: float, half: float | None, sign: str = "") -> str:

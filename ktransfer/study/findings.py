@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ktransfer import files, tables
+from ktransfer.errors import UsageError
 from ktransfer.progress import say
 from ktransfer.stages import settings
 
-from .recipe import SEED, Cell, Recipe, repeats, row_of
+from . import claim
+from .recipe import RANDOM_ROW, SEED, Cell, Recipe, repeats, row_of
 
 LEVEL = 0.05
 RANDOM = "random"
@@ -36,6 +38,9 @@ def write(recipe: Recipe, run: Path, cells: Sequence[tuple[Cell, Path]]) -> Path
 
     Args:
         cells: with the run folder in which each was evaluated.
+
+    Raises:
+        UsageError: the claim's measure or columns are not there; all else was written.
     """
     found = tables_of(recipe, cells)
     flat = [
@@ -52,15 +57,37 @@ def write(recipe: Recipe, run: Path, cells: Sequence[tuple[Cell, Path]]) -> Path
         for column, values in columns.items()
         for key, value in values.items()
     ]
-    files.write_json(run / "study.json", {"schema": 1, "grid": recipe.grid, "arms": list(recipe.arms), "values": flat})
+    held: dict[str, object] = {"schema": 1, "grid": recipe.grid, "arms": list(recipe.arms), "values": flat}
+    parts = [*(in_markdown(one) for one in found), repeated_words(recipe)]
+    cannot: UsageError | None = None
+    if recipe.claim:
+        try:
+            judged = claim.judge(recipe.claim, _rows(recipe.claim, found))
+            held["claim"] = claim.in_json(recipe.claim, judged)
+            parts.append(claim.in_words(recipe.claim, judged))
+        except UsageError as error:
+            cannot = error
+    files.write_json(run / "study.json", held)
     files.write_text(run / "study.csv", tables.to_csv(flat))
-    text = "\n\n".join([*(in_markdown(one) for one in found), repeated_words(recipe)]) + "\n"
+    text = "\n\n".join(parts) + "\n"
     files.write_text(run / "study.md", text)
     for one in found:
         files.write_text(run / f"{one.protocol}-{one.measure}.svg", plot(one))
     print(text)
+    if cannot:
+        raise UsageError(f"{cannot}; all else is written: mend the recipe and give the same command again") from cannot
     say(f"study: done; {len(cells)} cells; {run / 'study.md'}")
     return run / "study.md"
+
+
+def _rows(wanted: claim.Claim, found: Sequence[Table]) -> claim.Rows:
+    """The rows of the table that a claim is about."""
+    known = {(one.protocol, one.measure): one.rows for one in found}
+    place = (wanted.protocol or found[0].protocol, wanted.measure)
+    if place not in known:
+        listed = ", ".join(f"{protocol} {measure}" for protocol, measure in known)
+        raise UsageError(f"[claim] no measure '{wanted.measure}' of protocol '{place[0]}'; there are {listed}")
+    return known[place]
 
 
 def tables_of(recipe: Recipe, cells: Sequence[tuple[Cell, Path]]) -> list[Table]:
@@ -71,7 +98,7 @@ def tables_of(recipe: Recipe, cells: Sequence[tuple[Cell, Path]]) -> list[Table]
         for protocol in dict.fromkeys(part.strip() for part in given.split(",")):
             result = files.read_json(place / "eval" / f"{protocol}.json")
             for name, arm in result["arms"].items():
-                row = row_of(recipe, cell) if name == place.name else f"{name} weights" if name == RANDOM else name
+                row = row_of(recipe, cell) if name == place.name else RANDOM_ROW if name == RANDOM else name
                 _take(found, protocol, result["measures"], row, arm["scores"], tuple(cell.repeated.values()))
     return list(found.values())
 

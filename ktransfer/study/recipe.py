@@ -5,6 +5,7 @@
                           or, as "extract.pool", common settings out
     [grid]                "STAGE.SETTING" = [values]: every combination is a cell; seed = [0, 1] is that of all stages
     [names]               what values and settings are called in the tables
+    [claim]               what is expected, and what would refute it (`claim.py`)
 
 `extract` comes by itself before `cluster`, and `assign` before `retrain`. Random weights are evaluated once a
 repetition, in the first cell, where `[eval] random` says nothing.
@@ -26,9 +27,13 @@ from ktransfer.config import build, nearest, read_toml
 from ktransfer.errors import UsageError
 from ktransfer.plan import Call
 
+from .claim import Claim, refuse_unknown_rows
+from .claim import read as read_claim
+
 CHAIN = ("pretext", "extract", "cluster", "assign", "retrain", "eval")
-OTHERS = ("arms", "grid", "names")
+OTHERS = ("arms", "grid", "names", "claim")
 SEED = "seed"
+RANDOM_ROW = "random weights"
 LEAVE = "leave"
 ARM = "arm"
 Tables = Mapping[str, Mapping[str, Any]]
@@ -63,6 +68,7 @@ class Recipe(NamedTuple):
     grid: dict[str, list[Any]]
     names: dict[str, str]
     cells: list[Cell]
+    claim: Claim | None
 
 
 def read(path: Path) -> Recipe:
@@ -97,7 +103,15 @@ def read(path: Path) -> Recipe:
             first = arm == next(iter(arms)) and all(value == grid[axis][0] for axis, value in apart.items())
             cell = _cell(common, arms[arm], {ARM: arm} if len(arms) > 1 else {}, given, first, where)
             found.setdefault(json.dumps([cell.values, cell.repeated], default=str), cell)
-    return Recipe(common, arms, grid, names, list(found.values()))
+    recipe = Recipe(common, arms, grid, names, list(found.values()), _claim(held, where))
+    if recipe.claim:
+        rows = [*dict.fromkeys(row_of(recipe, cell) for cell in recipe.cells), RANDOM_ROW]
+        refuse_unknown_rows(recipe.claim, rows, where)
+    return recipe
+
+
+def _claim(held: Mapping[str, Any], where: str) -> Claim | None:
+    return read_claim(held["claim"], where) if "claim" in held else None
 
 
 def repeats(axis: str) -> bool:

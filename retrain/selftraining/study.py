@@ -6,6 +6,7 @@ for all cells, `[names]` says what values are called in the tables. Each cell is
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from ktransfer.config import build, read_toml
 from ktransfer.errors import KTransferError, StageError, UsageError
 from ktransfer.progress import say, show
 from ktransfer.run import leaves_nothing, read_record
+from ktransfer.study import claim
 
 from ..config import SelftrainConfig
 from . import parts, stage, steps, tables
 from .tables import Cell, Recipe
 
-TABLES = ("selftrain", "grid", "names")
+TABLES = ("selftrain", "grid", "names", "claim")
 
 
 def study(recipe: str | Path, run: str | Path) -> Path:
@@ -63,10 +65,14 @@ def study(recipe: str | Path, run: str | Path) -> Path:
         )
     lines = tables.lines_of(plan, scores)
     held = {"schema": 1, "measure": tables.measure_of(lines), "common": plan.common, "cells": scores}
+    text = tables.to_markdown(plan, lines)
+    if plan.claim:
+        judged = claim.judge(plan.claim, tables.rows_of(plan, lines))
+        held["claim"] = claim.in_json(plan.claim, judged)
+        text += f"\n{claim.in_words(plan.claim, judged)}\n"
     files.write_json(run / "study.json", held)
     files.write_text(run / "study.csv", tables.to_csv(lines))
     files.write_text(run / "cells.csv", tables.cells_csv(lines))
-    text = tables.to_markdown(plan, lines)
     files.write_text(run / "study.md", text)
     for axis in plotted:
         files.write_text(run / f"{axis}.svg", tables.plot(plan, lines, axis))
@@ -126,13 +132,27 @@ def read(path: Path) -> Recipe:
             raise UsageError(
                 f"--recipe {path}: two cells would be written to cells/{slug(cell)}; rename a file that differs"
             )
-    recipe = Recipe(common, grid, {str(key): str(name) for key, name in held.get("names", {}).items()})
+    names = {str(key): str(name) for key, name in held.get("names", {}).items()}
+    recipe = Recipe(common, grid, names, _claim(held["claim"], f"--recipe {path}") if "claim" in held else None)
     for axis, values in grid.items():
         called = [tables.words(recipe, axis, value) for value in values]
         again = [name for place, name in enumerate(called) if name in called[:place]]
         if again:
             raise UsageError(f"--recipe {path}: two values of {axis} are called '{again[0]}'; give [names] that differ")
+    if recipe.claim:
+        rows = [tables.row_name(recipe, cell, method) for cell in cells(recipe) for method in tables.WORDS]
+        claim.refuse_unknown_rows(recipe.claim, list(dict.fromkeys(rows)), f"--recipe {path}")
     return recipe
+
+
+def _claim(held: object, where: str) -> claim.Claim:
+    """A claim whose only column is its measure."""
+    stated = claim.read(held, where)
+    if stated.measure not in tables.MEASURES:
+        raise UsageError(
+            f"{where}: [claim] measure must be one of {', '.join(tables.MEASURES)}; it is {stated.measure!r}"
+        )
+    return replace(stated, columns=[stated.measure])
 
 
 def cells(recipe: Recipe) -> list[Cell]:

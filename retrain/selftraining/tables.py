@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ktransfer import tables
 from ktransfer.errors import UsageError
+from ktransfer.study.claim import Claim, Rows
 
 FILE = Path(__file__).with_name("published.csv")
 
@@ -42,11 +43,12 @@ Cell = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-    """What a recipe says: settings of all cells, the values of each axis, and names for values."""
+    """What a recipe says: settings of all cells, the values of each axis, names for values, and what is expected."""
 
     common: dict[str, Any]
     grid: dict[str, list[Any]]
     names: dict[str, str]
+    claim: Claim | None = None
 
 
 class Line(NamedTuple):
@@ -76,6 +78,21 @@ def lines_of(recipe: Recipe, scores: list[dict[str, Any]]) -> list[Line]:
                 line = found.setdefault((*cell.values(), method, measure), Line(cell, method, measure, {}))
                 line.values[one["cell"].get("seed")] = 100 * measured[measure]
     return list(found.values())
+
+
+def rows_of(recipe: Recipe, lines: list[Line]) -> Rows:
+    """The lines as rows that a claim can compare, such as "S1, with self-training", with their measures as columns."""
+    rows: dict[str, dict[str, dict[tuple[object, ...], float]]] = {}
+    for line in lines:
+        name = row_name(recipe, line.cell, line.method)
+        rows.setdefault(name, {})[line.measure] = {(seed,): value for seed, value in line.values.items()}
+    return rows
+
+
+def row_name(recipe: Recipe, cell: Cell, method: str) -> str:
+    """What a method in a cell is called in a claim; the seed is no part of it."""
+    apart = [words(recipe, axis, value) for axis, value in cell.items() if axis != "seed"]
+    return ", ".join([*apart, WORDS[method]])
 
 
 def measure_of(lines: list[Line]) -> str:

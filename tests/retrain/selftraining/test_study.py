@@ -142,6 +142,48 @@ def test_every_cell_and_one_table(recipe, ran, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
 
 
+CLAIM = """
+[claim]
+text = "The gain grows as labels shrink"
+expect = "more"
+bound = 1.0
+measure = "AP"
+
+[[claim.contrasts]]
+"init random, 25 %, with self-training" = 1
+"init random, 25 %, labelled images alone" = -1
+"init random, 50 %, with self-training" = -1
+"init random, 50 %, labelled images alone" = 1
+"""
+
+
+def test_the_claim_of_a_recipe_is_judged(recipe, ran, tmp_path):
+    recipe.write_text(RECIPE + CLAIM)
+    path = study.study(recipe, tmp_path / "out")
+    held = json.loads((tmp_path / "out" / "study.json").read_text())["claim"]
+    assert held["found"][0]["mean"] == pytest.approx(0)  # the made gains are the same at 25 and 50 %
+    assert held["verdict"] == "refuted"
+    assert "**The gain grows as labels shrink: refuted**" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "25 %, with",
+            "20 %, with",
+            "no row 'init random, 20 %, with self-training'; the rows are init random, 50 %, ",
+        ),
+        ('measure = "AP"', 'measure = "top1"', "measure must be one of mask_AP"),
+    ],
+)
+def test_a_wrong_claim_begins_nothing(recipe, ran, tmp_path, old, new, words):
+    recipe.write_text(RECIPE + CLAIM.replace(old, new))
+    with pytest.raises(UsageError, match=words):
+        study.study(recipe, tmp_path / "out")
+    assert not ran
+
+
 @pytest.mark.parametrize(
     ("axis", "values", "shown", "hidden"),
     [
