@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-torch mutants torture check docs format bench install
+.PHONY: demo test test-all test-torch mutants claims torture check docs format bench install
 
 install: $(READY)
 
@@ -35,6 +35,10 @@ MINUTES ?= 30
 mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[mutants]'
 	nice $(BIN)/python tests/support/mutants.py --minutes $(MINUTES)
+
+# The papers' claims, each decided by a study; docs/claims.md. Goes on where it was stopped; ONLY=04,06 for some.
+claims: $(READY)
+	$(BIN)/python benchmarks/claims.py $(if $(ONLY),--only $(ONLY))
 
 # Kills, hostile files and faults of the machine; writes the table of docs/reliability.md. HOURS=8 for a night.
 HOURS ?= 0.17

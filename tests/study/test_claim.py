@@ -2,12 +2,15 @@
 
 import json
 import math
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from ktransfer.errors import UsageError
+from ktransfer.retrain.selftraining import study as selftraining
 from ktransfer.study import claim, findings
 from ktransfer.study.recipe import read
 from tests.study.test_study import GRID, SMALL, recipe
@@ -86,6 +89,14 @@ def test_one_repetition_decides_nothing():
 def test_words():
     assert claim.contrast_in_words({"a": 1, "b": -1}) == "a - b"
     assert claim.contrast_in_words({"a": -0.5, "b": 1, "c": 2}) == "- 0.5 a + b + 2 c"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "recipes/claims").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_the_recipes_of_the_claims_can_be_read(path):
+    held = tomllib.loads(path.read_text())
+    assert (selftraining.read(path) if "selftrain" in held else read(path)).claim.text == held["claim"]["text"]
 
 
 CLAIM = """
