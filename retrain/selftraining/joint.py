@@ -4,9 +4,15 @@ After Zoph et al. (docs/papers.md), in the setting of self-training: half of eac
 images, half such as have a class of their own instead of pseudo-boxes, both augmented equally, and the two losses are
 weighed as those of a student. Where the classifier sits is not known: here it is one linear layer on the mean of the
 trunk's deepest map. It is thrown away at the end; what is written is a detector like the teacher.
+
+With self-training at once (`both`), the other half has pseudo-boxes and a class each, and with L_h, L_p, L_c the losses
+on labelled boxes, pseudo-boxes and classes, mean() their moving averages and weight a,
+
+    L = (L_h + a * mean(L_h) / mean(L_p) * L_p + a * mean(L_h) / mean(L_c) * L_c) / (1 + 2 * a)
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +41,7 @@ from . import boxes, early_stopping, student
 from .parts import SHEET, Data, Work, begun, finish, left_out
 from .student import Student, Weighing
 
-NAME, SELF = "joint", "self"
+NAME, SELF, BOTH = "joint", "self", "both"
 SHOWN = 4  # images of either kind on the sheet
 
 
@@ -62,13 +68,32 @@ class Joint(Student):
         return found.mean((2, 3))
 
 
+class Both(Joint):
+    """A student that learns pseudo-boxes and classes at once."""
+
+    told: Tensor
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.register_buffer("told", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def remember_told(self, told: Tensor, decay: float) -> Tensor:
+        """Take a loss on classes into its moving average, after `remember`; returns mean(L_h) / mean(L_c)."""
+        self.told.mul_(decay).add_((1 - decay) * told.detach().double())
+        return (self.human / self.told.clamp(min=1e-12 * self.weight)).float()
+
+
 def methods(config: SelftrainConfig) -> list[str]:
     """What `--methods` lists.
 
     Raises:
-        UsageError: something else.
+        UsageError: something else, or `both` without `self`.
     """
-    return chosen("--methods", config.methods, (SELF, NAME), "method")
+    found = chosen("--methods", config.methods, (SELF, NAME, BOTH), "method")
+    if BOTH in found and SELF not in found:
+        raise UsageError(f"--methods {config.methods}: both needs the pseudo-boxes of self; give self,both")
+    return found
 
 
 def check(config: SelftrainConfig, others: Dataset) -> None:
@@ -77,11 +102,14 @@ def check(config: SelftrainConfig, others: Dataset) -> None:
     Raises:
         UsageError: one line.
     """
-    if NAME not in methods(config):
+    wanted = [name for name in (NAME, BOTH) if name in methods(config)]
+    if not wanted:
         return
     if len(np.unique(others.targets[others.targets != UNKNOWN])) < 2:
         named = f"{config.unlabelled}: has" if config.unlabelled else "selftrain: the images without boxes have"
-        raise UsageError(f"{named} no classes for --methods joint; name images in class folders with --unlabelled")
+        raise UsageError(
+            f"{named} no classes for --methods {wanted[0]}; name images in class folders with --unlabelled"
+        )
 
 
 def classes(data: Data) -> dict[str, str]:
@@ -144,15 +172,7 @@ def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, 
         strength: of the augmentation (`strengths.STRENGTHS`).
     """
     split = len(extents) - len(labels)
-
-    def classified(model: nn.Module, batch: Batch, other: Tensor) -> tuple[Tensor, Tensor]:
-        rows = batch.rows[other]
-        nothing = extents.new_zeros(len(rows), 1, 4)
-        given = Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0)
-        moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
-        logits = model(moved.pixels, classify=True).float()
-        wanted = labels[rows - split]
-        return F.cross_entropy(logits, wanted), (logits.argmax(1) == wanted).float().mean()
+    classified = _classified(extents, labels, how, strength, seed)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         joint = detectors.plain(model)
@@ -170,3 +190,52 @@ def losses(own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, 
         return value, shown | {"class_right": right * count, "human_boxes": 2 * boxes_met, "count": count}
 
     return loss
+
+
+def losses_of_both(
+    own: Loss, extents: Tensor, labels: Tensor, how: str, strength: str, seed: int, weighing: Weighing
+) -> Loss:
+    """The loss of a training on pseudo-boxes and classes at once, for `loop.fit`.
+
+    Args:
+        own: that of a student, of labelled and pseudo-boxes, weighed; the others as of `losses`, where a label below 0
+            is not known and not learned.
+    """
+    split = len(extents) - len(labels)
+    classified = _classified(extents, labels, how, strength, seed)
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        both = detectors.plain(model)
+        assert isinstance(both, Both)
+        value, sums = own(model, batch)
+        other = batch.valid & (batch.rows >= split)
+        other[other.clone()] = labels[batch.rows[other] - split] >= 0
+        told = right = extents.new_zeros(())
+        if other.any():
+            told, right = classified(model, batch, other)
+        ratio, normalised = both.remember_told(told, weighing.decay), weighing.balance == "normalised"
+        if normalised:
+            value = value * (1 + weighing.alpha) / (1 + 2 * weighing.alpha)
+        share = weighing.alpha * ratio / (1 + 2 * weighing.alpha) if normalised else weighing.alpha
+        count = sums["count"]
+        return value + share * told, sums | {"class_loss": told.detach() * count, "class_right": right * count}
+
+    return loss
+
+
+def _classified(
+    extents: Tensor, labels: Tensor, how: str, strength: str, seed: int
+) -> Callable[[nn.Module, Batch, Tensor], tuple[Tensor, Tensor]]:
+    """The loss on the classes of the (b,) chosen images of a batch, and the share of right answers."""
+    split = len(extents) - len(labels)
+
+    def classified(model: nn.Module, batch: Batch, other: Tensor) -> tuple[Tensor, Tensor]:
+        rows = batch.rows[other]
+        nothing = extents.new_zeros(len(rows), 1, 4)
+        given = Boxed(batch.pixels[other], extents[rows], nothing, nothing[..., 0] > 0)
+        moved, _ = augment(given, strength, rows, seed, batch.epoch, partial(canvas.normalise, how=how))
+        logits = model(moved.pixels, classify=True).float()
+        wanted = labels[rows - split]
+        return F.cross_entropy(logits, wanted), (logits.argmax(1) == wanted).float().mean()
+
+    return classified

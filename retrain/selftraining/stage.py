@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ktransfer import files, progress, tables
@@ -91,6 +92,8 @@ def carry_out(plan: SelftrainPlan) -> Path:
         arms["student"] = weights[-1]
     if joint.NAME in joint.methods(config):
         arms[joint.NAME] = joint.train(run, work)
+    if joint.BOTH in joint.methods(config):
+        arms[joint.BOTH] = _train(run, work, joint.BOTH, pseudo)
     return _evaluate(run, work, arms)
 
 
@@ -193,11 +196,15 @@ def _train(run: Path, work: Work, name: str, pseudo: Path | None) -> Path:
         how, task = work.detector.network.normalise, TASKS[config.task]
         images, facts = data.labelled, dict[str, Any](labelled=len(data.labelled))
         by_class: dict[str, Any] = {}
+        listed = np.empty(0, np.int64)
         if pseudo:
-            images, more, by_class = _with_pseudo(config, data, name, pseudo)
+            images, listed, more, by_class = _with_pseudo(config, data, name, pseudo)
             facts |= more
             average = work.new_detector() if config.ema else None
-            model = student.Student(model, average, config.ema)
+            if name == joint.BOTH:
+                model = joint.Both(model, len(data.unlabelled.classes), config.seed, average, config.ema)
+            else:
+                model = student.Student(model, average, config.ema)
         source = canvas.canvases(images, config.size, config.workers, config.cache_images, device)
         good = readable(source, torch.arange(len(images)), config.max_broken)
         split = len(data.labelled)
@@ -216,6 +223,10 @@ def _train(run: Path, work: Work, name: str, pseudo: Path | None) -> Path:
             batches = partial(student.batches, rows, added, config.batch, seed)
         config = replace(config, epochs=student.passes(config, rows, bool(pseudo)))
         loss = task.losses(known, how, config.augment, seed, weighing, split)
+        if name == joint.BOTH:
+            assert weighing
+            told = torch.from_numpy(data.unlabelled.targets[listed]).long().to(device)
+            loss = joint.losses_of_both(loss, known.extents, told, how, config.augment, seed, weighing)
         early = early_stopping.stopping(model, data.labelled, source, evaluating, config, device, folder)
         loop.fit(model, loss, source, batches, config, folder, device, name, early)
         facts |= early_stopping.facts(early, evaluating)
@@ -226,8 +237,9 @@ def _train(run: Path, work: Work, name: str, pseudo: Path | None) -> Path:
 
 def _with_pseudo(
     config: SelftrainConfig, data: Data, name: str, pseudo: Path
-) -> tuple[Detection, dict[str, int], dict[str, Any]]:
-    """The labelled images and behind them the pseudo-labelled ones that a student learns, and how much there is.
+) -> tuple[Detection, NDArray[np.int64], dict[str, int], dict[str, Any]]:
+    """The labelled images and behind them the pseudo-labelled ones that a student learns, these as rows of the
+    unlabelled ones, and how much there is.
 
     Raises:
         StageError: there is nothing in the pseudo-labels.
@@ -263,7 +275,7 @@ def _with_pseudo(
         )
     facts = {"pseudo-labelled": len(listed), f"pseudo-{several}": int(counted.sum())}
     by_class = {f"{several} by class, labelled and pseudo": pairs}
-    return student.joined(data.labelled, subset(other, listed)), facts, by_class
+    return student.joined(data.labelled, subset(other, listed)), listed, facts, by_class
 
 
 def _label(run: Path, work: Work, teacher: Path, end: str) -> Path:

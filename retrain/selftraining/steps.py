@@ -26,6 +26,9 @@ def planned(config: SelftrainConfig, data: Data, init: Path | None) -> list[Plan
         found.append(PlannedStep(f"student{end_of(number)}", settings_of(config, "student"), begun | others | pseudo))
     if joint.NAME in joint.methods(config):
         found.append(PlannedStep(joint.NAME, settings_of(config, joint.NAME), begun | others | joint.classes(data)))
+    if joint.BOTH in joint.methods(config):
+        inputs = begun | others | pseudo | joint.classes(data)
+        found.append(PlannedStep(joint.BOTH, settings_of(config, joint.BOTH), inputs))
     tested = {"test": data.test.fingerprint}
     return [*found, PlannedStep("scores", settings_of(config, "scores"), tested, cheap=True)]
 
@@ -72,4 +75,4 @@ def _rests(step: str, other: str) -> bool:
 def _place(step: str) -> tuple[float, str]:
     """The round of a step, and which it is there."""
     kind, _, number = step.partition("-")
-    return {"teacher": 0.0, "scores": math.inf}.get(kind, float(number or 1)), kind
+    return {"teacher": 0.0, joint.BOTH: math.inf, "scores": math.inf}.get(kind, float(number or 1)), kind

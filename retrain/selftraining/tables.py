@@ -25,8 +25,9 @@ WORDS = {
     "teacher": "labelled images alone",
     "student": "with self-training",
     "joint": "with joint training",
+    "both": "with both",
 }
-STYLES = {"teacher": "--", "student": "-", "joint": ":"}
+STYLES = {"teacher": "--", "student": "-", "joint": ":", "both": "-."}
 LABELS = {"augment": "augmentation", "fraction": "labelled share"}
 METHOD = "method"
 HE, ZOPH = "He et al. 2019, Table 1", "Zoph et al. 2020, Table"

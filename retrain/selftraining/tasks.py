@@ -98,8 +98,9 @@ def suited(config: SelftrainConfig) -> None:
     for name, where in strange:
         if getattr(config, name) != getattr(usual, name):
             raise UsageError(f"--{name.replace('_', '-')}: is not for {where}; leave it out")
-    if joint.NAME in methods and config.task != "detect":
-        raise UsageError(f"--methods joint: is not for --task {config.task}; leave it out")
+    for name in (joint.NAME, joint.BOTH):
+        if name in methods and config.task != "detect":
+            raise UsageError(f"--methods {name}: is not for --task {config.task}; leave it out")
 
 
 TASKS: dict[str, Task] = {"detect": detecting, "segment": segmenting, "instance": instances}

@@ -337,3 +337,94 @@ def test_a_half_of_which_nothing_can_be_read_adds_nothing(parts, strength, lost)
     assert torch.isfinite(value) and all(torch.isfinite(number).all() for number in sums.values())
     gone, left = ("human_loss", "class_loss") if lost == (0, 2) else ("class_loss", "human_loss")
     assert sums[gone] == 0 and sums[left] == pytest.approx(float(value.detach()) * int(valid.sum()), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def added(made, tmp_path_factory):
+    """The finished run with a training on pseudo-boxes and classes at once."""
+    run = tmp_path_factory.mktemp("runs") / "both"
+    shutil.copytree(made, run)
+    selftrain(run, **BOTH)
+    return run
+
+
+BOTH = SMALL | {"methods": "self,joint,both"}
+
+
+def test_both_at_once_are_one_more_step_and_one_more_row(made, added):
+    records = json.loads((added / "selftrain" / "stage.json").read_text())
+    assert list(records) == ["teacher", "pseudo", "student", "joint", "scores", "both"]
+    assert {"pseudo-boxes", "classes", "labelled", "unlabelled"} <= records["both"]["inputs"].keys()
+    assert list(json.loads((added / "selftrain" / "scores.json").read_text())["scores"])[-1] == "both"
+    for name in ("teacher", "student", "joint"):
+        assert weights(added, name) == weights(made, name)
+    lines = (added / "selftrain" / "both" / "metrics.jsonl").read_text().splitlines()
+    assert {"human_loss", "pseudo_loss", "class_loss", "class_right", "ratio"} <= json.loads(lines[-1]).keys()
+    state = load_file(added / "selftrain" / "both" / "model.safetensors")
+    assert state.keys() == load_file(added / "selftrain" / "student" / "model.safetensors").keys()
+
+
+def test_both_killed_and_given_again_end_with_the_same_bytes(added, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(added, run)
+    wanted = weights(run, "both")
+    shutil.rmtree(run / "selftrain" / "both")
+    path = run / "selftrain" / "stage.json"
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps({name: records[name] for name in records if name != "both"}))
+    original, calls = loop.fit, []
+
+    def fit(model, loss, *rest, **more):
+        def killed(model, batch):
+            calls.append(batch)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return loss(model, batch)
+
+        original(model, killed, *rest, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ktransfer.training.checkpoint.SECONDS", 0.0)
+        patch.setattr("ktransfer.training.checkpoint.SHARE", 1e9)
+        patch.setattr(loop, "fit", fit)
+        selftrain(run, **BOTH)
+    assert (run / "selftrain" / "both" / "checkpoint" / "last.pt").is_file()
+    selftrain(run, **BOTH)
+    assert weights(run, "both") == wanted
+
+
+@pytest.mark.parametrize("balance", ["normalised", "plain"])
+def test_the_loss_of_both_by_hand(parts, balance):
+    model, _, batch, labels = parts
+    with torch.no_grad():
+        both = joint.Both(model.detector, 12, 0)
+    labelled = open_detection("scenes:images=4,size=64")[0]
+    other = open_detection("scenes:images=6,size=64,seed=1")[0]
+    known = truth(student.joined(labelled, other), 64, CPU)
+    weighing = student.Weighing(balance, 0.5, 0.9)
+    labels = labels.clone()
+    labels[5] = -1  # row 9: its class is not known
+    own = student.losses(known, "imagenet", "none", 0, weighing, 4)
+    value, sums = joint.losses_of_both(own, known.extents, labels, "imagenet", "none", 0, weighing)(both, batch)
+    human, pseudo = (sums[name] / 5 for name in ("human_loss", "pseudo_loss"))
+    pixels = canvas.normalise(batch.pixels[[1, 4]], known.extents[batch.rows[[1, 4]]], "imagenet")
+    told = torch.nn.functional.cross_entropy(both(pixels, classify=True), labels[[2, 0]])
+    assert sums["class_loss"].item() / 5 == pytest.approx(told.item(), rel=1e-4)
+    # In the first step the moving averages are the losses themselves.
+    wanted = (1 + 0.5 + 0.5) * human / 2 if balance == "normalised" else human + 0.5 * pseudo + 0.5 * told
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-4)
+    value.backward()
+    assert both.classifier.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": "both"}, "--methods both: both needs the pseudo-boxes of self; give self,both"),
+        ({"methods": "self,both", "unlabelled": None, "fraction": 0.5}, "no classes for --methods both"),
+        ({"methods": "self,both", "task": "segment", "channels": 256}, "--methods both: is not for --task segment"),
+    ],
+)
+def test_both_that_cannot_be(tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        stage.check(tmp_path / "run", SMALL | options)
